@@ -1,0 +1,48 @@
+"""torch's fused kernels, and the tails of chains they compute.
+
+A kernel changes the clock and nothing else: without this module every chain runs as its program.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from purestep.algorithms.adam import scale_by_adam, scale_by_amsgrad
+from purestep.engine import KERNELS, Kernel
+from purestep.transforms.decay import _add_decayed_weights
+from purestep.transforms.momentum import trace
+from purestep.transforms.scale import maximize, scale_by_learning_rate
+
+
+def _adam(kernel: Any, amsgrad: bool) -> Any:
+    def run(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], first: Any) -> None:
+        kernel(
+            p, g, s["exp_avg"], s["exp_avg_sq"], s["max_exp_avg_sq"] if amsgrad else [], s["step"],
+            lr=h["lr"], beta1=h["betas"][0], beta2=h["betas"][1], weight_decay=h.get("weight_decay", 0.0), eps=h["eps"],
+            amsgrad=amsgrad, maximize="maximize" in h,
+        )  # fmt: skip
+
+    return run
+
+
+def _sgd(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], before: Any) -> None:
+    torch._fused_sgd_(
+        p, g, s.get("momentum_buffer", []), weight_decay=h.get("weight_decay", 0.0), momentum=h.get("momentum", 0.0), lr=h["lr"],
+        dampening=h.get("dampening", 0.0), nesterov=h.get("nesterov", False), maximize="maximize" in h,
+        is_first_step="trace" in h and before == 0,
+    )  # fmt: skip
+
+
+def _pattern(*factories: Any) -> Any:
+    """Transforms in order; one in a list may be left out."""
+    return tuple((f[0].declaration, True) if isinstance(f, list) else (f.declaration, False) for f in factories)
+
+
+decay = _add_decayed_weights
+for scale, amsgrad in ((scale_by_adam, False), (scale_by_amsgrad, True)):
+    KERNELS.append(Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), _adam(torch._fused_adam_, amsgrad)))
+    KERNELS.append(Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), _adam(torch._fused_adamw_, amsgrad)))
+KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd))
+KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd))

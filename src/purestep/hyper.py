@@ -1,0 +1,95 @@
+"""What a hyperparameter may be, and the check it passes when a transform is made.
+
+A parameter of a leaf function whose annotation is one of the names below (or plain `float` or `Tensor`, or a tuple of
+these) is a hyperparameter: a number, a 0-dimensional tensor, or a schedule, `step -> value`. Any other annotation makes it
+a switch, a plain Python value that is part of the transform's structure.
+
+Numbers are checked against the interval when the transform is made. Tensors are not: reading one would wait for the
+device, and a batched one cannot be read at all.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The numbers a hyperparameter may be: from `low` to `high`, the upper end excluded if `below`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    below: bool = False
+    optional: bool = False
+
+    def __contains__(self, x: object) -> bool:
+        if not isinstance(x, (int, float)):
+            return False
+        return self.low <= x < self.high if self.below else self.low <= x <= self.high
+
+    def __str__(self) -> str:
+        if self.low == -math.inf and self.high == math.inf:
+            return "a number"
+        if self.high == math.inf:
+            return f"a number of at least {self.low:g}"
+        return f"a number in [{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+
+
+Hyper: TypeAlias = Annotated[Any, Interval()]
+"""A number, a 0-d tensor, or a schedule."""
+
+NonNegative: TypeAlias = Annotated[Any, Interval(low=0.0)]
+"""A hyperparameter of at least 0."""
+
+Fraction: TypeAlias = Annotated[Any, Interval(low=0.0, high=1.0, below=True)]
+"""A hyperparameter in [0, 1): a decay rate."""
+
+Betas: TypeAlias = tuple[Fraction, Fraction]
+"""Two decay rates."""
+
+def interval_of(annotation: Any) -> Interval | tuple[Interval, ...] | None:
+    """The interval an annotation stands for, a tuple of them for a tuple, or None for a switch."""
+    if annotation is float or annotation is Tensor or annotation == float | Tensor:
+        return Interval()
+    if typing.get_origin(annotation) is Annotated:
+        return next((x for x in typing.get_args(annotation) if isinstance(x, Interval)), None)
+    if typing.get_origin(annotation) is tuple:
+        parts = [interval_of(x) for x in typing.get_args(annotation)]
+        if parts and all(isinstance(x, Interval) for x in parts):
+            return tuple(typing.cast("list[Interval]", parts))
+    return None
+
+
+def check(value: Any, interval: Interval | tuple[Interval, ...], name: str, schedule: Callable[[Any], Any]) -> Any:
+    """`value` as the engine keeps it, or an error that says what `name` may be; `schedule` takes functions of the step.
+
+    Raises:
+        ValueError: a number outside its interval (NaN is outside all), or a tuple of the wrong length.
+        TypeError: neither a number nor a floating-point tensor nor a function of the step.
+    """
+    if isinstance(interval, tuple):
+        if not isinstance(value, (tuple, list)) or len(value) != len(interval):
+            raise ValueError(f"{name} must be {len(interval)} numbers, but got {value!r}.")
+        return tuple(check(x, i, f"{name}[{k}]", schedule) for k, (x, i) in enumerate(zip(value, interval)))
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be {interval}, but got a tensor of dtype {value.dtype}.")
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if number not in interval:
+            raise ValueError(f"{name} must be {interval}, a 0-d tensor or a schedule, but got {value!r}.")
+        return number
+    if value is None and interval.optional:
+        return None
+    if callable(value) and not isinstance(value, type):
+        return schedule(value)
+    raise TypeError(f"{name} must be {interval}, a 0-d tensor or a schedule (step -> value), but got {value!r}.")

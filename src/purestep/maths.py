@@ -1,0 +1,133 @@
+"""The few functions a leaf function needs beyond torch's.
+
+Each works on tensors, on plain numbers (hyperparameters and counters are numbers whenever they can be), and on the
+tracer's proxies, which record the call whole. `operation` gives the same to a function of your own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Scalar: TypeAlias = Annotated[Tensor, "scalar"]
+"""A state field that holds one number per parameter, in a tensor of shape ().
+
+Its first value must not depend on the parameter: parameters share one tensor for as long as they agree.
+"""
+
+
+def operation(function: F) -> F:
+    """Make `function` one operation of a leaf function: the tracer records the call and does not look inside.
+
+    Whatever torch can do to one tensor can be written this way: branches on a shape, loops, a matrix decomposition. All
+    arguments are positional; the program calls `function` once per parameter.
+
+    >>> @operation
+    ... def spectral_norm(x: Tensor) -> Tensor:
+    ...     return torch.linalg.matrix_norm(x, 2)
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        for x in args:
+            if isinstance(x, Proxy):
+                return x.tracer.create_proxy("call_function", call, args, {})
+        return function(*args)
+
+    return call  # type: ignore[return-value]
+
+
+@operation
+def root(x: Any) -> Any:
+    r"""The square root, with slope 0 at 0.
+
+    `torch.sqrt` has an infinite slope at 0, which turns into NaN as soon as it meets a zero: a second moment that is
+    still exactly 0 would poison every gradient taken through the optimizer. Values are those of `torch.sqrt`.
+    """
+    if not isinstance(x, Tensor):
+        return math.sqrt(x)
+    if not (torch.is_grad_enabled() or transforming()):
+        return x.sqrt()
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
+
+
+@operation
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """`x` where `condition` holds, else `y`; any of the three may be a number."""
+    if not isinstance(condition, Tensor):
+        chosen, other = (x, y) if condition else (y, x)
+        return torch.full_like(other, chosen) if isinstance(other, Tensor) and not isinstance(chosen, Tensor) else chosen
+    if not isinstance(x, Tensor) and not isinstance(y, Tensor):
+        x = torch.tensor(x, dtype=precise(condition.device), device=condition.device)
+    return torch.where(condition, x, y)
+
+
+@operation
+def lerp(x: Any, y: Any, weight: Any) -> Any:
+    r"""Linear interpolation :math:`x + w (y - x)`: a running mean takes one step towards `y`."""
+    if isinstance(weight, Tensor):
+        return x + weight * (y - x)  # torch.lerp wants a weight of its tensors' own dtype; a number here is more precise
+    return torch.lerp(x, y, weight)
+
+
+@operation
+def minimum(x: Any, y: Any) -> Any:
+    """The smaller of two tensors or numbers; NaN where either is."""
+    return _pick(x, y, torch.minimum, torch.clamp_max, min)
+
+
+@operation
+def maximum(x: Any, y: Any) -> Any:
+    """The larger of two tensors or numbers; NaN where either is."""
+    return _pick(x, y, torch.maximum, torch.clamp_min, max)
+
+
+def _pick(x: Any, y: Any, both: Any, one: Any, plain: Any) -> Any:
+    if isinstance(x, Tensor):
+        return both(x, y) if isinstance(y, Tensor) else one(x, y)
+    return one(y, x) if isinstance(y, Tensor) else plain(x, y)
+
+
+@operation
+def cos(x: Any) -> Any:
+    """The cosine of a tensor or a number, in radians."""
+    return x.cos() if isinstance(x, Tensor) else math.cos(x)
+
+
+def counter(p: Tensor) -> Scalar:
+    """Zero, to count this parameter's updates: float32, or float64 where that is torch's default dtype."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.zeros((), dtype=dtype, device=p.device)
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """The dtype numbers are computed in: float64, where the device has it.
+
+    :math:`1 - \\beta_2^t` loses five digits in float32. A 0-dimensional float64 tensor never promotes a float32 tensor.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def transforming() -> bool:
+    """Whether a `torch.func` transform, or forward-mode differentiation, is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    r"""The 2-norm of all tensors as one vector, :math:`\sqrt{\sum_i \|x_i\|_2^2}`, computed as `torch.nn.utils` does."""
+    if not tensors:
+        return torch.zeros(())
+    if torch.is_grad_enabled() or transforming():
+        device = tensors[0].device
+        squares = [(x.abs() ** 2).sum().to(device) for x in tensors]
+        return root(torch.stack(squares).sum())
+    return torch.nn.utils.get_total_norm(tensors)

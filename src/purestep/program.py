@@ -1,0 +1,723 @@
+"""From leaf functions to a foreach program.
+
+An algorithm is written for one tensor, out of place. A `Recipe` is a run of such leaf functions, one after the other, with
+`params + updates` at its end when a step is asked for. `compile` traces it once with `torch.fx` proxies and turns the
+graph into straight-line Python over *lists* of tensors (one entry per parameter) and plain numbers:
+
+1. *Kinds.* A value that depends only on hyperparameters and counters is a number and stays Python arithmetic
+   (`1 - b1 ** t`); everything else is a list and becomes one `torch._foreach_*` call, or a loop over the parameters where
+   no such call exists.
+2. *Contraction.* `x + k*y` becomes `axpy`, `x + k*(y*z)` `addcmul`, `x + k*(y/z)` `addcdiv`: fewer passes over memory.
+3. *Reuse.* A list that nobody reads again and that is ours (a temporary, or an input that was given away) is
+   overwritten: `mul` becomes `mul_`. Nothing else ever is. The new value of an input that was given away ends up in that
+   input's own memory.
+
+The source is kept, and printing a program shows it. Nothing here knows any algorithm.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import linecache
+import operator
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer, TraceError
+
+from purestep import maths
+from purestep.value import Declaration
+
+Lists = list[Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------------- recipes
+
+
+class Part(NamedTuple):
+    """One leaf function of a recipe, and everything about it that is not a number."""
+
+    declaration: Declaration
+    state: type | None  # the NamedTuple of its state
+    scalars: tuple[bool, ...]  # which fields of the state hold one number per parameter
+    like: tuple[bool, ...]  # which have the parameter's shape and dtype
+    absent: tuple[bool, ...]  # which fields of the state these parameters do not have
+    switches: tuple[Any, ...]
+    tuples: tuple[int, ...]  # per hyperparameter: 0 for a number, -1 for None, else the length of a tuple of numbers
+
+
+class Recipe(NamedTuple):
+    """What a program is made from, and its key: two calls with equal recipes differ only in tensors and numbers."""
+
+    parts: tuple[Part, ...]
+    apply: bool  # end with params + updates
+    own_grads: bool  # the gradients' memory may be reused
+    donate: bool  # so may the memory of the state, and of params when they are applied
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled recipe: call it with the gradients, the parameters, the state's fields and the numbers, in that order."""
+
+    recipe: Recipe
+    source: str
+    run: Callable[..., tuple[Any, ...]] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.source
+
+
+_programs: dict[Recipe, Program] = {}
+_lock = threading.Lock()
+
+
+def program(recipe: Recipe) -> Program:
+    """The program for this recipe; traced at the first call, looked up at every other."""
+    found = _programs.get(recipe)
+    if found is None:
+        with _lock:
+            found = _programs.get(recipe) or compile(recipe)
+            _programs[recipe] = found
+    return found
+
+
+def compile(recipe: Recipe) -> Program:
+    """Trace a recipe and write its program."""
+    return Writer(recipe, *trace(recipe)).program()
+
+
+# ---------------------------------------------------------------------------------------------------------------- tracing
+
+
+class Input(NamedTuple):
+    """One argument of a program."""
+
+    node: fx.Node
+    number: bool
+    like_params: bool  # same shape and dtype as the parameter
+    output: int | None  # the output that is this input's new value
+
+
+def trace(recipe: Recipe) -> tuple[fx.Graph, list[Input], list[fx.Node]]:
+    """The graph of a recipe on one parameter, its inputs, and its outputs (the updates or parameters, then the state)."""
+    graph = fx.Graph()
+    tracer = GraphAppendingTracer(graph)
+    inputs: list[Input] = []
+
+    def proxy(name: str, number: bool = False, like: bool = False, output: int | None = None) -> fx.Proxy:
+        node = graph.placeholder(name)
+        inputs.append(Input(node, number, like, output))
+        return fx.Proxy(node, tracer)
+
+    update: Any = proxy("g", like=True)
+    p = proxy("p", like=True, output=0 if recipe.apply else None)
+    states: list[list[Any]] = []
+    count = 0
+    for part in recipe.parts:
+        fields: list[Any] = []
+        names: tuple[str, ...] = part.state._fields if part.state else ()  # type: ignore[attr-defined]
+        for name, scalar, like, absent in zip(names, part.scalars, part.like, part.absent):
+            count += not absent
+            fields.append(None if absent else proxy(name, number=scalar, like=like, output=count))
+        states.append(fields)
+    outputs: list[Any] = []
+    for part, fields in zip(recipe.parts, states):
+        d = part.declaration
+        hypers: dict[str, Any] = {}
+        for name, length in zip(d.hypers, part.tuples):
+            if length < 0:
+                hypers[name] = None
+            elif length:
+                hypers[name] = tuple(proxy(f"{name}_{i}", number=True) for i in range(length))
+            else:
+                hypers[name] = proxy(name, number=True)
+        try:
+            result = call(d, update, part.state(*fields) if part.state else None, p, hypers | dict(zip(d.switches, part.switches)))
+        except TraceError as error:
+            raise TypeError(
+                f"{d.name} asks for the value of a tensor or a hyperparameter ('if', 'while', bool(), float(), len()), "
+                "but it is traced once for all values. Use purestep.where for a choice, a switch (a bool, str or int "
+                "argument) for structure, or wrap the part that must see real tensors in @purestep.operation."
+            ) from error
+        update, new = result
+        outputs += [x for x, absent in zip(new, part.absent) if not absent]
+    outputs.insert(0, p + update if recipe.apply else update)
+    nodes = [x.node if isinstance(x, fx.Proxy) else x for x in outputs]
+    graph.output(tuple(nodes))
+    graph.eliminate_dead_code()
+    return graph, inputs, nodes
+
+
+def call(d: Declaration, g: Any, s: Any, p: Any, arguments: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
+    """Run a leaf function: the update and the new state, which is empty for a function without one."""
+    if s is None:
+        return d.function(g, p, **arguments), ()
+    update, new = d.function(g, s, p, **arguments)
+    if type(new) is not type(s):
+        raise TypeError(f"{d.name} must return (update, {type(s).__name__}), but its second value is a {type(new).__name__}.")
+    return update, new
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+INFIX = {
+    operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/", operator.pow: "**", operator.floordiv: "//",
+    operator.mod: "%", operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<=", operator.gt: ">",
+    operator.ge: ">=", operator.and_: "&", operator.or_: "|",
+}  # fmt: skip
+NAMES = {
+    operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div", operator.pow: "pow",
+    operator.neg: "neg", operator.abs: "abs", maths.root: "sqrt", maths.lerp: "lerp", maths.minimum: "minimum",
+    maths.maximum: "maximum", maths.where: "where",
+}  # fmt: skip
+COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+UNARY = frozenset(
+    name for name in "neg abs sqrt rsqrt exp log sign reciprocal tanh sigmoid floor ceil round erf sin cos log1p expm1 log2".split()
+    if hasattr(torch, f"_foreach_{name}_")
+)  # fmt: skip
+BINARY = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
+COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum"})
+
+
+@dataclass
+class Op:
+    """One line of the program: `out = name(lists..., numbers...)`."""
+
+    out: fx.Node
+    name: str
+    args: list[Any]  # list-valued nodes, and number expressions or constants
+    targets: tuple[int, ...] = ()  # which arguments could be overwritten with the result
+    fresh: bool = True  # the result's memory is its own; False where it may be an argument's
+    inplace: int | None = None
+
+    def lists(self, kinds: dict[fx.Node, str]) -> list[fx.Node]:
+        return [a for a in nodes_in(self.args) if kinds[a] == "list"]
+
+
+def nodes_in(args: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(args, found.append)
+    return found
+
+
+class Writer:
+    """Turns one graph into the source of a program."""
+
+    def __init__(self, recipe: Recipe, graph: fx.Graph, inputs: list[Input], outputs: list[Any]) -> None:
+        self.recipe, self.graph, self.inputs, self.outputs = recipe, graph, inputs, outputs
+        self.space: dict[str, Any] = dict(KERNELS)
+        self.placeholders = {i.node: i for i in inputs}
+        self.kinds: dict[fx.Node, str] = {}
+        self.like: dict[fx.Node, bool] = {}  # the parameter's shape and dtype
+        self.shaped: dict[fx.Node, bool] = {}  # the parameter's shape
+        self.uses: dict[fx.Node, int] = {}
+
+    def program(self) -> Program:
+        self.classify()
+        ops = self.contract()
+        self.reuse(ops)
+        source = self.write(ops)
+        name = f"<purestep program {len(_programs)}: {'+'.join(p.declaration.name for p in self.recipe.parts)}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # tracebacks and debuggers show it
+        exec(builtins.compile(source, name, "exec"), self.space)
+        return Program(self.recipe, source, self.space["program"])
+
+    # -- 1. kinds
+
+    def classify(self) -> None:
+        for node in self.graph.nodes:
+            if node.op == "output":
+                continue
+            given = self.placeholders.get(node)
+            if given is not None:
+                self.kinds[node] = "number" if given.number else "list"
+                self.like[node] = self.shaped[node] = given.like_params
+                continue
+            args = nodes_in((node.args, node.kwargs))
+            self.kinds[node] = "list" if any(self.kinds[a] == "list" for a in args) else "number"
+            for a in args:
+                self.uses[a] = self.uses.get(a, 0) + 1
+        for x in self.outputs:
+            if isinstance(x, fx.Node):
+                self.uses[x] = self.uses.get(x, 0) + 1
+
+    def is_list(self, x: Any) -> bool:
+        return isinstance(x, fx.Node) and self.kinds[x] == "list"
+
+    def name(self, node: fx.Node) -> str:
+        """The operation's canonical name, `""` if it has none."""
+        if node.op == "call_method":
+            target = str(node.target)
+            if target.endswith("_") and not target.endswith("__"):
+                raise TypeError(f"A leaf function changes nothing in place, but this one calls {target}(); use {target[:-1]}().")
+            return {"divide": "div", "multiply": "mul", "true_divide": "div", "subtract": "sub"}.get(target, target)
+        if node.op == "call_function":
+            if node.target in NAMES:
+                return NAMES[node.target]
+            if getattr(node.target, "__module__", "").startswith("torch") or node.target in TORCH:
+                return str(getattr(node.target, "__name__", ""))
+        return ""
+
+    # -- 2. contraction
+
+    def contract(self) -> list[Op]:
+        ops: list[Op] = []
+        absorbed: set[fx.Node] = set()
+        for node in reversed(list(self.graph.nodes)):
+            if node.op in ("output", "placeholder") or self.kinds[node] == "number" or node in absorbed:
+                continue
+            ops.append(self.op(node, absorbed))
+        ops.reverse()
+        for op in ops:
+            lists = op.lists(self.kinds)
+            self.shaped[op.out] = bool(op.targets or op.name in ("where", "compare")) and all(self.shaped[x] for x in lists)
+            values = lists if op.name != "where" else [x for x in op.args[1:] if self.is_list(x)]
+            self.like[op.out] = self.shaped[op.out] and op.name != "compare" and bool(values) and all(self.like[x] for x in values)
+        return ops
+
+    def op(self, node: fx.Node, absorbed: set[fx.Node]) -> Op:
+        name, args = self.name(node), list(node.args)
+        if node.kwargs or (node.op == "call_method" and not args):
+            return Op(node, "loop", args, fresh=False)
+        lists = [self.is_list(a) for a in args]
+        if name in UNARY and len(args) == 1:
+            return Op(node, name, args, (0,))
+        if name in BINARY and len(args) == 2:
+            if name in ("add", "sub"):
+                found = self.fused(node, name, args, absorbed)
+                if found is not None:
+                    return found
+            if all(lists):
+                return Op(node, name, args, (0, 1) if name in COMMUTATIVE else (0,))
+            if lists[0]:
+                return Op(node, name, args, (0,))
+            if name in COMMUTATIVE:
+                return Op(node, name, args[::-1], (0,))
+            return Op(node, {"sub": "rsub", "div": "rdiv"}[name], args[::-1], (0,))
+        if name == "pow" and lists == [True, False]:
+            return Op(node, "square" if args[1] == 2 else "pow", args[:1] if args[1] == 2 else args, (0,))
+        if name == "square" and len(args) == 1:
+            return Op(node, "square", args, (0,))
+        if name == "lerp" and lists == [True, True, False]:
+            return Op(node, name, args, (0,))
+        if node.target in COMPARISONS:
+            return Op(node, "compare", args)
+        if name == "where" and len(args) == 3:
+            return Op(node, "where", args, fresh=lists[0])
+        return Op(node, "loop", args, fresh=False)
+
+    def fused(self, node: fx.Node, name: str, args: list[Any], absorbed: set[fx.Node]) -> Op | None:
+        """`x ± k*y`, `x ± k*(y*z)` or `x ± k*(y/z)` as one operation, if the product is used nowhere else."""
+        tries = [(args[0], args[1])] + ([(args[1], args[0])] if name == "add" else [])
+        for x, y in tries:
+            if not (self.is_list(x) and self.is_list(y)):
+                continue
+            product = self.product(y)
+            if product is None or not (product.numbers or product.name == "div" or len(product.lists) == 2):
+                continue
+            absorbed |= product.absorbed
+            scale: list[Any] = [Scale(name == "sub", product.numbers)]
+            kernel = "axpy" if len(product.lists) == 1 else "addcdiv" if product.name == "div" else "addcmul"
+            return Op(node, kernel, [x, *product.lists, *scale], (0,))
+        return None
+
+    def product(self, node: fx.Node) -> Product | None:
+        """`node` as numbers times one list, or the product or quotient of two; None if it is anything else."""
+        if self.uses[node] > 1 or node.kwargs or node in self.placeholders:
+            return None
+        name, args = self.name(node), node.args
+        if name == "neg":
+            inner = self.product(args[0]) or Product([], [args[0]], "mul", set())
+            return Product([*inner.numbers, -1.0], inner.lists, inner.name, inner.absorbed | {node})
+        if name == "div" and all(map(self.is_list, args)):
+            return Product([], list(args), "div", {node})
+        if name == "div" and self.is_list(args[0]):
+            inner = self.product(args[0])  # (y * z) / k stays a division: multiplying by 1/k would round differently
+            return None if inner is None else None
+        if name == "mul" and len(args) == 2:
+            if all(map(self.is_list, args)):
+                for a, b in (args, args[::-1]):
+                    inner = self.product(a) if a is not b else None
+                    if inner is not None and inner.numbers and len(inner.lists) == 1:
+                        return Product(inner.numbers, [*inner.lists, b], "mul", inner.absorbed | {node})
+                return Product([], list(args), "mul", {node})
+            listed, number = args if self.is_list(args[0]) else args[::-1]
+            inner = self.product(listed) or Product([], [listed], "mul", set())
+            return Product([*inner.numbers, number], inner.lists, inner.name, inner.absorbed | {node})
+        return None
+
+    # -- 3. reuse
+
+    def reuse(self, ops: list[Op]) -> None:
+        """Choose what each operation overwrites."""
+        last: dict[fx.Node, int] = {}
+        for i, op in enumerate(ops):
+            for x in op.lists(self.kinds):
+                last[x] = i if op.fresh else len(ops)  # what a result may share memory with must never be overwritten
+        for x in self.outputs:
+            if isinstance(x, fx.Node):
+                last[x] = len(ops)
+        producer = {op.out: (i, op) for i, op in enumerate(ops)}
+
+        def candidates(i: int, op: Op) -> list[int]:
+            """The arguments that this operation may overwrite, if they are ours."""
+            if not self.like.get(op.out, False):
+                return []
+            return [t for t in op.targets if self.is_list(op.args[t]) and last[op.args[t]] == i and op.args.count(op.args[t]) == 1]
+
+        def spine(node: fx.Node, home: fx.Node) -> list[tuple[Op, int]] | None:
+            """The operations, and their targets, that turn `home` into `node` within its own memory."""
+            if node is home:
+                return []
+            if node not in producer:
+                return None
+            i, op = producer[node]
+            for t in candidates(i, op) if op.inplace is None else []:
+                before = spine(op.args[t], home)
+                if before is not None:
+                    return [*before, (op, t)]
+            return None
+
+        donated = [i for i in self.inputs if i.output is not None and not i.number] if self.recipe.donate else []
+        homes = set()
+        for given in donated:
+            for op, t in spine(self.outputs[given.output or 0], given.node) or []:
+                op.inplace = t
+                homes.add(op.out)
+        ours = {op.out for op in ops if op.fresh} - homes
+        if self.recipe.own_grads:
+            ours.add(self.inputs[0].node)
+        for i, op in enumerate(ops):
+            if op.inplace is None:
+                op.inplace = next((t for t in candidates(i, op) if op.args[t] in ours), None)
+
+    # -- 4. source
+
+    def write(self, ops: list[Op]) -> str:
+        self.var: dict[fx.Node, str] = {}
+        self.lines: list[str] = []
+        taken: set[str] = set(self.space)
+        for given in self.inputs:
+            name, k = given.node.name, 1
+            while name in taken:
+                name, k = f"{given.node.name}_{k}", k + 1
+            taken.add(name)
+            self.var[given.node] = name
+        arguments = ", ".join(self.var[i.node] for i in self.inputs)
+        self.taken = taken
+        by_node = {op.out: op for op in ops}
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            if self.kinds[node] == "number":
+                self.number(node)
+            elif node in by_node:
+                self.statement(by_node[node])
+        self.homecoming()
+        results = ", ".join(self.result(x) for x in self.outputs)
+        body = "".join(f"    {line}\n" for line in [*self.lines, f"return {results},"])
+        return f"def program({arguments}):\n{body}"
+
+    def number(self, node: fx.Node) -> None:
+        """A number: its expression, bound to a name only if it is used more than once."""
+        if node.target in INFIX:
+            text = f"({self.text(node.args[0])} {INFIX[node.target]} {self.text(node.args[1])})"
+        elif node.target is operator.neg:
+            text = f"(-{self.text(node.args[0])})"
+        else:
+            function: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+            if getattr(function, "__module__", None) != maths.__name__:
+                function = on_numbers(function)
+            text = f"{self.constant(function)}({self.arguments(node)})"
+        if self.uses.get(node, 0) > 1:
+            name = self.fresh("n")
+            self.lines.append(f"{name} = {text[1:-1] if text.startswith('(') else text}")
+            text = name
+        self.var[node] = text
+
+    def statement(self, op: Op) -> None:
+        """One operation on lists."""
+        if op.name in ("loop", "where", "compare"):
+            out = self.var[op.out] = self.fresh("t")
+            self.lines.append(f"{out} = {self.loop(op.out)}")
+            return
+        if op.inplace is None:
+            out = self.var[op.out] = self.fresh("t")
+            self.lines.append(f"{out} = {op.name}({', '.join(self.text(a, True) for a in op.args)})")
+            return
+        args = list(op.args)
+        args.insert(0, args.pop(op.inplace))  # only commutative operations overwrite their second argument
+        self.var[op.out] = self.text(args[0])
+        self.lines.append(f"{op.name}_({', '.join(self.text(a, True) for a in args)})")
+
+    def loop(self, node: fx.Node) -> str:
+        """A list comprehension over the parameters, for what torch has no foreach operation for."""
+        lists = list(dict.fromkeys(x for x in nodes_in((node.args, node.kwargs)) if self.kinds[x] == "list"))
+        items = {x: f"x{i}" if len(lists) > 1 else "x" for i, x in enumerate(lists)}
+        saved = {x: self.var[x] for x in lists}
+        self.var.update(items)
+        if node.target in INFIX:
+            text = f"{self.text(node.args[0])} {INFIX[node.target]} {self.text(node.args[1])}"
+        elif node.op == "call_method":
+            receiver, *rest = node.args
+            text = f"{self.text(receiver)}.{node.target}({self.arguments(rest, node.kwargs)})"
+        else:
+            text = f"{self.constant(node.target)}({self.arguments(node)})"
+        self.var.update(saved)
+        names = ", ".join(items.values())
+        over = self.var[lists[0]] if len(lists) == 1 else f"zip({', '.join(self.var[x] for x in lists)})"
+        return f"[{text} for {names} in {over}]"
+
+    def homecoming(self) -> None:
+        """Whatever ended up outside the memory it belongs to is copied there."""
+        donated = [i for i in self.inputs if i.output is not None and not i.number] if self.recipe.donate else []
+        moves = []
+        for given in donated:
+            out = self.outputs[given.output or 0]
+            home = self.var[given.node]
+            if self.text(out) != home:
+                moves.append((given, out, home))
+        moving = {home for _, _, home in moves}
+        for i, (given, out, home) in enumerate(moves):
+            if self.text(out) in moving:  # its source is itself about to be overwritten
+                name = self.fresh("t")
+                self.lines.append(f"{name} = clone({self.text(out)})")
+                moves[i] = (given, name, home)
+        for given, out, home in moves:
+            self.lines.append(f"copy_({home}, {self.text(out)})")
+        for given, _, _ in moves:
+            self.outputs[given.output or 0] = given.node
+        first = self.outputs[0]
+        if not self.recipe.apply and any(self.text(first) == self.text(x) for x in self.outputs[1:] if isinstance(x, fx.Node)):
+            name = self.fresh("t")  # the updates are handed out; the state's memory may be given away at the next step
+            self.lines.append(f"{name} = clone({self.text(first)})")
+            self.outputs[0] = Name(name)
+
+    def result(self, x: Any) -> str:
+        """An output; one whose dtype the program cannot vouch for is brought back to its input's."""
+        homes = {self.outputs[i.output]: i.node for i in self.inputs if i.output is not None and isinstance(self.outputs[i.output], fx.Node)}
+        if not self.is_list(x) or self.like.get(x, False) or x in self.placeholders:
+            return self.text(x)
+        return f"cast({self.text(x)}, {self.var[homes.get(x, self.inputs[1].node)]})"
+
+    def text(self, x: Any, bare: bool = False) -> str:
+        """An argument as source."""
+        if isinstance(x, fx.Node):
+            text = self.var[x]
+            return text[1:-1] if bare and text.startswith("(") and text.count("(") == 1 else text
+        if isinstance(x, str) and isinstance(x, Name):
+            return x
+        if isinstance(x, Scale):
+            factors = [self.text(k, len(x.numbers) == 1) for k in x.numbers if k != -1.0]
+            negative = x.negative ^ bool(sum(isinstance(k, float) and k == -1.0 for k in x.numbers) % 2)
+            text = " * ".join(factors) or "1"
+            return f"-{text if len(factors) < 2 and self.atomic(text) else f'({text})'}" if negative else text
+        if isinstance(x, (bool, int, type(None))) or (isinstance(x, float) and x - x == 0):
+            return repr(x)
+        if isinstance(x, (tuple, list)):
+            inner = "".join(f"{self.text(y)}, " for y in x)
+            return f"({inner})" if isinstance(x, tuple) else f"[{inner}]"
+        if isinstance(x, slice):
+            return f"slice({self.text(x.start)}, {self.text(x.stop)}, {self.text(x.step)})"
+        return self.constant(x)
+
+    @staticmethod
+    def atomic(text: str) -> bool:
+        return text.isidentifier() or text.replace(".", "").isdigit()
+
+    def arguments(self, node: Any, kwargs: dict[str, Any] | None = None) -> str:
+        args, kwargs = (node.args, node.kwargs) if isinstance(node, fx.Node) else (node, kwargs or {})
+        return ", ".join([*[self.text(a, True) for a in args], *[f"{k}={self.text(v, True)}" for k, v in kwargs.items()]])
+
+    def constant(self, x: Any) -> str:
+        """The name of an object in the program's namespace."""
+        name = getattr(x, "__name__", "") if callable(x) else ""
+        if not name.isidentifier():
+            name = "constant"
+        base, k = name, 1
+        while name in self.space and self.space[name] is not x or name in self.taken - set(self.space):
+            name, k = f"{base}_{k}", k + 1
+        self.space[name] = x
+        self.taken.add(name)
+        return name
+
+    def fresh(self, prefix: str) -> str:
+        k = 0
+        while f"{prefix}{k}" in self.taken:
+            k += 1
+        self.taken.add(f"{prefix}{k}")
+        return f"{prefix}{k}"
+
+
+class Name(str):
+    """The name of a variable of the program."""
+
+
+class Scale(NamedTuple):
+    """The number in front of a contracted product."""
+
+    negative: bool
+    numbers: list[Any]
+
+
+class Product(NamedTuple):
+    """Numbers times one list, or times the product or quotient of two."""
+
+    numbers: list[Any]
+    lists: list[Any]
+    name: str
+    absorbed: set[fx.Node]
+
+
+TORCH = frozenset(filter(callable, (getattr(torch, n, None) for n in (*UNARY, *BINARY, "pow", "square", "lerp", "where"))))
+
+
+def on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A torch function on plain numbers: computed in float64 on the CPU, and a number again, unless a tensor is given."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, Tensor) for a in args):
+            return function(*args, **kwargs)
+        made = [torch.tensor(a, dtype=torch.float64) if isinstance(a, float) else a for a in args]
+        result = function(*made, **kwargs)
+        return result.item() if isinstance(result, Tensor) else result
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------------------- kernels
+# What the lines of a program call: torch's foreach operations, and the few forms they lack. A number is a Python float, or
+# a 0-d tensor when it lives on a device, is being traced, or was given as one.
+
+
+def _direct(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
+
+
+def sub(x: Lists, y: Any) -> Iterable[Tensor]:
+    return torch._foreach_add(x, -y) if isinstance(y, Tensor) else torch._foreach_sub(x, y)
+
+
+def sub_(x: Lists, y: Any) -> None:
+    torch._foreach_add_(x, -y) if isinstance(y, Tensor) else torch._foreach_sub_(x, y)
+
+
+def rsub(x: Lists, k: Any) -> Iterable[Tensor]:
+    y = torch._foreach_neg(x)
+    torch._foreach_add_(y, k)
+    return y
+
+
+def rsub_(x: Lists, k: Any) -> None:
+    torch._foreach_neg_(x)
+    torch._foreach_add_(x, k)
+
+
+def rdiv(x: Lists, k: Any) -> Iterable[Tensor]:
+    y = torch._foreach_reciprocal(x)
+    torch._foreach_mul_(y, k)
+    return y
+
+
+def rdiv_(x: Lists, k: Any) -> None:
+    torch._foreach_reciprocal_(x)
+    torch._foreach_mul_(x, k)
+
+
+def square(x: Lists) -> Iterable[Tensor]:
+    return torch._foreach_mul(x, x)
+
+
+def square_(x: Lists) -> None:
+    torch._foreach_mul_(x, x)
+
+
+def pow(x: Lists, k: Any) -> Iterable[Tensor]:
+    return [t**k for t in x] if isinstance(k, Tensor) else torch._foreach_pow(x, k)
+
+
+def pow_(x: Lists, k: Any) -> None:
+    torch._foreach_copy_(x, pow(x, k)) if isinstance(k, Tensor) else torch._foreach_pow_(x, k)
+
+
+def maximum(x: Lists, y: Any) -> Iterable[Tensor]:
+    return [torch.clamp_min(t, y) for t in x] if isinstance(y, Tensor) else torch._foreach_maximum(x, y)
+
+
+def maximum_(x: Lists, y: Any) -> None:
+    torch._foreach_copy_(x, maximum(x, y)) if isinstance(y, Tensor) else torch._foreach_maximum_(x, y)
+
+
+def minimum(x: Lists, y: Any) -> Iterable[Tensor]:
+    return [torch.clamp_max(t, y) for t in x] if isinstance(y, Tensor) else torch._foreach_minimum(x, y)
+
+
+def minimum_(x: Lists, y: Any) -> None:
+    torch._foreach_copy_(x, minimum(x, y)) if isinstance(y, Tensor) else torch._foreach_minimum_(x, y)
+
+
+def lerp(x: Lists, y: Lists, k: Any) -> Iterable[Tensor]:
+    return axpy(x, torch._foreach_sub(y, x), k) if isinstance(k, Tensor) else torch._foreach_lerp(x, y, k)
+
+
+def lerp_(x: Lists, y: Lists, k: Any) -> None:
+    axpy_(x, torch._foreach_sub(y, x), k) if isinstance(k, Tensor) else torch._foreach_lerp_(x, y, k)
+
+
+def axpy(x: Lists, y: Any, k: Any) -> Iterable[Tensor]:
+    """x + k*y."""
+    if isinstance(k, Tensor):
+        return torch._foreach_add(x, torch._foreach_mul(y, k))
+    return torch._foreach_add(x, y, alpha=k)
+
+
+def axpy_(x: Lists, y: Any, k: Any) -> None:
+    if isinstance(k, Tensor):
+        torch._foreach_add_(x, torch._foreach_mul(y, k))
+    else:
+        torch._foreach_add_(x, y, alpha=k)
+
+
+def addcmul(x: Lists, y: Lists, z: Lists, k: Any) -> Iterable[Tensor]:
+    """x + k*(y*z)."""
+    return axpy(x, torch._foreach_mul(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcmul(x, y, z, k)
+
+
+def addcmul_(x: Lists, y: Lists, z: Lists, k: Any) -> None:
+    axpy_(x, torch._foreach_mul(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcmul_(x, y, z, k)
+
+
+def addcdiv(x: Lists, y: Lists, z: Lists, k: Any) -> Iterable[Tensor]:
+    """x + k*(y/z)."""
+    return axpy(x, torch._foreach_div(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcdiv(x, y, z, k)
+
+
+def addcdiv_(x: Lists, y: Lists, z: Lists, k: Any) -> None:
+    axpy_(x, torch._foreach_div(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcdiv_(x, y, z, k)
+
+
+def clone(x: Lists) -> Iterable[Tensor]:
+    return [t.clone() for t in x]
+
+
+def cast(x: Lists, like: Lists) -> Lists:
+    return [t.to(y.dtype) for t, y in zip(x, like)]
+
+
+KERNELS: dict[str, Any] = {
+    name: kernel
+    for base in (*UNARY, "add", "mul", "div")
+    for name, kernel in zip((base, f"{base}_"), _direct(base))
+} | {
+    f.__name__: f
+    for f in (
+        sub, sub_, rsub, rsub_, rdiv, rdiv_, square, square_, pow, pow_, maximum, maximum_, minimum, minimum_,
+        lerp, lerp_, axpy, axpy_, addcmul, addcmul_, addcdiv, addcdiv_, clone, cast,
+    )
+} | {"copy_": torch._foreach_copy_}  # fmt: skip

@@ -1,0 +1,625 @@
+"""`Transform`: an optimizer as a value, and the two ways to declare one.
+
+A *leafwise* transform treats each parameter on its own: a function of one tensor, written once, out of place. A *whole*
+transform sees all parameters together. `chain` puts transforms one after the other. Pytrees enter and leave here, and only
+here; what happens to the lists in between is `purestep.engine`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from typing_extensions import Self
+
+from purestep import maths, tree
+from purestep.engine import (
+    Call,
+    Executor,
+    Group,
+    Link,
+    LinkDeclaration,
+    Primitive,
+    choose,
+    evaluate_mask,
+    fields_of,
+    fresh_state,
+    hyper_tensors,
+    is_off,
+    part,
+    pick,
+    put,
+    stages,
+    state_type,
+)
+from purestep.program import Recipe, program
+from purestep.value import show
+
+P = ParamSpec("P")
+S = TypeVar("S")
+T = TypeVar("T")
+
+PyTree = Any
+
+
+class Transform:
+    """An optimizer, or a part of one: a frozen value made of pure functions, and a pytree of its hyperparameters.
+
+    Transforms are made by factories (`purestep.adamw`, `purestep.chain`, …), never by calling this class. They print as
+    the call that makes them, compare by value, pickle, and can be vmapped over and differentiated with respect to.
+
+    >>> import torch, purestep as ps
+    >>> opt = ps.sgd(lr=0.1)
+    >>> params = {"w": torch.tensor([1.0, 2.0])}
+    >>> state = opt.init_state(params)
+    >>> params, state = opt.step({"w": torch.tensor([1.0, 1.0])}, state, params)
+    >>> params
+    {'w': tensor([0.9000, 1.9000])}
+    """
+
+    __slots__ = ()
+    links: tuple[Link, ...]
+    """The transforms this one is made of, in order."""
+
+    # -- the three functions
+
+    def init_state(self, params: PyTree) -> Any:
+        """The state before the first update.
+
+        Args:
+            params: any pytree of floating-point or complex tensors. `None` is a leaf without a parameter.
+
+        Returns:
+            a `NamedTuple` (for a chain, a tuple of them) whose fields are pytrees of the structure of `params`.
+
+        Raises:
+            TypeError: a leaf is not a floating-point or complex tensor; the error names its path.
+        """
+        leaves, spec = tree.flatten(params)
+        check_params(leaves, spec)
+        states = []
+        for link in self.links:
+            value = link.transform
+            if value.declaration.whole:
+                states.append(whole_init(value, [p for p in leaves if p is not None], leaves, spec))
+                continue
+            fields = fields_of(value)
+            on = [p is not None for p in leaves]
+            for mask in link.masks:
+                on = [a and b for a, b in zip(on, evaluate_mask(mask, leaves, spec))]
+            if is_off(value):
+                on = [False] * len(leaves)
+            made = [fresh_state(value, p) if yes else (None,) * len(fields.names) for p, yes in zip(leaves, on)]
+            columns: list[list[Any]] = [list(c) for c in zip(*made)] if made else [[] for _ in fields.names]
+            for f, scalar in enumerate(fields.scalars):
+                if scalar:
+                    columns[f] = share(columns[f], leaves)
+            states.append(state_type(value)(*[tree.unflatten(c, spec) for c in columns]))
+        return self._join(states)
+
+    def update(
+        self, grads: PyTree, state: Any, params: PyTree, *, donate: bool = False, executor: Executor | None = None
+    ) -> tuple[Any, Any]:
+        """The updates (add them to the parameters) and the new state. Changes nothing it is given.
+
+        Args:
+            grads: the gradients, a pytree of the structure of `params`. Where it holds `None`, the parameter and its state
+                are left exactly as they are, and the update is `None`.
+            state: what `init_state` or the last update returned.
+            params: the parameters.
+            donate: give the memory of `state` away: it is reused, and the old state must not be used again.
+            executor: how the leaf functions are run. By default the fastest way that fits; ``"leaf"`` runs them one
+                parameter at a time, so that an error appears on its author's line; ``"foreach"`` runs all parameters at
+                once; ``"fused"`` insists on one of torch's fused kernels.
+
+        Raises:
+            ValueError: the structure, shape, dtype or device of a gradient or state is not its parameter's; the error
+                names the first path.
+            TypeError: the state belongs to another transform, or a parameter cannot be optimized.
+        """
+        return self._advance(grads, state, params, False, donate, executor)
+
+    def step(
+        self, grads: PyTree, state: Any, params: PyTree, *, donate: bool = False, executor: Executor | None = None
+    ) -> tuple[Any, Any]:
+        """The new parameters and the new state: `update` and `apply_updates` at once.
+
+        With ``donate=True`` the memory of both `state` and `params` is given away and reused in place. All else is as in
+        `update`.
+        """
+        return self._advance(grads, state, params, True, donate, executor)
+
+    def _advance(
+        self, grads: PyTree, state: Any, params: PyTree, apply: bool, donate: bool, executor: Executor | None
+    ) -> tuple[Any, Any]:
+        leaves, spec = tree.flatten(params)
+        gradients = tree.flatten_like(grads, spec, "grads")
+        states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
+        check_params(leaves, spec)
+        check_gradients(gradients, leaves, spec)
+        rows = None
+        if type(None) in set(map(type, gradients)):
+            rows = [k for k, g in enumerate(gradients) if g is not None]
+        check_states(self.links, states, leaves, rows, spec)
+        return_same = donate and rows is None
+        chosen = [
+            s if link.transform.declaration.whole else [pick(c, rows) for c in s] for link, s in zip(self.links, states)
+        ]
+        flat_state = [c for link, s in zip(self.links, chosen) if not link.transform.declaration.whole for c in s]
+        live, given = pick(gradients, rows), pick(leaves, rows)
+        mode = choose(executor, live, given, *flat_state, hyper_tensors(self.links))
+
+        def mask(m: Any) -> list[bool]:
+            return pick(evaluate_mask(m, leaves, spec), rows)
+
+        call = Call(live, given, chosen, mask, mode, apply=apply, donate=donate, alone=rows is None, executor=executor)
+        out, news = call.run([Group(self.links, range(len(given)))])
+        if rows is not None:
+            out = put(leaves if apply else [None] * len(leaves), rows, out)
+            news = [
+                new if link.transform.declaration.whole else [put(old, rows, x) for old, x in zip(olds, new)]
+                for link, olds, new in zip(self.links, states, news)
+            ]
+        if return_same and apply and all([a is b for a, b in zip(out, leaves)]):
+            result = params
+        else:
+            result = tree.unflatten(out, spec)
+        return result, self._join([self._tree(link, s, spec) for link, s in zip(self.links, news)])
+
+    def _columns(self, link: Link, state: Any, spec: tree.Spec) -> Any:
+        """The state of one link, with lists for what it keeps per parameter."""
+        value = link.transform
+        expected = state_type(value)
+        if type(state) is not expected:
+            raise TypeError(
+                f"{value.declaration.name} needs its own state, {expected.__name__}, but got {type(state).__name__}. A state "
+                "belongs to the transform whose init_state made it."
+            )
+        fields = fields_of(value)
+        columns = [
+            tree.flatten_like(c, spec, f"{expected.__name__}.{name}") if leaf else c
+            for c, name, leaf in zip(state, fields.names, fields.leaves)
+        ]
+        return expected(*columns) if value.declaration.whole else columns
+
+    def _tree(self, link: Link, state: Any, spec: tree.Spec) -> Any:
+        """The state of one link, with trees again."""
+        fields = fields_of(link.transform)
+        return state_type(link.transform)(
+            *[tree.unflatten(c, spec) if leaf else c for c, leaf in zip(state, fields.leaves)]
+        )
+
+    # -- the state of the whole, as a list with one entry per link
+
+    def _split(self, state: Any) -> list[Any]:
+        return [state]
+
+    def _join(self, states: Sequence[Any]) -> Any:
+        return states[0]
+
+    # -- hyperparameters
+
+    @property
+    def hyperparams(self) -> dict[str, Any]:
+        """The hyperparameters by name; a name that occurs twice in a chain is qualified by its place: ``"0.lr"``.
+
+        >>> import purestep as ps
+        >>> ps.chain(ps.scale(2.0), ps.trace(0.9), ps.scale(3.0)).hyperparams
+        {'0.factor': 2.0, 'momentum': 0.9, 'dampening': 0.0, '2.factor': 3.0}
+        """
+        return {name: value for name, _, _, value in self._named(hypers=True)}
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """The arguments that are not numbers, named as `hyperparams` are."""
+        return {name: value for name, _, _, value in self._named(hypers=False)}
+
+    def replace(self, **changes: Any) -> Self:
+        """A new transform with these hyperparameters or switches; this one is untouched.
+
+        >>> import purestep as ps
+        >>> ps.sgd(lr=0.1).replace(lr=0.2).hyperparams["lr"]
+        0.2
+        >>> opt = ps.chain(ps.scale(2.0), ps.scale(3.0)).replace(**{"1.factor": 4.0})
+
+        Raises:
+            TypeError: there is no such name, or it is ambiguous; the error lists the names there are.
+            ValueError: the value is outside the range of the hyperparameter.
+        """
+        named = [*self._named(hypers=True), *self._named(hypers=False)]
+        where = {name: (i, plain) for name, i, plain, _ in named}
+        new = [dict(link.transform.arguments) for link in self.links]
+        for name, value in changes.items():
+            if name not in where:
+                same = [n for n, _, plain, _ in named if plain == name]
+                if same:
+                    raise TypeError(f"{name!r} is ambiguous here: say which one, {_either(same)}.")
+                raise TypeError(f"There is no {name!r} to replace in {self!r}; there is {_either(sorted(where)) or 'nothing'}.")
+            i, plain = where[name]
+            new[i][plain] = self.links[i].transform.declaration.checked(plain, value)
+        made = [type(link.transform)(link.transform.declaration, a) for link, a in zip(self.links, new)]
+        return self._rebuild(iter(made))
+
+    def _named(self, hypers: bool) -> list[tuple[str, int, str, Any]]:
+        """(name, link, name within the link, value) of every hyperparameter, or every switch."""
+        found = []
+        for i, link in enumerate(self.links):
+            d = link.transform.declaration
+            found += [(n, i, link.transform.arguments[n]) for n in (d.hypers if hypers else d.switches)]
+        count = [n for n, _, _ in found]
+        return [(n if count.count(n) == 1 else f"{i}.{n}", i, n, v) for n, i, v in found]
+
+    def _rebuild(self, primitives: Any) -> Self:
+        """The same structure around new primitives."""
+        return next(primitives)  # type: ignore[no-any-return]
+
+    # -- reading
+
+    def program(self, *, donate: bool = False) -> str:
+        """The source of the foreach program that `step` runs on real floating-point parameters, as text to read.
+
+        >>> import purestep as ps
+        >>> print(ps.sgd(lr=0.1).program(donate=True))
+        def program(g, p, lr):
+            axpy_(p, g, -lr)
+            return p,
+        <BLANKLINE>
+        """
+        texts, own, done = [], False, False
+        for start, stop, whole in stages(self.links):
+            if whole:
+                texts.append(f"# {self.links[start].transform!r}\n")
+                own = False
+                continue
+            done = stop == len(self.links)
+            values = [link.transform for link in self.links[start:stop] if not is_off(link.transform)]
+            parts = tuple(part(v, (False,) * len(v.declaration.fields.names)) for v in values)
+            texts.append(program(Recipe(parts, done, own, donate)).source)
+            own = True
+        if not done:
+            texts.append(program(Recipe((), True, own, donate)).source)
+        return "\n".join(texts)
+
+
+class Leafwise(Primitive, Transform):
+    """A transform that treats each parameter on its own; declared with `leafwise`."""
+
+    __slots__ = ("links",)
+
+    def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
+        super().__init__(declaration, arguments)
+        object.__setattr__(self, "links", (Link(self),))
+
+
+class Whole(Primitive, Transform):
+    """A transform that sees all parameters together; declared with `whole`."""
+
+    __slots__ = ("links",)
+
+    def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
+        super().__init__(declaration, arguments)
+        object.__setattr__(self, "links", (Link(self),))
+
+
+class Composite(Transform):
+    """A transform made of others, given by its children and by what is not a transform."""
+
+    __slots__ = ("__weakref__", "children", "context", "links")
+    children: tuple[Transform, ...]
+    context: tuple[Any, ...]
+
+    def __init__(self, children: Iterable[Transform], context: tuple[Any, ...] = ()) -> None:
+        object.__setattr__(self, "children", tuple(children))
+        object.__setattr__(self, "context", context)
+        object.__setattr__(self, "links", self._links())
+
+    def _links(self) -> tuple[Link, ...]:
+        return tuple([link for child in self.children for link in child.links])
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"A transform is frozen: make a new one with replace({name}=...).")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.children == other.children and self.context == other.context
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.children))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.children, self.context)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        pytree.register_pytree_node(
+            cls,
+            lambda x: (list(x.children), x.context),
+            lambda children, context: _composite(cls, children, context),
+            serialized_type_name=f"purestep.{cls.__qualname__}",
+            flatten_with_keys_fn=lambda x: ([(pytree.SequenceKey(i), c) for i, c in enumerate(x.children)], x.context),
+        )
+
+    def _rebuild(self, primitives: Any) -> Self:
+        return type(self)([child._rebuild(primitives) for child in self.children], self.context)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__.lower()}({', '.join([*map(repr, self.children), *map(show, self.context)])})"
+
+
+def _composite(cls: Any, children: Iterable[Any], context: Any) -> Any:
+    """Put a composite together from what a pytree function left in its children's place, which may be anything."""
+    children = tuple(children)
+    if all([isinstance(c, Transform) for c in children]):
+        return cls(children, context)
+    made = object.__new__(cls)
+    for name, x in (("children", children), ("context", context), ("links", ())):
+        object.__setattr__(made, name, x)
+    return made
+
+
+class Chain(Composite):
+    """Transforms one after the other; made with `chain`."""
+
+    __slots__ = ()
+
+    def _split(self, state: Any) -> list[Any]:
+        if not isinstance(state, tuple) or hasattr(state, "_fields") or len(state) != len(self.children):
+            raise TypeError(
+                f"The state of a chain of {len(self.children)} must be a tuple of {len(self.children)} states, but got "
+                f"{type(state).__name__}{f' of {len(state)}' if isinstance(state, tuple) else ''}. A state belongs to the "
+                "transform whose init_state made it."
+            )
+        return [s for child, x in zip(self.children, state) for s in child._split(x)]
+
+    def _join(self, states: Sequence[Any]) -> Any:
+        parts, start = [], 0
+        for child in self.children:
+            parts.append(child._join(states[start : start + len(child.links)]))
+            start += len(child.links)
+        return tuple(parts)
+
+
+def chain(*transforms: Transform) -> Chain:
+    """Apply transforms one after the other: each takes the updates of the one before it.
+
+    Its state is a tuple with one entry per transform. A chain within a chain is the same as its transforms written out,
+    so `chain(a, chain(b, c)) == chain(a, b, c)`; a chain of nothing leaves the gradients as they are.
+
+    >>> import purestep as ps
+    >>> ps.chain(ps.clip_by_global_norm(1.0), ps.sgd(lr=0.1))
+    chain(clip_by_global_norm(1.0), add_decayed_weights(0.0), trace(0.0, dampening=0.0, nesterov=False), scale_by_learning_rate(0.1))
+
+    Raises:
+        TypeError: an argument is not a transform.
+    """
+    children: list[Transform] = []
+    for i, t in enumerate(transforms):
+        if not isinstance(t, Transform):
+            hint = f" Did you mean to call it: {t.__name__}(...)?" if hasattr(t, "declaration") else ""
+            raise TypeError(f"chain takes transforms, but argument {i} is {t!r}.{hint}")
+        children += t.children if isinstance(t, Chain) else [t]
+    return Chain(children)
+
+
+# ------------------------------------------------------------------------------------------------------------ declarations
+
+
+class Stateful(Protocol[S]):
+    """What `leafwise` takes: the type of a state, which makes itself for a parameter."""
+
+    def __call__(self, *args: Any) -> S: ...
+
+    @property
+    def init(self) -> Callable[..., S]: ...
+
+
+@overload
+def leafwise(
+    state: type[S], *, off: str | None = None
+) -> Callable[[Callable[Concatenate[Tensor, S, Tensor, P], tuple[Tensor, S]]], Callable[P, Transform]]: ...
+@overload
+def leafwise(
+    state: None = None, *, off: str | None = None
+) -> Callable[[Callable[Concatenate[Tensor, Tensor, P], Tensor]], Callable[P, Transform]]: ...
+def leafwise(state: Any = None, *, off: str | None = None) -> Any:
+    """Declare a leafwise transform: a function of one parameter becomes a factory of transforms.
+
+    The function takes the gradient (or the update so far) `g`, the parameter's state `s` and the parameter `p`, then the
+    transform's arguments, and returns the new update and the new state. Without a state it takes `g` and `p` and returns
+    the update. It is written out of place with operators and torch's functions; it must not branch on values (use
+    `purestep.where`). Arguments annotated `Hyper` (or `float`) are hyperparameters, all others are switches.
+
+    Args:
+        state: a `NamedTuple` with a classmethod `init(p, ...)`, which may ask for hyperparameters by name. A field
+            annotated `Scalar` holds one number per parameter, and one called `step` counts the updates.
+        off: a hyperparameter. Where it is the plain number 0, the transform does nothing and has no state.
+
+    >>> import torch, purestep as ps
+    >>> @ps.leafwise()
+    ... def sign(g, p):
+    ...     return torch.sign(g)
+    >>> ps.chain(sign(), ps.scale(-0.1)).step(torch.tensor([3.0, -2.0]), (ps.EmptyState(),) * 2, torch.zeros(2))[0]
+    tensor([-0.1000,  0.1000])
+    """
+    if state is not None and not (isinstance(state, type) and hasattr(state, "init") and hasattr(state, "_fields")):
+        raise TypeError(
+            f"leafwise takes a state (a NamedTuple with a classmethod init(p)) or nothing, but got {state!r}. "
+            "For a transform without state write @leafwise()."
+        )
+
+    def declare(function: Any) -> Any:
+        return factory_of(Leafwise, LinkDeclaration(function, state, off, whole=False))
+
+    return declare
+
+
+def whole(state: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Transform]]:
+    """Declare a whole transform: a function of all parameters together becomes a factory of transforms.
+
+    The function takes the lists of gradients and of parameters that have one, `(gs, s, ps, ...)`, and returns the list of
+    updates and the new state. Fields of the state annotated `list[Tensor]` hold an entry per parameter; all others are its
+    own. Hyperparameters arrive as numbers.
+    """
+
+    def declare(function: Callable[..., Any]) -> Any:
+        return factory_of(Whole, LinkDeclaration(function, state, None, whole=True))
+
+    return declare
+
+
+def factory_of(kind: Any, declaration: LinkDeclaration) -> Any:
+    """The factory that makes transforms of this declaration."""
+
+    @functools.wraps(declaration.function)
+    def factory(*args: Any, **kwargs: Any) -> Transform:
+        made: Transform = kind(declaration, declaration.bind(args, kwargs))
+        return made
+
+    factory.__signature__ = declaration.signature  # type: ignore[attr-defined]
+    factory.declaration = declaration  # type: ignore[attr-defined]
+    del factory.__wrapped__  # type: ignore[attr-defined]  # inspect and doctest would see the leaf function
+    declaration.factory = factory
+    return factory
+
+
+def whole_init(value: Primitive, params: list[Tensor], leaves: list[Any], spec: tree.Spec) -> Any:
+    state = value.declaration.state
+    if state is None:
+        return state_type(value)(*[maths.counter(p) for p in params[:1] if fields_of(value).names])
+    return state.init(params)  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+
+
+def share(column: list[Any], params: list[Any]) -> list[Any]:
+    """One counter for all parameters on a device, instead of one each: they begin equal."""
+    shared: dict[Any, Any] = {}
+    result = []
+    for x, p in zip(column, params):
+        if x is None or torch._C._functorch.is_batchedtensor(x):
+            result.append(x)
+        else:
+            result.append(shared.setdefault((p.device, x.dtype), x))
+    return result
+
+
+def check_params(leaves: list[Any], spec: tree.Spec) -> None:
+    """Refuse parameters that are not floating-point or complex tensors."""
+    if all([isinstance(p, Tensor) for p in leaves]) and all([d.is_floating_point or d.is_complex for d in {p.dtype for p in leaves}]):
+        return
+    for path, p in zip(spec.paths(), leaves):
+        if p is not None and not isinstance(p, Tensor):
+            raise TypeError(f"Parameters must be tensors, but {tree.quote(path)} is a {type(p).__name__}: {p!r}.")
+        if p is not None and not (p.is_floating_point() or p.is_complex()):
+            raise TypeError(
+                f"Only floating-point and complex parameters can be optimized, but {tree.quote(path)} is {p.dtype}. Leave it "
+                "out of params (for a module: it is a buffer, not a parameter)."
+            )
+
+
+def check_gradients(grads: list[Any], params: list[Any], spec: tree.Spec) -> None:
+    """Refuse gradients whose shape, dtype, device or layout is not their parameter's."""
+    try:
+        if (
+            [g.shape for g in grads] == [p.shape for p in params]
+            and [g.dtype for g in grads] == [p.dtype for p in params]
+            and {g.device for g in grads} == {p.device for p in params}
+            and all([g.layout is torch.strided for g in grads])
+        ):
+            if len({g.device for g in grads}) <= 1:
+                return
+    except AttributeError:
+        pass
+    for path, g, p in zip(spec.paths(), grads, params):
+        if g is None:
+            continue
+        if p is None:
+            raise ValueError(f"grads have a gradient at {tree.quote(path)}, where params have None.")
+        if not isinstance(g, Tensor):
+            raise TypeError(f"Gradients must be tensors or None, but {tree.quote(path)} is a {type(g).__name__}: {g!r}.")
+        if g.layout is not torch.strided:
+            raise RuntimeError(
+                f"The gradient of {tree.quote(path)} is sparse ({g.layout}), and this transform needs dense gradients. Make it "
+                "dense with .to_dense(), or create the embedding with sparse=False."
+            )
+        for what in ("shape", "dtype", "device"):
+            of_g, of_p = getattr(g, what), getattr(p, what)
+            if of_g != of_p:
+                of_g, of_p = (tuple(of_g), tuple(of_p)) if what == "shape" else (of_g, of_p)
+                raise ValueError(f"The gradient of {tree.quote(path)} has {what} {of_g}, but the parameter has {what} {of_p}.")
+
+
+def check_states(links: Sequence[Link], states: list[Any], params: list[Any], rows: list[int] | None, spec: tree.Spec) -> None:
+    """Refuse a state that was made for other parameters: a kernel would read beyond its end."""
+    shapes = [p.shape if p is not None else None for p in params]
+    for link, columns in zip(links, states):
+        if link.transform.declaration.whole or link.transform.declaration.state is None:
+            continue
+        fields = fields_of(link.transform)
+        for name, like, column in zip(fields.names, fields.like, columns):
+            if not like or [x.shape for x in column if x is not None] == shapes:
+                continue
+            for path, x, p in zip(spec.paths(), column, params):
+                if x is None or (rows is not None and p is None):
+                    continue
+                if x.shape != p.shape:
+                    raise ValueError(
+                        f"{link.transform.declaration.name}: the state's {name!r} at {tree.quote(path)} has shape "
+                        f"{tuple(x.shape)}, but the parameter has shape {tuple(p.shape)}. Make a new state with init_state."
+                    )
+
+
+def _either(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+# --------------------------------------------------------------------------------------------------------- free functions
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> Any:
+    """`params + updates`, leaf by leaf, in the parameters' dtypes; where the update is `None` the parameter stays.
+
+    >>> import torch, purestep as ps
+    >>> ps.apply_updates([torch.tensor(1.0), torch.tensor(2.0)], [torch.tensor(0.5), None])
+    [tensor(1.5000), tensor(2.)]
+    """
+    leaves, spec = tree.flatten(params)
+    given = tree.flatten_like(updates, spec, "updates")
+    return tree.unflatten([p if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, given)], spec)
+
+
+def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> T:
+    """The same transform with every hyperparameter as a 0-d tensor, ready to be differentiated with respect to.
+
+    Tensors are float64 by default: numbers are double precision in Python, and a 0-d tensor never promotes the dtype of
+    what it meets. Hyperparameters that are tensors already stay what they are.
+
+    >>> import torch, purestep as ps
+    >>> def loss(opt):
+    ...     p = torch.tensor([1.0])
+    ...     p, _ = opt.step(2 * p, opt.init_state(p), p)
+    ...     return (p**2).sum()
+    >>> torch.func.grad(loss)(ps.tensors(ps.chain(ps.scale(-0.1))))
+    chain(scale(tensor(3.2000, dtype=torch.float64)))
+    """
+
+    def convert(x: Any) -> Any:
+        if isinstance(x, (int, float)) and not isinstance(x, bool):
+            return torch.tensor(x, dtype=dtype or maths.precise(torch.device(device or "cpu")), device=device)
+        return x
+
+    return pytree.tree_map(convert, transform)  # type: ignore[no-any-return]
+
+
+def in_dims(transform: Any) -> Any:
+    """The `in_dims` for `torch.func.vmap` over a transform: 0 where a hyperparameter is a batch, else None.
+
+    >>> import torch, purestep as ps
+    >>> ps.in_dims(ps.chain(ps.scale(torch.tensor([0.1, 0.2])), ps.trace(0.9)))
+    chain(scale(0), trace(None, dampening=None, nesterov=False))
+    """
+    return pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) and x.dim() > 0 else None, transform)

@@ -1,0 +1,62 @@
+"""Multiply the updates by a number, or turn them around."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from purestep.hyper import Hyper, NonNegative
+from purestep.transform import Transform, chain, leafwise
+
+
+@leafwise()
+def scale(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
+    r"""Multiply the updates by a number: :math:`u \leftarrow c\,u`.
+
+    >>> import torch, purestep as ps
+    >>> opt = ps.scale(-0.5)
+    >>> p = torch.tensor([1.0, 2.0])
+    >>> opt.update(torch.tensor([2.0, 4.0]), opt.init_state(p), p)[0]
+    tensor([-1., -2.])
+    """
+    return u * factor
+
+
+@leafwise()
+def scale_by_learning_rate(u: Tensor, p: Tensor, lr: NonNegative) -> Tensor:
+    r"""Multiply the updates by the negative learning rate, :math:`u \leftarrow -\eta\,u`: a step *down* the gradient.
+
+    It stands at the end of a chain. `lr` is a number of at least 0, a 0-d tensor or a schedule.
+
+    >>> import torch, purestep as ps
+    >>> opt = ps.scale_by_learning_rate(ps.schedules.linear(1.0, 0.0, total_steps=2))
+    >>> p = torch.tensor([0.0])
+    >>> state = opt.init_state(p)
+    >>> for _ in range(3):
+    ...     p, state = opt.step(torch.ones(1), state, p)
+    >>> p  # -(1 + 1/2 + 0)
+    tensor([-1.5000])
+    """
+    return u * -lr
+
+
+@leafwise()
+def maximize(u: Tensor, p: Tensor) -> Tensor:
+    r"""Turn the gradients around, :math:`u \leftarrow -u`, so that the rest of the chain climbs.
+
+    It stands at the beginning of a chain.
+
+    >>> import torch, purestep as ps
+    >>> opt = ps.chain(ps.maximize(), ps.sgd(lr=0.1))
+    >>> p = torch.tensor([1.0])
+    >>> opt.step(torch.tensor([1.0]), opt.init_state(p), p)[0]
+    tensor([1.1000])
+    """
+    return -u
+
+
+def direction(maximize: bool) -> Transform:
+    """What a factory with a `maximize` switch begins with."""
+    return _ascend() if maximize else chain()
+
+
+_ascend = maximize

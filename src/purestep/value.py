@@ -1,0 +1,179 @@
+"""Values: a declared function together with the arguments it was given.
+
+An optimizer and a schedule are both of this kind. A value is frozen, prints as the call that makes it, compares and
+pickles by its arguments, and is a pytree whose leaves are its hyperparameters; its switches and the function itself are
+the pytree's structure. Which arguments are hyperparameters is read off the declaration, never off what was given, so that
+two values made by the same call with other numbers always have the same structure.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from typing_extensions import Self
+
+from purestep.hyper import Interval, check, interval_of
+
+V = TypeVar("V", bound="Value")
+
+
+class Declaration:
+    """A function whose calls are values: its name, its hyperparameters (in order), its switches."""
+
+    def __init__(self, function: Callable[..., Any], given: int) -> None:
+        """`given` positional arguments of `function` are supplied by the library when it runs, the rest by the user."""
+        hints = typing.get_type_hints(function, include_extras=True)
+        parameters = list(inspect.signature(function).parameters.values())[given:]
+        self.function = function
+        self.name = function.__name__
+        self.signature = inspect.Signature(parameters)
+        self.intervals: dict[str, Interval | tuple[Interval, ...]] = {}
+        for p in parameters:
+            interval = interval_of(hints.get(p.name))
+            if interval is not None:
+                self.intervals[p.name] = interval
+        self.hypers = tuple(self.intervals)
+        self.switches = tuple(p.name for p in parameters if p.name not in self.intervals)
+        self.positional = frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+        self.factory: Callable[..., Value] | None = None
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of one call, defaults filled in and hyperparameters checked."""
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}{self.signature}: {error}") from None
+        bound.apply_defaults()
+        return {name: self.checked(name, value) for name, value in bound.arguments.items()}
+
+    def checked(self, name: str, value: Any) -> Any:
+        """`value`, if it may be this argument; numbers become floats and functions of the step become schedules."""
+        interval = self.intervals.get(name)
+        return value if interval is None else check(value, interval, f"{self.name}: {name}", as_schedule)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.attrgetter("declaration"), (self.factory,)  # found again by the factory's own import path
+
+
+class Value:
+    """A declared function and its arguments, frozen."""
+
+    __slots__ = ("__weakref__", "arguments", "declaration")
+    declaration: Declaration
+    arguments: Mapping[str, Any]
+
+    def __init__(self, declaration: Declaration, arguments: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "declaration", declaration)
+        object.__setattr__(self, "arguments", arguments)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: make a new one with replace({name}=...).")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.declaration, dict(self.arguments))
+
+    def __repr__(self) -> str:
+        d = self.declaration
+        shown = (
+            show(v) if n in d.positional else f"{n}={show(v)}"
+            for n, v in self.arguments.items()
+        )
+        return f"{d.name}({', '.join(shown)})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self) or not isinstance(other, Value):
+            return NotImplemented
+        if self.declaration is not other.declaration:
+            return False
+        return all(same(a, other.arguments[name]) for name, a in self.arguments.items())
+
+    def __hash__(self) -> int:
+        return hash(self.declaration)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        pytree.register_pytree_node(
+            cls,
+            _flatten,
+            lambda children, context: _unflatten(cls, children, context),
+            serialized_type_name=f"purestep.{cls.__qualname__}",
+            flatten_with_keys_fn=_flatten_with_keys,
+        )
+
+
+def _flatten(value: Value) -> tuple[list[Any], tuple[Any, ...]]:
+    d, a = value.declaration, value.arguments
+    return [a[name] for name in d.hypers], (d, *[a[name] for name in d.switches])
+
+
+def _flatten_with_keys(value: Value) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+    children, context = _flatten(value)
+    keys = value.declaration.hypers
+    return [(pytree.GetAttrKey(k), child) for k, child in zip(keys, children)], context
+
+
+def _unflatten(cls: type[V], children: Iterable[Any], context: tuple[Any, ...]) -> V:
+    d, *switches = context
+    arguments = dict(zip(d.hypers, children)) | dict(zip(d.switches, switches))
+    return cls(d, {name: arguments[name] for name in d.signature.parameters})
+
+
+class Schedule(Value):
+    """A hyperparameter that changes: called with the 0-based number of the update, an int or a 0-d tensor."""
+
+    __slots__ = ()
+
+    def __call__(self, step: Any) -> Any:
+        return self.declaration.function(step, **self.arguments)
+
+
+def as_schedule(function: Callable[[Any], Any]) -> Schedule:
+    """A schedule from any function of the step."""
+    return function if isinstance(function, Schedule) else Schedule(FUNCTION, {"function": function})
+
+
+def _function(step: Any, function: Callable[[Any], Any]) -> Any:
+    return function(step)
+
+
+FUNCTION = Declaration(_function, given=1)
+FUNCTION.name = "schedule"
+FUNCTION.factory = as_schedule
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality of arguments, for which two tensors are equal when their dtypes, shapes and values are."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            return False
+        return a is b or (a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(a, b))
+    if isinstance(a, (tuple, list)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(x, b[k]) for k, x in a.items())
+    return bool(a == b)
+
+
+def show(x: Any) -> str:
+    """An argument as it stands in a repr: a 0-d tensor by its value, a function by its name."""
+    if isinstance(x, tuple):
+        return f"({', '.join(map(show, x))})"
+    if callable(x) and hasattr(x, "__qualname__"):
+        return str(x.__qualname__)
+    return repr(x)

@@ -14,9 +14,11 @@ number of updates so far. Almost always there is one bucket, and finding that ou
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain as flat
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -43,7 +45,8 @@ class ScheduleState(NamedTuple):
     step: maths.Scalar  # updates so far
 
 
-class Fields(NamedTuple):
+@dataclass(frozen=True)
+class Fields:
     """What the fields of a state are."""
 
     names: tuple[str, ...] = ()
@@ -51,6 +54,11 @@ class Fields(NamedTuple):
     like: tuple[bool, ...] = ()  # the parameter's shape and dtype
     leaves: tuple[bool, ...] = ()  # one entry per parameter
     step: int = -1  # the position of `step`
+
+    @functools.cached_property
+    def tensors(self) -> tuple[int, ...]:
+        """The positions of the fields that are like the parameters."""
+        return tuple([f for f, like in enumerate(self.like) if like])
 
 
 class LinkDeclaration(Declaration):
@@ -99,9 +107,9 @@ class Link(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Some of the parameters, and the links with the hyperparameters that hold for them."""
+    """Some of the parameters, and the plan with the hyperparameters that hold for them."""
 
-    links: tuple[Link, ...]
+    plan: Plan
     rows: range
 
 
@@ -168,6 +176,124 @@ def fresh_state(value: Primitive, p: Tensor) -> tuple[Any, ...]:
     return state
 
 
+# ------------------------------------------------------------------------------------------------------------------ plans
+
+
+class Plan:
+    """What can be said about a chain of links before any tensor is seen; a transform makes its own once."""
+
+    def __init__(self, links: tuple[Link, ...]) -> None:
+        self.links = links
+        self.whole = any([link.transform.declaration.whole for link in links])
+        self.off = [is_off(link.transform) for link in links]
+        self.fields = [fields_of(link.transform) for link in links]
+        self.keys = qualified([info.names for info in self.fields])
+        self.optional = [off or bool(link.masks) for off, link in zip(self.off, links)]
+        self.tensors = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
+        self.segments: dict[tuple[int, ...], Segment] = {}
+        self.stages: list[Stage] = []
+        for start, stop, whole in runs(links):
+            self.stages.append(Stage(self, start, stop, whole))
+        if not self.stages or self.stages[-1].whole:
+            self.stages.append(Stage(self, len(links), len(links), False))  # where the updates are applied
+
+    def segment(self, positions: tuple[int, ...]) -> Segment:
+        """The links at these positions, run one after the other."""
+        found = self.segments.get(positions)
+        if found is None:
+            found = self.segments[positions] = Segment(positions, [self.links[i].transform for i in positions])
+        return found
+
+
+class Stage:
+    """A run of consecutive leafwise links, or one whole link."""
+
+    def __init__(self, plan: Plan, start: int, stop: int, whole: bool) -> None:
+        self.start, self.stop, self.whole = start, stop, whole
+        on = [i for i in range(start, stop) if not plan.off[i]]
+        self.masked = any([plan.links[i].masks for i in on])
+        self.positions = tuple(on)
+        self.columns = [(i, f) for i in on for f, scalar in enumerate(plan.fields[i].scalars) if not scalar]
+        self.scalars = [(i, f) for i in on for f, scalar in enumerate(plan.fields[i].scalars) if scalar]
+
+
+def runs(links: Sequence[Link]) -> list[tuple[int, int, bool]]:
+    """Runs of consecutive leafwise links, and each whole link by itself: (start, stop, is whole)."""
+    result: list[tuple[int, int, bool]] = []
+    for i, link in enumerate(links):
+        whole = link.transform.declaration.whole
+        if not whole and result and not result[-1][2]:
+            result[-1] = (result[-1][0], i + 1, False)
+        else:
+            result.append((i, i + 1, whole))
+    return result
+
+
+def qualified(names: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Per link, the names of its fields in one namespace: qualified by the link's number where two links share a name.
+
+    All links of a chain count the same updates, so there is one `step`.
+    """
+    every = [n for own in names for n in own if n != "step"]
+    return [tuple([n if n == "step" or every.count(n) == 1 else f"{i}.{n}" for n in own]) for i, own in enumerate(names)]
+
+
+class Segment:
+    """Consecutive leafwise links that one program or kernel runs."""
+
+    def __init__(self, positions: Sequence[int], values: Sequence[Primitive]) -> None:
+        self.items = [(i, value, fields_of(value)) for i, value in zip(positions, values)]
+        self.names = " -> ".join([value.declaration.name for value in values])
+        self.parts: dict[tuple[Any, ...], tuple[Part, ...]] = {}
+        self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
+        self.hypers = arguments_of(values)
+        self.kernel: Kernel | None = None
+        self.head = self.tail = self
+        for kernel in KERNELS:
+            k = tail(kernel, [value.declaration for value in values])
+            if k is not None and suits(values[k:]):
+                self.kernel = kernel
+                if k:
+                    self.head, self.tail = Segment(positions[:k], values[:k]), Segment(positions[k:], values[k:])
+                self.first = k
+                break
+
+
+def constants(values: Sequence[Primitive]) -> list[float] | None:
+    """All hyperparameters in order as the arguments of a program, or None if one is a tensor or a schedule."""
+    found: list[float] = []
+    for value in values:
+        for name in value.declaration.hypers:
+            x = value.arguments[name]
+            for y in x if isinstance(x, tuple) else (x,):
+                if isinstance(y, float):
+                    found.append(y)
+                elif y is not None:
+                    return None
+    return found
+
+
+def arguments_of(values: Sequence[Primitive]) -> dict[str, Any]:
+    """The arguments of all these transforms by name, and the names of the transforms themselves."""
+    merged: dict[str, Any] = {}
+    for value in values:
+        merged[value.declaration.name] = True
+        merged.update(value.arguments)
+    return merged
+
+
+def suits(values: Sequence[Primitive]) -> bool:
+    """Whether a kernel can take these hyperparameters: numbers that the CPU holds, but for the learning rate."""
+    return not any(
+        [
+            isinstance(y, Tensor) and not y.is_cpu and name != "lr"
+            for value in values
+            for name in value.declaration.hypers
+            for y in pytree.tree_leaves(value.arguments[name])
+        ]
+    )
+
+
 # -------------------------------------------------------------------------------------------------------------- one call
 
 
@@ -176,7 +302,7 @@ class Call:
 
     `params` and `grads` are lists; `states` holds, per link, a list of fields, each a list over the parameters (for a
     whole transform: its state, with lists for what it keeps per parameter). Every parameter has a gradient: the others
-    never get here. `mask` evaluates a mask on these parameters.
+    never get here. `mask` evaluates a mask on these parameters. `alone` says that no one else holds their counters.
     """
 
     def __init__(
@@ -192,150 +318,138 @@ class Call:
         alone: bool,
         executor: Executor | None,
     ) -> None:
-        self.alone = alone  # whether no one else holds these counters: a parameter that stands still may share them
-        self.mask, self.mode, self.apply, self.donate, self.executor = mask, mode, apply, donate, executor
         self.grads, self.params, self.states = grads, params, states
+        self.mask, self.mode, self.apply, self.donate, self.alone = mask, mode, apply, donate, alone
+        self.executor = executor
         self.own = False  # whether the gradients' memory is ours: true once a link has made new ones
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
         self.writes: list[tuple[int, int, Sequence[int] | None, Any]] = []  # link, field, rows, new value
 
     def run(self, groups: Sequence[Group]) -> tuple[list[Any], list[Any]]:
         """The new parameters (or the updates), and the new states."""
-        links = groups[0].links
-        done = False
-        for start, stop, whole in stages(links):
-            if whole:
-                self.whole(start, links[start])
-            else:
-                done = self.apply and stop == len(links)
-                self.leafwise(groups, start, stop, done)
-        if self.apply and not done:
-            self.leafwise(groups, len(links), len(links), True)
-        self.settle()
+        plan = groups[0].plan
+        last = plan.stages[-1]
+        if self.params:
+            for stage in plan.stages:
+                if stage.whole:
+                    self.whole(stage.start, plan.links[stage.start])
+                elif stage.stop > stage.start or self.apply:
+                    self.leafwise(groups, stage, self.apply and stage is last)
+            if self.writes:
+                self.settle()
         return self.grads, self.states
 
     # -- whole transforms
 
     def whole(self, i: int, link: Link) -> None:
         value = link.transform
-        rows = self.selected([link], range(len(self.params)))
-        keep = None if rows[0] is None else [k for k, on in enumerate(rows[0]) if on]
-        grads, params = pick(self.grads, keep), pick(self.params, keep)
-        hypers = {name: x if isinstance(x, float) else self.lower_all(x, None) for name, x in value.arguments.items()}
-        new, self.states[i] = value.declaration.function(grads, self.states[i], params, **hypers)
-        self.grads = new if keep is None else put(self.grads, keep, new)
+        on = self.selected(link)
+        rows = None if on is None else [k for k, yes in enumerate(on) if yes]
+        hypers = {name: self.lower(x, None) for name, x in value.arguments.items()}
+        state = self.states[i]
+        new, self.states[i] = value.declaration.function(pick(self.grads, rows), state, pick(self.params, rows), **hypers)
+        self.grads = list(new) if rows is None else put(self.grads, rows, new)
         self.own = False
 
     # -- leafwise transforms
 
-    def leafwise(self, groups: Sequence[Group], start: int, stop: int, apply: bool) -> None:
+    def leafwise(self, groups: Sequence[Group], stage: Stage, apply: bool) -> None:
         """A run of consecutive leafwise links, with `params + updates` at its end if `apply`."""
-        if not self.params:
-            return
-        out: list[Any] | None = None
-        for group in groups:
-            links = group.links[start:stop]
-            for rows, chosen in self.buckets(links, start, group.rows):
-                updates = self.bucket([(start + k, links[k].transform) for k in chosen], rows, apply)
-                if rows is None:
-                    out = updates
-                else:
-                    out = list(self.grads) if out is None else out
-                    for k, u in zip(rows, updates):
+        if len(groups) == 1 and self.uniform(groups[0].plan, stage):
+            self.grads = self.bucket(groups[0].plan.segment(stage.positions), None, apply)
+        else:
+            out = list(self.grads)
+            for group in groups:
+                for rows, positions in self.buckets(group, stage):
+                    for k, u in zip(rows, self.bucket(group.plan.segment(positions), rows, apply)):
                         out[k] = u
-        self.grads = out if out is not None else self.grads
+            self.grads = out
         self.own = True
 
-    def buckets(self, links: Sequence[Link], start: int, rows: range) -> Iterator[tuple[list[int] | None, list[int]]]:
-        """The rows (None for all) that one program can take together, and which of the links it runs."""
-        every = len(rows) == len(self.params)
-        params = self.params if every else self.params[rows.start : rows.stop]
-        keys: list[Iterable[Any]] = []
-        if len({p.dtype for p in params}) > 1 or len({p.device for p in params}) > 1:
-            keys.append([(p.dtype, p.device) for p in params])
-        masks = self.selected(links, rows)
-        keys += [m for m in masks if isinstance(m, list)]
-        for i, link in enumerate(links, start):
-            fields = self.states[i]
-            if not fields or is_off(link.transform):
-                continue
-            scalars = fields_of(link.transform).scalars
-            for f, values in enumerate(fields):
-                values = values if every else values[rows.start : rows.stop]
-                if type(None) in set(map(type, values)):
-                    keys.append([x is None for x in values])
-                elif scalars[f] and self.mode != "leaf" and not uniform(values, self.mode):
-                    keys.append([self.number(x) if x.is_cpu else id(x) for x in values])
-        everything = [k for k, m in enumerate(masks) if m is not False]
-        if not keys:
-            yield None if every else list(rows), everything
-            return
-        sorted_rows: dict[tuple[Any, ...], list[int]] = {}
-        for k, key in zip(rows, zip(*keys)):
-            sorted_rows.setdefault(key, []).append(k)
-        if every and len(sorted_rows) == 1:
-            yield None, [k for k in everything if masks[k] is None or masks[k][0]]
-            return
-        for found in sorted_rows.values():
-            first = found[0] - rows.start
-            yield found, [k for k in everything if masks[k] is None or masks[k][first]]
+    def uniform(self, plan: Plan, stage: Stage) -> bool:
+        """Whether all parameters can be taken together."""
+        if stage.masked:
+            return False
+        params, states = self.params, self.states
+        for i, f in stage.scalars:
+            if states[i][f][0] is None or (self.mode != "leaf" and not one(states[i][f], self.mode)):
+                return False
+        for i, f in stage.columns:
+            if not all([x is not None for x in states[i][f]]):
+                return False
+        return alike([p.dtype for p in params]) and (all([p.is_cpu for p in params]) or alike([p.device for p in params]))
 
-    def selected(self, links: Sequence[Link], rows: range) -> list[Any]:
-        """Per link: None if it acts on every row, False if on none (it is off), else a list of bools."""
-        result: list[Any] = []
-        for link in links:
-            if is_off(link.transform):
-                result.append(False)
-            elif not link.masks:
-                result.append(None)
-            else:
-                columns = [self.mask(m) for m in link.masks]
-                result.append([all(c[k] for c in columns) for k in rows])
-        return result
+    def buckets(self, group: Group, stage: Stage) -> list[tuple[list[int], tuple[int, ...]]]:
+        """The rows that one program can take together, and the links that act on them."""
+        plan, rows = group.plan, group.rows
+        params = [self.params[k] for k in rows]
+        masks = [None if m is None else [m[k] for k in rows] for m in [self.selected(plan.links[i]) for i in stage.positions]]
+        keys: list[Sequence[Any]] = [[(p.dtype, p.device) for p in params], *[m for m in masks if m is not None]]
+        for i, f in (*stage.columns, *stage.scalars):
+            values = [self.states[i][f][k] for k in rows]
+            keys.append([x is None for x in values])
+            if (i, f) in stage.scalars and self.mode != "leaf":
+                keys.append([x if x is None else self.number(x) if x.is_cpu and self.mode == "program" else id(x) for x in values])
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for k, key in enumerate(zip(*keys)):
+            found.setdefault(key, []).append(k)
+        return [
+            ([rows[k] for k in ks], tuple([i for i, m in zip(stage.positions, masks) if m is None or m[ks[0]]]))
+            for ks in found.values()
+        ]
+
+    def selected(self, link: Link) -> list[bool] | None:
+        """Whether a link acts on each parameter; None if it acts on all."""
+        columns = [self.mask(m) for m in link.masks]
+        return [all(on) for on in zip(*columns)] if columns else None
 
     # -- one bucket
 
-    def bucket(self, links: list[tuple[int, Primitive]], rows: list[int] | None, apply: bool) -> list[Any]:
+    def bucket(self, segment: Segment, rows: list[int] | None, apply: bool) -> list[Any]:
         """Run these links on these rows, write their states, and return the updates, or the parameters if `apply`."""
-        grads, params = pick(self.grads, rows), pick(self.params, rows)
-        fields = [[pick(f, rows) for f in self.states[i]] for i, _ in links]
-        for (i, value), columns in zip(links, fields):
-            if columns and all([c[0] is None for c in columns]):  # not in the state yet: it was off, or the parameter masked
-                made = [fresh_state(value, p) for p in params]
-                columns[:] = [list(c) for c in zip(*made)]
-                for old, column in zip(self.states[i], columns):
-                    for k, x in zip(range(len(params)) if rows is None else rows, column):
-                        old[k] = x
+        grads, params = self.grads, self.params
+        fields = [self.states[i] for i, _, _ in segment.items]
+        if rows is not None:
+            grads, params = pick(grads, rows), pick(params, rows)
+            fields = [[pick(c, rows) for c in own] for own in fields]
+        for (i, value, _), own in zip(segment.items, fields):
+            if own and own[0][0] is None and all([c[0] is None for c in own]):
+                made = [fresh_state(value, p) for p in params]  # it was off, or the parameter was masked, when init ran
+                own[:] = [list(c) for c in zip(*made)]
+                for f, column in enumerate(own):
+                    self.states[i][f] = column if rows is None else put(self.states[i][f], rows, column)
         complex_ = params[0].is_complex()
         if complex_:
-            grads, params = map(real, (grads, params))
-            fields = [[c if s else real(c) for c, s in zip(cs, fields_of(v).scalars)] for (_, v), cs in zip(links, fields)]
-        run = self.leaf if self.mode == "leaf" else self.program
-        updates, news = run(links, grads, params, fields, apply)
-        if complex_:
-            updates = imaginary(updates)
-            news = [[x if s else imaginary(x) for x, s in zip(xs, fields_of(v).scalars)] for (_, v), xs in zip(links, news)]
-        for (i, value), new in zip(links, news):
-            for f, (x, scalar) in enumerate(zip(new, fields_of(value).scalars)):
+            grads, params = real(grads), real(params)
+            fields = [[c if s else real(c) for c, s in zip(cs, info.scalars)] for (_, _, info), cs in zip(segment.items, fields)]
+        if self.mode == "program":
+            with torch._C._AutoDispatchBelowAutograd():  # nothing here requires grad: asking each tensor costs a fifth of a step
+                updates, news = self.program(segment, grads, params, fields, apply)
+            if apply and self.donate:
+                torch.autograd.graph.increment_version(params)
+        else:
+            run = self.leaf if self.mode == "leaf" else self.program
+            updates, news = run(segment, grads, params, fields, apply)
+        for (i, _, info), new in zip(segment.items, news):
+            for f, (x, scalar) in enumerate(zip(new, info.scalars)):
                 if scalar and self.mode != "leaf":
                     self.writes.append((i, f, rows, x))
-                elif rows is None:
-                    self.states[i][f] = x
-                else:
-                    column = self.states[i][f]
-                    for k, y in zip(rows, x):
-                        column[k] = y
-        return updates
+                    continue
+                if complex_ and not scalar:
+                    x = imaginary(x)
+                self.states[i][f] = x if rows is None else put(self.states[i][f], rows, x)
+        return imaginary(updates) if complex_ else updates
 
     # -- mode: leaf
 
-    def leaf(self, links: list[tuple[int, Primitive]], grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+    def leaf(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """The leaf functions themselves, one parameter after the other."""
-        out, news = [], [[[] for _ in columns] for columns in fields]
+        out: list[Any] = []
+        news: list[list[Any]] = [[[] for _ in columns] for columns in fields]
         for k, (g, p) in enumerate(zip(grads, params)):
             u = g
-            for (_, value), columns, new in zip(links, fields, news):
-                u, state = leaf_update(value, u, [c[k] for c in columns], p)
+            for (_, value, info), columns, new in zip(segment.items, fields, news):
+                u, state = leaf_update(value, info, u, [c[k] for c in columns], p)
                 for column, x in zip(new, state):
                     column.append(x)
             if apply:
@@ -347,146 +461,134 @@ class Call:
 
     # -- mode: program
 
-    def program(self, links: list[tuple[int, Primitive]], grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+    def program(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """All parameters at once: the tail of the chain as a fused kernel if there is one, the rest as a program."""
-        if apply and self.executor != "foreach" and self.mode == "program":
-            for kernel in KERNELS:
-                k = tail(kernel, [v.declaration for _, v in links])
-                if k is not None and self.fits(links[k:], grads, params, fields[k:]):
-                    before: list[Any] = []
-                    if k:
-                        grads, before = self.foreach(links[:k], grads, params, fields[:k], False)
-                    params, after = self.fused(kernel, links[k:], grads, params, fields[k:])
-                    return params, before + after
+        if apply and segment.kernel is not None and self.executor != "foreach" and self.mode == "program":
+            k = segment.first
+            if fits(segment.tail, grads, params, fields[k:]):
+                if not k:
+                    return self.fused(segment, grads, params, fields)
+                grads, before = self.foreach(segment.head, grads, params, fields[:k], False)
+                params, after = self.fused(segment.tail, grads, params, fields[k:])
+                return params, before + after
         if self.executor == "fused":
-            names = " -> ".join(v.declaration.name for _, v in links)
             raise RuntimeError(
-                f"fused=True needs a chain that ends in what a torch._fused_* kernel computes, on contiguous floating-point "
-                f"tensors of one dtype, with plain numbers as hyperparameters; {names} on {params[0].dtype} "
-                f"({params[0].device}) is not that. Leave fused out, and the fastest way that fits is chosen."
+                "fused=True needs a chain that ends in what a torch._fused_* kernel computes, on floating-point tensors of one "
+                f"dtype and memory layout, with plain numbers as hyperparameters; {segment.names or 'an empty chain'} on "
+                f"{params[0].dtype} ({params[0].device}) is not that. Leave fused out, and the fastest way that fits is chosen."
             )
-        return self.foreach(links, grads, params, fields, apply)
+        return self.foreach(segment, grads, params, fields, apply)
 
-    def foreach(self, links: list[tuple[int, Primitive]], grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
-        parts, numbers, uniform_dtype = [], [], True
+    def foreach(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+        """The traced program of these links."""
+        dtype = params[0].dtype
         columns: list[Any] = []
         places: list[tuple[int, int]] = []
-        news: list[list[Any]] = [[None] * len(c) for c in fields]
-        for j, ((_, value), own) in enumerate(zip(links, fields)):
-            d = value.declaration
-            count = own[fields_of(value).step][0] if own and fields_of(value).step >= 0 else None
-            if d.state is None:
-                if own:
-                    news[j] = [self.number(count) + 1]
-                absent: tuple[bool, ...] = ()
-            else:
-                absent = tuple([c[0] is None for c in own])
-                for f, c in enumerate(own):
-                    if not absent[f]:
-                        scalar = d.fields.scalars[f]
-                        columns.append(self.number(c[0]) if scalar else c)
-                        places.append((j, f))
-                        uniform_dtype = uniform_dtype and (scalar or c[0].dtype == params[0].dtype)
-            lowered = [self.lower_all(value.arguments[name], count) for name in d.hypers]
-            numbers += flat.from_iterable(x if isinstance(x, tuple) else () if x is None else (x,) for x in lowered)
-            parts.append(part(value, absent))
-        if not uniform_dtype:
-            return self.leaf_lowered(links, grads, params, fields, apply)
-        recipe = Recipe(tuple(parts), apply, self.own, self.donate)
+        news: list[list[Any]] = [[None] * len(own) for own in fields]
+        absent: list[tuple[bool, ...]] = []
+        for j, ((_, value, info), own) in enumerate(zip(segment.items, fields)):
+            absent.append(tuple([c[0] is None for c in own]))
+            for f, (c, scalar) in enumerate(zip(own, info.scalars)):
+                if c[0] is None:
+                    continue
+                if scalar:
+                    number = self.number(c[0])
+                    if value.declaration.state is None:
+                        news[j][f] = number + 1
+                        continue
+                    columns.append(number)
+                else:
+                    if c[0].dtype != dtype:
+                        return self.promoted(segment, grads, params, fields, apply)
+                    columns.append(c)
+                places.append((j, f))
+        recipe = Recipe(segment_parts(segment, tuple(absent)), apply, self.own, self.donate)
         run = program(recipe).run
-        pieces: list[tuple[Any, ...]] = []
-        for cut in chunks(params) if self.mode == "program" else [None]:
-            if cut is None:
-                pieces.append(run(grads, params, *columns, *numbers))
-            else:
-                given = [c[cut] if isinstance(c, list) else c for c in columns]
-                pieces.append(run(grads[cut], params[cut], *given, *numbers))
-        updates: Any = pieces[0][0] if len(pieces) == 1 else list(flat.from_iterable(x[0] for x in pieces))
-        for n, (j, f) in enumerate(places, 1):
-            scalar = fields_of(links[j][1]).scalars[f]
-            news[j][f] = pieces[0][n] if scalar or len(pieces) == 1 else list(flat.from_iterable(x[n] for x in pieces))
-        return list(updates), news
+        numbers = segment.numbers if segment.numbers is not None else self.numbers(segment, fields)
+        cuts = chunks(params) if self.mode == "program" else None
+        if cuts is None:
+            updates, *results = run(grads, params, *columns, *numbers)
+        else:
+            pieces = [
+                run(grads[cut], params[cut], *[c[cut] if isinstance(c, list) else c for c in columns], *numbers) for cut in cuts
+            ]
+            updates, *results = [
+                list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*pieces)
+            ]
+        for (j, f), x in zip(places, results):
+            news[j][f] = list(x) if isinstance(x, tuple) else x
+        return list(updates) if isinstance(updates, tuple) else updates, news
 
-    def leaf_lowered(self, links: list[tuple[int, Primitive]], grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+    def numbers(self, segment: Segment, fields: Any) -> list[Any]:
+        """The hyperparameters in order, as the arguments of a program."""
+        found: list[Any] = []
+        for (_, value, info), own in zip(segment.items, fields):
+            count = own[info.step][0] if info.step >= 0 else None
+            for name in value.declaration.hypers:
+                x = self.lower(value.arguments[name], count)
+                found += x if isinstance(x, tuple) else () if x is None else (x,)
+        return found
+
+    def promoted(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """State and parameters of different dtypes: promoted by torch's rules, leaf by leaf, and stored as they were."""
-        updates, news = self.leaf(links, grads, params, fields, apply)
-        if apply and self.donate:
-            updates = overwrite(params, updates)
-        for (_, value), old, new in zip(links, fields, news):
-            for f, scalar in enumerate(fields_of(value).scalars):
+        updates, news = self.leaf(segment, grads, params, fields, apply)
+        for (_, _, info), old, new in zip(segment.items, fields, news):
+            for f, scalar in enumerate(info.scalars):
                 if scalar:
                     new[f] = new[f][0]
                 elif self.donate:
                     new[f] = overwrite(old[f], new[f])
-        return updates, news
+        return overwrite(params, updates) if apply and self.donate else updates, news
 
     # -- fused kernels
 
-    def fits(self, links: list[tuple[int, Primitive]], grads: Any, params: Any, fields: Any) -> bool:
-        """Whether a kernel may be trusted with these tensors: it reads memory in order, whatever the strides say."""
-        p = params[0]
-        if p.device.type not in ("cpu", "cuda") or p.dtype not in FUSED_DTYPES:
-            return False
-        lists = [grads, params, *[c for (_, v), cs in zip(links, fields) for c, s in zip(cs, fields_of(v).scalars) if not s]]
-        if not all([set(map(type, x)) <= PLAIN for x in lists]):
-            return False
-        if any([x[0].dtype != p.dtype for x in lists]):
-            return False
-        if not all([t.is_contiguous() for x in lists for t in x]):
-            if not all([same_layout(ts) for ts in zip(*lists)]):
-                return False
-        for _, value in links:
-            for name in value.declaration.hypers:
-                x = value.arguments[name]
-                for y in x if isinstance(x, tuple) else (x,):
-                    if isinstance(y, Tensor) and not y.is_cpu and name != "lr":
-                        return False
-        return True
-
-    def fused(self, kernel: Kernel, links: list[tuple[int, Primitive]], grads: Any, params: Any, fields: Any) -> tuple[Any, Any]:
-        hypers: dict[str, Any] = {}
+    def fused(self, segment: Segment, grads: Any, params: Any, fields: Any) -> tuple[Any, Any]:
+        """A kernel that computes all of these links in one pass, in place: on copies, unless their memory was given away."""
         state: dict[str, Any] = {}
         news: list[list[Any]] = []
         before: Any = 0
-        for (_, value), own in zip(links, fields):
-            d, info = value.declaration, fields_of(value)
-            count = own[info.step][0] if own and info.step >= 0 else None
-            hypers[d.name] = True
-            hypers |= {n: self.lower_all(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
-            new = [c if self.donate else [t.clone() for t in c] for c in own]
-            if count is not None:
-                new[info.step] = self.number(count) + 1
-                if d.state is not None:
-                    before = self.number(count)
-                    state["step"] = [stored(count, before + 1)] * len(params)
-            state |= {n: c for n, c, s in zip(info.names, new, info.scalars) if not s}
+        hypers = segment.hypers
+        for (_, value, info), own in zip(segment.items, fields):
+            new = list(own)
+            for f in info.tensors:
+                new[f] = state[info.names[f]] = own[f] if self.donate else clones(own[f])
+            if info.step >= 0:
+                count = own[info.step][0]
+                number = self.number(count)
+                new[info.step] = number + 1
+                if value.declaration.state is not None:
+                    before, state["step"] = number, lambda c=count, n=number: [stored(c, n + 1)] * len(params)
             news.append(new)
-        out = params if self.donate else [p.clone() for p in params]
-        kernel.run(out, grads, state, hypers, before)
+        if segment.numbers is None:
+            hypers = dict(hypers)
+            for (_, value, info), own in zip(segment.items, fields):
+                count = own[info.step][0] if info.step >= 0 else None
+                for name in value.declaration.hypers:
+                    hypers[name] = self.lower(value.arguments[name], count)
+        out = params if self.donate else clones(params)
+        segment.kernel.run(out, grads, state, hypers, before)  # type: ignore[union-attr]
         return out, news
 
     # -- numbers
 
     def number(self, x: Tensor) -> Any:
         """A counter as a number: a float if it is on the CPU, else a tensor in the precision numbers are computed in."""
-        if self.mode == "program":
-            if x.is_cpu:
-                found = self.read.get(id(x))
-                if found is None:
-                    found = self.read[id(x)] = x.item()
-                return found
+        if self.mode != "program":
+            return lifted(x)
+        if not x.is_cpu:
             return x
-        return x.to(maths.precise(x.device))
+        found = self.read.get(id(x))
+        if found is None:
+            found = self.read[id(x)] = x.item()
+        return found
 
-    def lower_all(self, x: Any, count: Tensor | None) -> Any:
-        """A hyperparameter as the program takes it; `count` is the counter that schedules are called with."""
-        if isinstance(x, float):
-            return x
+    def lower(self, x: Any, count: Tensor | None) -> Any:
+        """A hyperparameter as a program takes it; `count` is the counter that schedules are called with."""
         if isinstance(x, tuple):
-            return tuple([self.lower_all(y, count) for y in x])
+            return tuple([self.lower(y, count) for y in x])
         if isinstance(x, Schedule):
-            step = self.number(count) if count is not None else 0
-            return self.lower_all(x(int(step) if isinstance(step, float) else step), count)
+            step = 0 if count is None else self.number(count)
+            return self.lower(x(int(step) if isinstance(step, float) else step), count)
         if isinstance(x, Tensor):
             single(x)
             return x.item() if self.mode == "program" and x.is_cpu else x.reshape(()) if x.dim() else x
@@ -495,15 +597,14 @@ class Call:
     # -- counters
 
     def settle(self) -> None:
-        """Store the new counters, one tensor for all parameters that agree; in place where every reader has moved on."""
+        """Store the new counters, one tensor for all parameters that agree; in place where no one else holds it."""
         if not self.writes:
             return
-        if self.donate and self.alone and all([rows is None for _, _, rows, _ in self.writes]):
-            first = [self.states[i][f][0] for i, f, _, _ in self.writes]
-            if all([uniform(self.states[i][f], self.mode) for i, f, _, _ in self.writes]):
-                for old, (_, _, _, x) in zip(first, self.writes):
-                    old.copy_(x) if isinstance(x, Tensor) else old.fill_(x)
-                return
+        if self.donate and self.alone and all([rows is None for _, _, rows, _ in self.writes]):  # None: they share one already
+            for i, f, _, x in self.writes:
+                counter = self.states[i][f][0]
+                counter.copy_(x) if isinstance(x, Tensor) else counter.fill_(x)
+            return
         made: dict[Any, Tensor] = {}
         for i, f, rows, x in self.writes:
             column = self.states[i][f]
@@ -512,11 +613,7 @@ class Call:
             new = made.get(key)
             if new is None:
                 new = made[key] = stored(old, x)
-            if rows is None:
-                self.states[i][f] = [new] * len(column)
-            else:
-                for k in rows:
-                    column[k] = new
+            self.states[i][f] = [new] * len(column) if rows is None else put(column, rows, [new] * len(rows))
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
@@ -531,22 +628,19 @@ def choose(executor: Executor | None, *tensors: Iterable[Any]) -> Mode:
         return "leaf"
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return "traced"
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if any([t.requires_grad for t in x if isinstance(t, Tensor)]):
-                return "leaf"
+    if torch.is_grad_enabled() and any([any([t is not None and t.requires_grad for t in x]) for x in tensors]):
+        return "leaf"
     return "program"
 
 
-def leaf_update(value: Primitive, g: Tensor, columns: list[Any], p: Tensor) -> tuple[Tensor, list[Any]]:
+def leaf_update(value: Primitive, info: Fields, g: Tensor, columns: list[Any], p: Tensor) -> tuple[Tensor, list[Any]]:
     """One leafwise transform on one parameter: its function on bare tensors. State is stored in the dtype it came in."""
     d = value.declaration
-    info = fields_of(value)
-    count = lifted(columns[info.step]) if info.step >= 0 and columns else None
+    count = lifted(columns[info.step]) if info.step >= 0 else None
     hypers = {n: evaluated(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
     if d.state is None:
         u, _ = call(d, g, None, p, hypers)
-        return u, [stored(columns[0], count + 1)] if count is not None else []
+        return u, [] if count is None else [stored(columns[0], count + 1)]
     state = d.state(*[lifted(c) if scalar and c is not None else c for c, scalar in zip(columns, info.scalars)])
     u, new = call(d, g, state, p, hypers)
     return u, [x if c is None else stored(c, x) for c, x in zip(columns, new)]
@@ -585,22 +679,33 @@ def stored(old: Tensor, x: Any) -> Tensor:
     return torch.full((), x, dtype=old.dtype, device=old.device)
 
 
+def segment_parts(segment: Segment, absent: tuple[tuple[bool, ...], ...]) -> tuple[Part, ...]:
+    """What a recipe says of these links, when their states lack these fields."""
+    found = segment.parts.get(absent)
+    if found is None:
+        found = segment.parts[absent] = tuple([part(v, a) for (_, v, _), a in zip(segment.items, absent)])
+    return found
+
+
 def part(value: Primitive, absent: tuple[bool, ...]) -> Part:
+    """What a recipe says of one link."""
     d, a = value.declaration, value.arguments
     tuples = tuple([len(x) if isinstance(x, tuple) else -1 if x is None else 0 for x in [a[n] for n in d.hypers]])
-    return Part(d, d.state, d.fields.scalars, d.fields.like, absent, tuple([a[n] for n in d.switches]), tuples)
+    return Part(d, d.state, d.fields.scalars, d.fields.like, absent if d.state else (), tuple([a[n] for n in d.switches]), tuples)
 
 
-def stages(links: Sequence[Link]) -> list[tuple[int, int, bool]]:
-    """Runs of consecutive leafwise links, and each whole link by itself: (start, stop, is whole)."""
-    result: list[tuple[int, int, bool]] = []
-    for i, link in enumerate(links):
-        whole = link.transform.declaration.whole
-        if not whole and result and not result[-1][2]:
-            result[-1] = (result[-1][0], i + 1, False)
-        else:
-            result.append((i, i + 1, whole))
-    return result
+def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: Any) -> bool:
+    """Whether a kernel may be trusted with these tensors: it reads memory in order, whatever the strides say."""
+    p = params[0]
+    if p.dtype not in FUSED_DTYPES or not (p.is_cpu or p.is_cuda):
+        return False
+    lists = [grads, params, *[own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]]
+    everything = list(flat.from_iterable(lists))
+    if not set(map(type, everything)) <= PLAIN or not all([x[0].dtype is p.dtype for x in lists]):
+        return False
+    if all([t.is_contiguous() for t in everything]):
+        return True
+    return all([same_layout(ts) for ts in zip(*lists)])
 
 
 def tail(kernel: Kernel, declarations: Sequence[LinkDeclaration]) -> int | None:
@@ -614,11 +719,20 @@ def tail(kernel: Kernel, declarations: Sequence[LinkDeclaration]) -> int | None:
     return i
 
 
-def uniform(values: Sequence[Any], mode: Mode) -> bool:
+def alike(values: list[Any]) -> bool:
+    """Whether all are equal."""
+    return values.count(values[0]) == len(values)
+
+
+def clones(xs: list[Tensor]) -> list[Tensor]:
+    return [x.clone() for x in xs]
+
+
+def one(values: list[Any], mode: Mode) -> bool:
     """Whether all are one and the same object."""
     if mode == "traced":
         return all([x is values[0] for x in values])
-    return len(set(map(id, values))) <= 1
+    return len(set(map(id, values))) == 1
 
 
 def pick(values: list[Any], rows: Sequence[int] | None) -> list[Any]:
@@ -652,13 +766,13 @@ def same_layout(tensors: Sequence[Tensor]) -> bool:
     return all([t.stride() == strides for t in tensors]) and torch._prims_common.is_non_overlapping_and_dense(tensors[0])
 
 
-def chunks(params: list[Tensor]) -> list[slice | None]:
-    """Slices of the parameters of about `CHUNK` elements each; one None for all at once, as an accelerator wants it."""
-    if not params[0].is_cpu:
-        return [None]
+def chunks(params: list[Tensor]) -> list[slice] | None:
+    """Slices of the parameters of about `CHUNK` elements each; None for all at once, as an accelerator wants it."""
+    if not params[0].is_cpu or len(params) == 1:
+        return None
     sizes = [p.numel() for p in params]
-    if len(params) == 1 or sum(sizes) <= 2 * CHUNK:
-        return [None]
+    if sum(sizes) <= 2 * CHUNK:
+        return None
     cuts, start, size = [], 0, 0
     for k, n in enumerate(sizes):
         if size and size + n > CHUNK:
@@ -687,6 +801,3 @@ def evaluate_mask(mask: Any, params: list[Any], spec: Spec) -> list[bool]:
     return values
 
 
-def hyper_tensors(links: Iterable[Link]) -> list[Tensor]:
-    """The hyperparameters that are tensors, those of schedules included."""
-    return [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]

@@ -19,7 +19,7 @@ from purestep.transforms.scale import maximize, scale_by_learning_rate
 def _adam(kernel: Any, amsgrad: bool) -> Any:
     def run(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], first: Any) -> None:
         kernel(
-            p, g, s["exp_avg"], s["exp_avg_sq"], s["max_exp_avg_sq"] if amsgrad else [], s["step"],
+            p, g, s["exp_avg"], s["exp_avg_sq"], s["max_exp_avg_sq"] if amsgrad else [], s["step"](),
             lr=h["lr"], beta1=h["betas"][0], beta2=h["betas"][1], weight_decay=h.get("weight_decay", 0.0), eps=h["eps"],
             amsgrad=amsgrad, maximize="maximize" in h,
         )  # fmt: skip

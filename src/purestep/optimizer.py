@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain as chained
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
+from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
 
 from purestep.engine import (
     Call,
@@ -25,9 +29,7 @@ from purestep.engine import (
     evaluate_mask,
     fields_of,
     fresh_state,
-    hyper_tensors,
     is_off,
-    state_type,
 )
 from purestep.transform import Transform, chain
 from purestep.transforms.scale import maximize as ascend
@@ -115,7 +117,7 @@ class Optimizer(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             options = [group[name] for name in self._options]
             old = made[i][0]
-            if len(old) != len(options) or not all(map(unchanged, old, options)):
+            if not (old and all(map(operator.is_, old, options))) and not (old and all(map(unchanged, old, options))):
                 made[i] = (options, self._transform(group))
         return [t for _, t in made]
 
@@ -131,7 +133,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _fill(self, params: list[Tensor], transform: Transform) -> None:
         """Give these parameters whatever of their state is missing; their counters begin as one tensor."""
-        keys = keys_of(transform.links)
+        keys = transform.plan.keys
         counters: dict[Any, Tensor] = {}
         with torch.no_grad():
             for k, link in enumerate(transform.links):
@@ -173,6 +175,24 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- the step
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """What torch wraps every `step` in: hooks, and a range in the profile. It costs nothing where there are neither."""
+        watched = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if (
+                self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+                or GLOBAL_PRE_HOOKS or GLOBAL_POST_HOOKS or torch.autograd._profiler_enabled()
+            ):  # fmt: skip
+                return watched(self, *args, **kwargs)
+            out = func(self, *args, **kwargs)
+            self._optimizer_step_code()
+            return out
+
+        return step
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -190,64 +210,63 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        differentiable = bool(self.defaults.get("differentiable"))
-        with torch.set_grad_enabled(differentiable):
-            transforms = self._transforms()
-            groups = list(zip(self.param_groups, transforms))
-            if any([link.transform.declaration.whole for link in transforms[0].links]):
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(bool(self.defaults.get("differentiable")))
+        try:
+            groups = list(zip(self.param_groups, self._transforms()))
+            if groups[0][1].plan.whole:
                 self._advance(groups)
             else:
                 for group in groups:
                     self._advance([group])
+        finally:
+            torch._C._set_grad_enabled(grad)
         return loss
 
     def _advance(self, groups: list[tuple[dict[str, Any], Transform]]) -> None:
         """One update of the parameters of these groups, which the transforms see together."""
         params: list[Tensor] = []
-        grads: list[Tensor] = []
+        grads: list[Any] = []
         together: list[Group] = []
         alone = True
         for group, transform in groups:
-            start = len(params)
-            for p in group["params"]:
-                g = p.grad
-                if g is None:
-                    alone = False
-                else:
-                    params.append(p)
-                    grads.append(g)
-            together.append(Group(transform.links, range(start, len(params))))
+            own = group["params"]
+            given = [p.grad for p in own]
+            if type(None) in set(map(type, given)):
+                alone = False
+                own = [p for p, g in zip(own, given) if g is not None]
+                given = [g for g in given if g is not None]
+            together.append(Group(transform.plan, range(len(params), len(params) + len(own))))
+            params += own
+            grads += given
         if not params:
             return
-        states = [self.state[p] for p in params]
-        links = together[0].links
-        keys = keys_of(links)
+        states = list(map(self.state.__getitem__, params))
+        keys = together[0].plan.keys
         try:
             columns = self._gather(states, together, keys)
         except KeyError:
-            for group, (_, transform) in zip(together, groups):
-                self._fill(params[group.rows.start : group.rows.stop], transform)
+            for rows, (_, transform) in zip(together, groups):
+                self._fill(params[rows.rows.start : rows.rows.stop], transform)
             columns = self._gather(states, together, keys)
-        flags = groups[0][0]
-        executor = executor_of(flags)
-        mode: Mode = choose(executor, params, grads, *[c for cs in columns for c in cs], hyper_tensors(links))
-        before = [list(cs) for cs in columns]
-        refuse_sparse(grads, params, self._paths)
+        executor = executor_of(groups[0][0])
+        seen = () if not torch.is_grad_enabled() else (params, grads, *chained.from_iterable(columns), *[g.plan.tensors for g in together])
+        mode: Mode = choose(executor, *seen)
+        before = list(map(list, columns))
+        if not all([g.layout is torch.strided for g in grads]):
+            refuse_sparse(grads, params, self._paths())
         call = Call(
             grads, params, columns, lambda m: self._mask(m, params), mode,
-            apply=True, donate=not torch.is_grad_enabled(), alone=alone, executor=executor,
+            apply=True, donate=mode != "leaf", alone=alone, executor=executor,
         )  # fmt: skip
         out, after = call.run(together)
-        if out is not params and mode == "leaf":
-            for p, new in zip(params, out):
-                p.copy_(new)
-        elif out is not params:
+        if out is not params:
             moved = [(p, x) for p, x in zip(params, out) if p is not x]
-            if moved:
-                torch._foreach_copy_([p for p, _ in moved], [x for _, x in moved])
+            for p, x in moved:
+                p.copy_(x)
         for names, olds, news in zip(keys, before, after):
-            for name, old, new in zip(names, olds, news):
-                if new is not old:
+            if not all(map(operator.is_, olds, news)):
+                for name, new in zip(names, news):
                     for state, x in zip(states, new):
                         if x is not None:
                             state[name] = x
@@ -255,18 +274,13 @@ class Optimizer(torch.optim.Optimizer):
     def _gather(self, states: list[dict[str, Any]], groups: list[Group], keys: list[tuple[str, ...]]) -> list[Any]:
         """The state of these parameters as the engine takes it: per link, per field, a list."""
         columns: list[Any] = []
-        for k, link in enumerate(groups[0].links):
-            if link.masks or len(groups) > 1:
-                columns.append(
-                    [
-                        [s.get(name) if link.masks or is_off(g.links[k].transform) else s[name] for g in groups for s in states[g.rows.start : g.rows.stop]]
-                        for name in keys[k]
-                    ]
-                )
-            elif is_off(link.transform):
-                columns.append([[None] * len(states) for _ in keys[k]])
+        for k, names in enumerate(keys):
+            if not names:
+                columns.append([])
+            elif any([g.plan.optional[k] for g in groups]):
+                columns.append([[s.get(n) for s in states] for n in names])
             else:
-                columns.append([[s[name] for s in states] for name in keys[k]])
+                columns.append([[s[n] for s in states] for n in names])
         return columns
 
     # -- checkpoints
@@ -305,7 +319,7 @@ class Optimizer(torch.optim.Optimizer):
             names = group.get("param_names", old["params"])
             like = [
                 (name, link.transform.declaration.name)
-                for link, keys in zip(transform.links, keys_of(transform.links))
+                for link, keys in zip(transform.links, transform.plan.keys)
                 for name, yes in zip(keys, fields_of(link.transform).like)
                 if yes
             ]
@@ -333,7 +347,7 @@ class Optimizer(torch.optim.Optimizer):
         """Let the parameters of a group that have made as many updates share their counters again."""
         names = {
             name
-            for link, keys in zip(transform.links, keys_of(transform.links))
+            for link, keys in zip(transform.links, transform.plan.keys)
             for name, scalar in zip(keys, fields_of(link.transform).scalars)
             if scalar
         }
@@ -372,26 +386,6 @@ def unchanged(a: Any, b: Any) -> bool:
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and type(a) is type(b) and bool(a == b))
 
 
-@functools.lru_cache(maxsize=256)
-def _keys(shape: tuple[tuple[bool, tuple[str, ...]], ...]) -> list[tuple[str, ...]]:
-    counts: dict[str, int] = {}
-    for _, names in shape:
-        for name in names:
-            counts[name] = counts.get(name, 0) + 1
-    return [
-        tuple([name if counts[name] == 1 or name == "step" else f"{i}.{name}" for name in names])
-        for i, (_, names) in enumerate(shape)
-    ]
-
-
-def keys_of(links: tuple[Link, ...]) -> list[tuple[str, ...]]:
-    """Per link, the keys of its fields in `state[p]`: qualified by the link's number where two links share a name.
-
-    A parameter has one `step`: all links of a chain count the same updates.
-    """
-    return _keys(tuple([(link.transform.declaration.whole, fields_of(link.transform).names) for link in links]))
-
-
 def executor_of(flags: Mapping[str, Any]) -> Executor | None:
     """What torch's flags ask of the engine."""
     if flags.get("fused"):
@@ -401,12 +395,10 @@ def executor_of(flags: Mapping[str, Any]) -> Executor | None:
     return "foreach" if flags.get("foreach") or flags.get("fused") is False else None
 
 
-def refuse_sparse(grads: list[Tensor], params: list[Tensor], paths: Callable[[], dict[Tensor, str]]) -> None:
+def refuse_sparse(grads: list[Tensor], params: list[Tensor], paths: Mapping[Tensor, str]) -> None:
     """Sparse gradients need an algorithm of their own."""
-    if all([g.layout is torch.strided for g in grads]):
-        return
     p = next(p for p, g in zip(params, grads) if g.layout is not torch.strided)
     raise RuntimeError(
-        f"The gradient of {paths()[p]!r} is sparse, and this optimizer needs dense gradients. Create the embedding with "
+        f"The gradient of {paths[p]!r} is sparse, and this optimizer needs dense gradients. Create the embedding with "
         "sparse=False, or make the gradient dense with .to_dense()."
     )

@@ -23,17 +23,16 @@ from purestep.engine import (
     Group,
     Link,
     LinkDeclaration,
+    Plan,
     Primitive,
     choose,
     evaluate_mask,
     fields_of,
     fresh_state,
-    hyper_tensors,
     is_off,
     part,
     pick,
     put,
-    stages,
     state_type,
 )
 from purestep.program import Recipe, program
@@ -64,6 +63,17 @@ class Transform:
     __slots__ = ()
     links: tuple[Link, ...]
     """The transforms this one is made of, in order."""
+    _plan: Plan | None
+
+    @property
+    def plan(self) -> Plan:
+        """What the engine knows of this transform before it sees a tensor."""
+        plan = self._plan
+        if plan is None:
+            plan = Plan(self.links)
+            if not torch.compiler.is_compiling():
+                object.__setattr__(self, "_plan", plan)
+        return plan
 
     # -- the three functions
 
@@ -136,6 +146,7 @@ class Transform:
     def _advance(
         self, grads: PyTree, state: Any, params: PyTree, apply: bool, donate: bool, executor: Executor | None
     ) -> tuple[Any, Any]:
+        plan = self.plan
         leaves, spec = tree.flatten(params)
         gradients = tree.flatten_like(grads, spec, "grads")
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
@@ -151,13 +162,13 @@ class Transform:
         ]
         flat_state = [c for link, s in zip(self.links, chosen) if not link.transform.declaration.whole for c in s]
         live, given = pick(gradients, rows), pick(leaves, rows)
-        mode = choose(executor, live, given, *flat_state, hyper_tensors(self.links))
+        mode = choose(executor, live, given, *flat_state, plan.tensors)
 
         def mask(m: Any) -> list[bool]:
             return pick(evaluate_mask(m, leaves, spec), rows)
 
         call = Call(live, given, chosen, mask, mode, apply=apply, donate=donate, alone=rows is None, executor=executor)
-        out, news = call.run([Group(self.links, range(len(given)))])
+        out, news = call.run([Group(plan, range(len(given)))])
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)
             news = [
@@ -269,46 +280,44 @@ class Transform:
             return p,
         <BLANKLINE>
         """
-        texts, own, done = [], False, False
-        for start, stop, whole in stages(self.links):
-            if whole:
-                texts.append(f"# {self.links[start].transform!r}\n")
-                own = False
-                continue
-            done = stop == len(self.links)
-            values = [link.transform for link in self.links[start:stop] if not is_off(link.transform)]
-            parts = tuple(part(v, (False,) * len(v.declaration.fields.names)) for v in values)
-            texts.append(program(Recipe(parts, done, own, donate)).source)
-            own = True
-        if not done:
-            texts.append(program(Recipe((), True, own, donate)).source)
+        texts, own = [], False
+        for stage in self.plan.stages:
+            if stage.whole:
+                texts.append(f"# {self.links[stage.start].transform!r}\n")
+            else:
+                values = [self.links[i].transform for i in stage.positions]
+                parts = tuple([part(v, (False,) * len(v.declaration.fields.names)) for v in values])
+                texts.append(program(Recipe(parts, stage is self.plan.stages[-1], own, donate)).source)
+            own = not stage.whole
         return "\n".join(texts)
 
 
 class Leafwise(Primitive, Transform):
     """A transform that treats each parameter on its own; declared with `leafwise`."""
 
-    __slots__ = ("links",)
+    __slots__ = ("_plan", "links")
 
     def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
         super().__init__(declaration, arguments)
         object.__setattr__(self, "links", (Link(self),))
+        object.__setattr__(self, "_plan", None)
 
 
 class Whole(Primitive, Transform):
     """A transform that sees all parameters together; declared with `whole`."""
 
-    __slots__ = ("links",)
+    __slots__ = ("_plan", "links")
 
     def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
         super().__init__(declaration, arguments)
         object.__setattr__(self, "links", (Link(self),))
+        object.__setattr__(self, "_plan", None)
 
 
 class Composite(Transform):
     """A transform made of others, given by its children and by what is not a transform."""
 
-    __slots__ = ("__weakref__", "children", "context", "links")
+    __slots__ = ("__weakref__", "_plan", "children", "context", "links")
     children: tuple[Transform, ...]
     context: tuple[Any, ...]
 
@@ -316,6 +325,7 @@ class Composite(Transform):
         object.__setattr__(self, "children", tuple(children))
         object.__setattr__(self, "context", context)
         object.__setattr__(self, "links", self._links())
+        object.__setattr__(self, "_plan", None)
 
     def _links(self) -> tuple[Link, ...]:
         return tuple([link for child in self.children for link in child.links])
@@ -355,7 +365,7 @@ def _composite(cls: Any, children: Iterable[Any], context: Any) -> Any:
     if all([isinstance(c, Transform) for c in children]):
         return cls(children, context)
     made = object.__new__(cls)
-    for name, x in (("children", children), ("context", context), ("links", ())):
+    for name, x in (("children", children), ("context", context), ("links", ()), ("_plan", None)):
         object.__setattr__(made, name, x)
     return made
 
@@ -523,17 +533,17 @@ def check_params(leaves: list[Any], spec: tree.Spec) -> None:
 
 def check_gradients(grads: list[Any], params: list[Any], spec: tree.Spec) -> None:
     """Refuse gradients whose shape, dtype, device or layout is not their parameter's."""
-    try:
-        if (
-            [g.shape for g in grads] == [p.shape for p in params]
-            and [g.dtype for g in grads] == [p.dtype for p in params]
-            and {g.device for g in grads} == {p.device for p in params}
-            and all([g.layout is torch.strided for g in grads])
-        ):
-            if len({g.device for g in grads}) <= 1:
+    if type(None) not in set(map(type, grads)):
+        try:
+            if (
+                [g.shape for g in grads] == [p.shape for p in params]
+                and [g.dtype for g in grads] == [p.dtype for p in params]
+                and [g.device for g in grads] == [p.device for p in params]
+                and all([g.layout is torch.strided for g in grads])
+            ):
                 return
-    except AttributeError:
-        pass
+        except AttributeError:
+            pass  # a leaf that is no tensor: named below
     for path, g, p in zip(spec.paths(), grads, params):
         if g is None:
             continue

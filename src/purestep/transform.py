@@ -68,12 +68,11 @@ class Transform:
     @property
     def plan(self) -> Plan:
         """What the engine knows of this transform before it sees a tensor."""
-        plan = self._plan
-        if plan is None:
-            plan = Plan(self.links)
-            if not torch.compiler.is_compiling():
-                object.__setattr__(self, "_plan", plan)
-        return plan
+        if torch.compiler.is_compiling():
+            return Plan(self.links)  # traced away; reading the cache would make its state a guard
+        if self._plan is None:
+            object.__setattr__(self, "_plan", Plan(self.links))
+        return self._plan  # type: ignore[return-value]
 
     # -- the three functions
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from purestep import maths
-from purestep.program import Part, Recipe, call, program
+from purestep.program import call, runner
 from purestep.tree import Spec, flatten_like, quote
 from purestep.value import Declaration, Schedule, Value
 
@@ -243,14 +243,15 @@ class Segment:
 
     def __init__(self, positions: Sequence[int], values: Sequence[Primitive]) -> None:
         self.items = [(i, value, fields_of(value)) for i, value in zip(positions, values)]
-        self.names = " -> ".join([value.declaration.name for value in values])
-        self.parts: dict[tuple[Any, ...], tuple[Part, ...]] = {}
+        self.declarations = [value.declaration for value in values]
+        self.names = " -> ".join([d.name for d in self.declarations])
+        self.details: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
         self.hypers = arguments_of(values)
         self.kernel: Kernel | None = None
         self.head = self.tail = self
         for kernel in KERNELS:
-            k = tail(kernel, [value.declaration for value in values])
+            k = tail(kernel, self.declarations)
             if k is not None and suits(values[k:]):
                 self.kernel = kernel
                 if k:
@@ -502,8 +503,7 @@ class Call:
                         return self.promoted(segment, grads, params, fields, apply)
                     columns.append(c)
                 places.append((j, f))
-        recipe = Recipe(segment_parts(segment, tuple(absent)), apply, self.own, self.donate)
-        run = program(recipe).run
+        run = runner(details(segment, tuple(absent)), apply, self.own, self.donate, *segment.declarations)
         numbers = segment.numbers if segment.numbers is not None else self.numbers(segment, fields)
         cuts = chunks(params) if self.mode == "program" else None
         if cuts is None:
@@ -679,19 +679,19 @@ def stored(old: Tensor, x: Any) -> Tensor:
     return torch.full((), x, dtype=old.dtype, device=old.device)
 
 
-def segment_parts(segment: Segment, absent: tuple[tuple[bool, ...], ...]) -> tuple[Part, ...]:
-    """What a recipe says of these links, when their states lack these fields."""
-    found = segment.parts.get(absent)
+def details(segment: Segment, absent: tuple[tuple[bool, ...], ...]) -> tuple[Any, ...]:
+    """What a recipe says of these links when their states lack these fields, but for their declarations."""
+    found = segment.details.get(absent)
     if found is None:
-        found = segment.parts[absent] = tuple([part(v, a) for (_, v, _), a in zip(segment.items, absent)])
+        found = segment.details[absent] = tuple([detail(v, a) for (_, v, _), a in zip(segment.items, absent)])
     return found
 
 
-def part(value: Primitive, absent: tuple[bool, ...]) -> Part:
-    """What a recipe says of one link."""
+def detail(value: Primitive, absent: tuple[bool, ...]) -> tuple[Any, ...]:
+    """What a recipe says of one link, as in `Part`."""
     d, a = value.declaration, value.arguments
     tuples = tuple([len(x) if isinstance(x, tuple) else -1 if x is None else 0 for x in [a[n] for n in d.hypers]])
-    return Part(d, d.state, d.fields.scalars, d.fields.like, absent if d.state else (), tuple([a[n] for n in d.switches]), tuples)
+    return (absent if d.state else (), tuple([a[n] for n in d.switches]), tuples)
 
 
 def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: Any) -> bool:

@@ -119,7 +119,8 @@ def precise(device: torch.device) -> torch.dtype:
 
 def transforming() -> bool:
     """Whether a `torch.func` transform, or forward-mode differentiation, is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    level = torch._C._functorch.peek_interpreter_stack()
+    return isinstance(level, torch._C._functorch.CInterpreter) or torch.autograd.forward_ad._current_level >= 0
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

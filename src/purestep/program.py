@@ -19,19 +19,19 @@ from __future__ import annotations
 
 import builtins
 import functools
+import itertools
 import linecache
 import operator
-import threading
+import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 
 from purestep import maths
-from purestep.value import Declaration
 
 Lists = list[Tensor]
 
@@ -42,13 +42,34 @@ Lists = list[Tensor]
 class Part(NamedTuple):
     """One leaf function of a recipe, and everything about it that is not a number."""
 
-    declaration: Declaration
-    state: type | None  # the NamedTuple of its state
-    scalars: tuple[bool, ...]  # which fields of the state hold one number per parameter
-    like: tuple[bool, ...]  # which have the parameter's shape and dtype
+    declaration: LeafDeclaration
     absent: tuple[bool, ...]  # which fields of the state these parameters do not have
     switches: tuple[Any, ...]
     tuples: tuple[int, ...]  # per hyperparameter: 0 for a number, -1 for None, else the length of a tuple of numbers
+
+
+class LeafDeclaration(Protocol):
+    """What a program needs to know of a declared leafwise transform."""
+
+    name: str
+    function: Callable[..., Any]
+    hypers: tuple[str, ...]
+    switches: tuple[str, ...]
+    state: Any  # the NamedTuple of its state, or None
+
+    @property
+    def fields(self) -> StateFields: ...
+
+
+class StateFields(Protocol):
+    """What the fields of a state are."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def scalars(self) -> tuple[bool, ...]: ...
+    @property
+    def like(self) -> tuple[bool, ...]: ...
 
 
 class Recipe(NamedTuple):
@@ -65,6 +86,7 @@ class Program:
     """A compiled recipe: call it with the gradients, the parameters, the state's fields and the numbers, in that order."""
 
     recipe: Recipe
+    name: str
     source: str
     run: Callable[..., tuple[Any, ...]] = field(repr=False)
 
@@ -72,17 +94,35 @@ class Program:
         return self.source
 
 
-_programs: dict[Recipe, Program] = {}
-_lock = threading.Lock()
+_programs: dict[Any, Program] = {}
+_serial = itertools.count()
+_functions = types.ModuleType("purestep.programs", "Every program's function, under its name.")
 
 
-def program(recipe: Recipe) -> Program:
-    """The program for this recipe; traced at the first call, looked up at every other."""
-    found = _programs.get(recipe)
-    if found is None:
-        with _lock:
-            found = _programs.get(recipe) or compile(recipe)
-            _programs[recipe] = found
+def runner(details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *declarations: LeafDeclaration) -> Any:
+    """The function of the program for a recipe, in a form that `torch.compile` can trace through."""
+    if torch.compiler.is_compiling():
+        return getattr(_functions, name_of(details, apply, own_grads, donate, *declarations))
+    return program(details, apply, own_grads, donate, *declarations).run
+
+
+@torch.compiler.assume_constant_result
+def name_of(*recipe: Any) -> str:
+    """The name of the program for a recipe: a constant, while `torch.compile` traces."""
+    return program(*recipe).name
+
+
+def program(details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *declarations: LeafDeclaration) -> Program:
+    """The program for a recipe; traced at the first call, looked up at every other.
+
+    The recipe is given as `torch.compile` can read it: plain constants, and apart from them the declarations.
+    """
+    key = (details, apply, own_grads, donate, declarations)
+    found = _programs.get(key)
+    if found is None:  # tracing patches nothing global: two threads may do it at once, and agree
+        parts = tuple([Part(d, *rest) for d, rest in zip(declarations, details)])
+        found = _programs[key] = compile(Recipe(parts, apply, own_grads, donate))
+        setattr(_functions, found.name, found.run)
     return found
 
 
@@ -120,8 +160,8 @@ def trace(recipe: Recipe) -> tuple[fx.Graph, list[Input], list[fx.Node]]:
     count = 0
     for part in recipe.parts:
         fields: list[Any] = []
-        names: tuple[str, ...] = part.state._fields if part.state else ()  # type: ignore[attr-defined]
-        for name, scalar, like, absent in zip(names, part.scalars, part.like, part.absent):
+        info = part.declaration.fields
+        for name, scalar, like, absent in zip(info.names, info.scalars, info.like, part.absent):
             count += not absent
             fields.append(None if absent else proxy(name, number=scalar, like=like, output=count))
         states.append(fields)
@@ -137,7 +177,7 @@ def trace(recipe: Recipe) -> tuple[fx.Graph, list[Input], list[fx.Node]]:
             else:
                 hypers[name] = proxy(name, number=True)
         try:
-            result = call(d, update, part.state(*fields) if part.state else None, p, hypers | dict(zip(d.switches, part.switches)))
+            result = call(d, update, d.state(*fields) if d.state else None, p, hypers | dict(zip(d.switches, part.switches)))
         except TraceError as error:
             raise TypeError(
                 f"{d.name} asks for the value of a tensor or a hyperparameter ('if', 'while', bool(), float(), len()), "
@@ -153,7 +193,7 @@ def trace(recipe: Recipe) -> tuple[fx.Graph, list[Input], list[fx.Node]]:
     return graph, inputs, nodes
 
 
-def call(d: Declaration, g: Any, s: Any, p: Any, arguments: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
+def call(d: LeafDeclaration, g: Any, s: Any, p: Any, arguments: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
     """Run a leaf function: the update and the new state, which is empty for a function without one."""
     if s is None:
         return d.function(g, p, **arguments), ()
@@ -222,10 +262,11 @@ class Writer:
         ops = self.contract()
         self.reuse(ops)
         source = self.write(ops)
-        name = f"<purestep program {len(_programs)}: {'+'.join(p.declaration.name for p in self.recipe.parts)}>"
-        linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # tracebacks and debuggers show it
-        exec(builtins.compile(source, name, "exec"), self.space)
-        return Program(self.recipe, source, self.space["program"])
+        name = f"program_{next(_serial)}"
+        file = f"<purestep {name}: {'+'.join(p.declaration.name for p in self.recipe.parts)}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks and debuggers show it
+        exec(builtins.compile(source, file, "exec"), self.space)
+        return Program(self.recipe, name, source, self.space["program"])
 
     # -- 1. kinds
 

@@ -26,16 +26,16 @@ from purestep.engine import (
     Plan,
     Primitive,
     choose,
+    detail,
     evaluate_mask,
     fields_of,
     fresh_state,
     is_off,
-    part,
     pick,
     put,
     state_type,
 )
-from purestep.program import Recipe, program
+from purestep.program import program
 from purestep.value import show
 
 P = ParamSpec("P")
@@ -285,8 +285,9 @@ class Transform:
                 texts.append(f"# {self.links[stage.start].transform!r}\n")
             else:
                 values = [self.links[i].transform for i in stage.positions]
-                parts = tuple([part(v, (False,) * len(v.declaration.fields.names)) for v in values])
-                texts.append(program(Recipe(parts, stage is self.plan.stages[-1], own, donate)).source)
+                parts = tuple([detail(v, (False,) * len(v.declaration.fields.names)) for v in values])
+                last = stage is self.plan.stages[-1]
+                texts.append(program(parts, last, own, donate, *[v.declaration for v in values]).source)
             own = not stage.whole
         return "\n".join(texts)
 

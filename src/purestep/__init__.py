@@ -22,6 +22,7 @@ from purestep.maths import global_norm as global_norm
 from purestep.maths import lerp as lerp
 from purestep.maths import maximum as maximum
 from purestep.maths import minimum as minimum
+from purestep.maths import multiply as multiply
 from purestep.maths import operation as operation
 from purestep.maths import root as root
 from purestep.maths import where as where

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from purestep import maths
+from purestep.maths import Scalar
 from purestep.program import call, runner
 from purestep.tree import Spec, flatten_like, quote
 from purestep.value import Declaration, Schedule, Value
@@ -42,7 +43,7 @@ class EmptyState(NamedTuple):
 class ScheduleState(NamedTuple):
     """The state of a transform that needs none but for a schedule among its hyperparameters."""
 
-    step: maths.Scalar  # updates so far
+    step: Scalar  # updates so far
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def inspect_state(state: type, whole: bool) -> Fields:
     """Read the fields of a state off its annotations."""
     hints = typing.get_type_hints(state, include_extras=True)
     names: tuple[str, ...] = state._fields  # type: ignore[attr-defined]
-    scalars = tuple(hints[n] == maths.Scalar for n in names)
+    scalars = tuple(hints[n] == Scalar for n in names)
     leaves = tuple(typing.get_origin(hints[n]) is list for n in names) if whole else (True,) * len(names)
     like = tuple(hints[n] is Tensor for n in names)
     return Fields(names, scalars, like, leaves, names.index("step") if "step" in names else -1)
@@ -141,11 +142,14 @@ def fields_of(value: Primitive) -> Fields:
     """What the fields of a transform's state are."""
     if value.declaration.state is not None:
         return value.declaration.fields
-    return SCHEDULED if scheduled(value) else EMPTY
+    if not scheduled(value):
+        return EMPTY
+    return SCHEDULED_WHOLE if value.declaration.whole else SCHEDULED
 
 
 EMPTY = Fields()
 SCHEDULED = Fields(("step",), (True,), (False,), (True,), 0)
+SCHEDULED_WHOLE = Fields(("step",), (True,), (False,), (False,), 0)
 
 
 def scheduled(value: Primitive) -> bool:
@@ -165,6 +169,15 @@ def is_off(value: Primitive) -> bool:
         return False
     strength = value.arguments[off]
     return isinstance(strength, float) and strength == 0.0
+
+
+def fresh_whole_state(value: Primitive, params: list[Tensor]) -> Sequence[Any]:
+    """The state of a whole transform before its first update, with lists for what it keeps per parameter."""
+    d = value.declaration
+    if d.state is not None:
+        state: Sequence[Any] = d.state.init(params)
+        return state
+    return [maths.counter(params[0] if params else torch.zeros(()))] if scheduled(value) else []
 
 
 def fresh_state(value: Primitive, p: Tensor) -> tuple[Any, ...]:
@@ -301,9 +314,8 @@ def suits(values: Sequence[Primitive]) -> bool:
 class Call:
     """One update of all parameters.
 
-    `params` and `grads` are lists; `states` holds, per link, a list of fields, each a list over the parameters (for a
-    whole transform: its state, with lists for what it keeps per parameter). Every parameter has a gradient: the others
-    never get here. `mask` evaluates a mask on these parameters. `alone` says that no one else holds their counters.
+    `params` and `grads` are lists; `states` holds, per link, a list of its state's fields, and a field is a list over the
+    parameters (or, in a whole transform, also a value of its own). Every parameter has a gradient: the others never get here. `mask` evaluates a mask on these parameters. `alone` says that no one else holds their counters.
     """
 
     def __init__(
@@ -333,7 +345,7 @@ class Call:
         if self.params:
             for stage in plan.stages:
                 if stage.whole:
-                    self.whole(stage.start, plan.links[stage.start])
+                    self.whole(stage.start, plan.links[stage.start], plan.fields[stage.start])
                 elif stage.stop > stage.start or self.apply:
                     self.leafwise(groups, stage, self.apply and stage is last)
             if self.writes:
@@ -342,13 +354,22 @@ class Call:
 
     # -- whole transforms
 
-    def whole(self, i: int, link: Link) -> None:
-        value = link.transform
+    def whole(self, i: int, link: Link, info: Fields) -> None:
+        value, fields = link.transform, self.states[i]
+        d = value.declaration
         on = self.selected(link)
         rows = None if on is None else [k for k, yes in enumerate(on) if yes]
-        hypers = {name: self.lower(x, None) for name, x in value.arguments.items()}
-        state = self.states[i]
-        new, self.states[i] = value.declaration.function(pick(self.grads, rows), state, pick(self.params, rows), **hypers)
+        count = fields[info.step] if info.step >= 0 else None
+        hypers = {n: self.lower(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
+        given = [pick(c, rows) if leaf else c for c, leaf in zip(fields, info.leaves)]
+        state = EmptyState() if d.state is None else d.state(*given)
+        new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **hypers)
+        if d.state is not None:
+            self.states[i] = [list(x) if leaf else x for x, leaf in zip(after, info.leaves)]
+            if rows is not None:
+                self.states[i] = [put(c, rows, x) if leaf else x for c, x, leaf in zip(fields, after, info.leaves)]
+        elif count is not None:
+            self.states[i] = [count + 1]
         self.grads = list(new) if rows is None else put(self.grads, rows, new)
         self.own = False
 
@@ -390,7 +411,8 @@ class Call:
             values = [self.states[i][f][k] for k in rows]
             keys.append([x is None for x in values])
             if (i, f) in stage.scalars and self.mode != "leaf":
-                keys.append([x if x is None else self.number(x) if x.is_cpu and self.mode == "program" else id(x) for x in values])
+                readable = self.mode == "program" and all([x is None or x.is_cpu for x in values])
+                keys.append([x if x is None else self.number(x) for x in values] if readable else first_places(values))
         found: dict[tuple[Any, ...], list[int]] = {}
         for k, key in enumerate(zip(*keys)):
             found.setdefault(key, []).append(k)
@@ -448,7 +470,10 @@ class Call:
         out: list[Any] = []
         news: list[list[Any]] = [[[] for _ in columns] for columns in fields]
         for k, (g, p) in enumerate(zip(grads, params)):
-            u = g
+            u, dtype = g, p.dtype
+            wide = widest(dtype, [own[f][k] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors])
+            if wide != dtype:  # a state of higher precision than its parameter: the mathematics is done in the state's
+                u, p = g.to(wide), p.to(wide)
             for (_, value, info), columns, new in zip(segment.items, fields, news):
                 u, state = leaf_update(value, info, u, [c[k] for c in columns], p)
                 for column, x in zip(new, state):
@@ -457,7 +482,7 @@ class Call:
                 u = p + u
             elif any([u is c[-1] for new in news for c in new]):
                 u = u.clone()  # the updates are handed out; the state's memory may be given away at the next step
-            out.append(u if u.dtype == p.dtype else u.to(p.dtype))
+            out.append(u if u.dtype == dtype else u.to(dtype))
         return out, news
 
     # -- mode: program
@@ -515,6 +540,8 @@ class Call:
             updates, *results = [
                 list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*pieces)
             ]
+        if any([isinstance(x, Tensor) for x in (*columns, *numbers)]):  # a 0-d parameter is promoted by a 0-d number
+            updates, *results = [x if isinstance(x, (Tensor, float)) else cast(x, dtype) for x in (updates, *results)]
         for (j, f), x in zip(places, results):
             news[j][f] = list(x) if isinstance(x, tuple) else x
         return list(updates) if isinstance(updates, tuple) else updates, news
@@ -618,8 +645,17 @@ class Call:
 
 # --------------------------------------------------------------------------------------------------------------- helpers
 
+
 FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def widest(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> torch.dtype:
+    """The dtype that all of these promote to."""
+    for x in tensors:
+        if x is not None and x.dtype != dtype:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
 
 
 def choose(executor: Executor | None, *tensors: Iterable[Any]) -> Mode:
@@ -728,6 +764,11 @@ def clones(xs: list[Tensor]) -> list[Tensor]:
     return [x.clone() for x in xs]
 
 
+def first_places(values: Sequence[Any]) -> list[int]:
+    """For each value, where the same object stands first."""
+    return [next(j for j, y in enumerate(values) if y is x) for x in values]
+
+
 def one(values: list[Any], mode: Mode) -> bool:
     """Whether all are one and the same object."""
     if mode == "traced":
@@ -744,6 +785,10 @@ def put(values: list[Any], rows: Sequence[int], new: Iterable[Any]) -> list[Any]
     for k, x in zip(rows, new):
         result[k] = x
     return result
+
+
+def cast(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x if x.dtype == dtype else x.to(dtype) for x in xs]
 
 
 def overwrite(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:

@@ -123,12 +123,23 @@ def transforming() -> bool:
     return isinstance(level, torch._C._functorch.CInterpreter) or torch.autograd.forward_ad._current_level >= 0
 
 
+def recorded(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd or a `torch.func` transform follows these tensors, so that foreach operations are out of place."""
+    return transforming() or (torch.is_grad_enabled() and any([x.requires_grad for x in tensors]))
+
+
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    r"""The 2-norm of all tensors as one vector, :math:`\sqrt{\sum_i \|x_i\|_2^2}`, computed as `torch.nn.utils` does."""
+    r"""The 2-norm of all tensors as one vector, :math:`\sqrt{\sum_i \|x_i\|_2^2}`; a 0-d tensor on the first one's device."""
     if not tensors:
         return torch.zeros(())
-    if torch.is_grad_enabled() or transforming():
-        device = tensors[0].device
-        squares = [(x.abs() ** 2).sum().to(device) for x in tensors]
-        return root(torch.stack(squares).sum())
-    return torch.nn.utils.get_total_norm(tensors)
+    device = tensors[0].device
+    if recorded(tensors):
+        return root(torch.stack([(x.abs() ** 2).sum().to(device) for x in tensors]).sum())
+    return torch.linalg.vector_norm(torch.stack([x.to(device) for x in torch._foreach_norm(tensors)]))
+
+
+def multiply(tensors: Sequence[Tensor], k: Tensor) -> list[Tensor]:
+    """Every tensor times one 0-d tensor."""
+    if recorded([*tensors, k]) or not all([x.device == k.device for x in tensors]):
+        return [(x * k.to(x.device)).to(x.dtype) for x in tensors]
+    return list(torch._foreach_mul(tensors, k))

@@ -25,10 +25,12 @@ from purestep.engine import (
     Group,
     Link,
     Mode,
+    Primitive,
     choose,
     evaluate_mask,
     fields_of,
     fresh_state,
+    fresh_whole_state,
     is_off,
 )
 from purestep.transform import Transform, chain
@@ -38,6 +40,9 @@ from purestep.tree import Spec
 F = TypeVar("F", bound=Callable[..., None])
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+SHARED: Any = "shared"
+"""The key in `state` of what a whole transform keeps for all parameters together."""
 
 FLAGS = ("foreach", "capturable", "differentiable", "fused")
 
@@ -138,7 +143,10 @@ class Optimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for k, link in enumerate(transform.links):
                 value, names = link.transform, keys[k]
-                if value.declaration.whole or is_off(value) or not names:
+                if is_off(value) or not names:
+                    continue
+                if value.declaration.whole:
+                    self._fill_whole(value, names, params)
                     continue
                 on = self._mask_all(link, params)
                 for p, yes in zip(params, on):
@@ -149,6 +157,15 @@ class Optimizer(torch.optim.Optimizer):
                     for name, scalar, x in zip(names, fields_of(value).scalars, fields):
                         if name not in state and x is not None:
                             state[name] = counters.setdefault((name, p.device), x) if scalar else x
+
+    def _fill_whole(self, value: Primitive, names: tuple[str, ...], params: list[Tensor]) -> None:
+        """The same for a whole transform: what is not any parameter's is kept under a key of its own."""
+        for name, leaf, x in zip(names, fields_of(value).leaves, fresh_whole_state(value, params)):
+            if not leaf:
+                self.state[SHARED].setdefault(name, x)
+                continue
+            for p, y in zip(params, x):
+                self.state[p].setdefault(name, y)
 
     def _paths(self) -> dict[Tensor, str]:
         paths: dict[Tensor, str] = {}
@@ -250,7 +267,10 @@ class Optimizer(torch.optim.Optimizer):
                 self._fill(params[rows.rows.start : rows.rows.stop], transform)
             columns = self._gather(states, together, keys)
         executor = executor_of(groups[0][0])
-        seen = () if not torch.is_grad_enabled() else (params, grads, *chained.from_iterable(columns), *[g.plan.tensors for g in together])
+        seen: tuple[Any, ...] = ()
+        if torch.is_grad_enabled():
+            fields = [c if isinstance(c, list) else [c] for c in chained.from_iterable(columns)]
+            seen = (params, grads, *fields, *[g.plan.tensors for g in together])
         mode: Mode = choose(executor, *seen)
         before = list(map(list, columns))
         if not all([g.layout is torch.strided for g in grads]):
@@ -267,6 +287,9 @@ class Optimizer(torch.optim.Optimizer):
         for names, olds, news in zip(keys, before, after):
             if not all(map(operator.is_, olds, news)):
                 for name, new in zip(names, news):
+                    if not isinstance(new, list):
+                        self.state[SHARED][name] = new
+                        continue
                     for state, x in zip(states, new):
                         if x is not None:
                             state[name] = x
@@ -275,8 +298,12 @@ class Optimizer(torch.optim.Optimizer):
         """The state of these parameters as the engine takes it: per link, per field, a list."""
         columns: list[Any] = []
         for k, names in enumerate(keys):
+            link = groups[0].plan.links[k]
             if not names:
                 columns.append([])
+            elif link.transform.declaration.whole:
+                own = self.state[SHARED]
+                columns.append([[s[n] for s in states] if leaf else own[n] for n, leaf in zip(names, groups[0].plan.fields[k].leaves)])
             elif any([g.plan.optional[k] for g in groups]):
                 columns.append([[s.get(n) for s in states] for n in names])
             else:

@@ -528,7 +528,7 @@ class Writer:
             if self.text(out) in moving:  # its source is itself about to be overwritten
                 name = self.fresh("t")
                 self.lines.append(f"{name} = clone({self.text(out)})")
-                moves[i] = (given, name, home)
+                moves[i] = (given, Name(name), home)
         for given, out, home in moves:
             self.lines.append(f"copy_({home}, {self.text(out)})")
         for given, _, _ in moves:

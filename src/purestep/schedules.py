@@ -45,7 +45,9 @@ def schedule(function: Callable[Concatenate[Any, P], Any]) -> Callable[P, Schedu
     def factory(*args: P.args, **kwargs: P.kwargs) -> Schedule:
         return Schedule(declaration, declaration.bind(args, kwargs))
 
-    factory.__signature__ = declaration.signature  # type: ignore[attr-defined]
+    signature = declaration.signature.replace(return_annotation="Schedule")
+    factory.__signature__ = signature  # type: ignore[attr-defined]
+    factory.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()} | {"return": "Schedule"}
     factory.declaration = declaration  # type: ignore[attr-defined]
     del factory.__wrapped__  # type: ignore[attr-defined]  # inspect would show the function's signature, with `step`
     declaration.factory = factory

@@ -29,7 +29,9 @@ from purestep.engine import (
     detail,
     evaluate_mask,
     fields_of,
+    Fields,
     fresh_state,
+    fresh_whole_state,
     is_off,
     pick,
     put,
@@ -93,21 +95,26 @@ class Transform:
         states = []
         for link in self.links:
             value = link.transform
-            if value.declaration.whole:
-                states.append(whole_init(value, [p for p in leaves if p is not None], leaves, spec))
-                continue
             fields = fields_of(value)
+            if value.declaration.whole:
+                rows = [k for k, p in enumerate(leaves) if p is not None]
+                made = [
+                    put([None] * len(leaves), rows, c) if leaf else c
+                    for c, leaf in zip(fresh_whole_state(value, pick(leaves, rows)), fields.leaves)
+                ]
+                states.append(self._tree(link, made, spec))
+                continue
             on = [p is not None for p in leaves]
             for mask in link.masks:
                 on = [a and b for a, b in zip(on, evaluate_mask(mask, leaves, spec))]
             if is_off(value):
                 on = [False] * len(leaves)
-            made = [fresh_state(value, p) if yes else (None,) * len(fields.names) for p, yes in zip(leaves, on)]
-            columns: list[list[Any]] = [list(c) for c in zip(*made)] if made else [[] for _ in fields.names]
+            each = [fresh_state(value, p) if yes else (None,) * len(fields.names) for p, yes in zip(leaves, on)]
+            columns: list[list[Any]] = [list(c) for c in zip(*each)] if each else [[] for _ in fields.names]
             for f, scalar in enumerate(fields.scalars):
                 if scalar:
                     columns[f] = share(columns[f], leaves)
-            states.append(state_type(value)(*[tree.unflatten(c, spec) for c in columns]))
+            states.append(self._tree(link, columns, spec))
         return self._join(states)
 
     def update(
@@ -156,10 +163,8 @@ class Transform:
             rows = [k for k, g in enumerate(gradients) if g is not None]
         check_states(self.links, states, leaves, rows, spec)
         return_same = donate and rows is None
-        chosen = [
-            s if link.transform.declaration.whole else [pick(c, rows) for c in s] for link, s in zip(self.links, states)
-        ]
-        flat_state = [c for link, s in zip(self.links, chosen) if not link.transform.declaration.whole for c in s]
+        chosen = states if rows is None else [pick_leaves(s, info, rows) for s, info in zip(states, plan.fields)]
+        flat_state = [c if isinstance(c, list) else pytree.tree_leaves(c) for s in chosen for c in s]
         live, given = pick(gradients, rows), pick(leaves, rows)
         mode = choose(executor, live, given, *flat_state, plan.tensors)
 
@@ -170,10 +175,10 @@ class Transform:
         out, news = call.run([Group(plan, range(len(given)))])
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)
-            news = [
-                new if link.transform.declaration.whole else [put(old, rows, x) for old, x in zip(olds, new)]
-                for link, olds, new in zip(self.links, states, news)
-            ]
+            for olds, new, info in zip(states, news, plan.fields):
+                for f, leaf in enumerate(info.leaves):
+                    if leaf:
+                        new[f] = put(olds[f], rows, new[f])
         if return_same and apply and all([a is b for a, b in zip(out, leaves)]):
             result = params
         else:
@@ -194,7 +199,7 @@ class Transform:
             tree.flatten_like(c, spec, f"{expected.__name__}.{name}") if leaf else c
             for c, name, leaf in zip(state, fields.names, fields.leaves)
         ]
-        return expected(*columns) if value.declaration.whole else columns
+        return columns
 
     def _tree(self, link: Link, state: Any, spec: tree.Spec) -> Any:
         """The state of one link, with trees again."""
@@ -215,7 +220,9 @@ class Transform:
 
     @property
     def hyperparams(self) -> dict[str, Any]:
-        """The hyperparameters by name; a name that occurs twice in a chain is qualified by its place: ``"0.lr"``.
+        """The hyperparameters by name.
+
+        A name that occurs twice in a chain is qualified by its place in it: ``"0.lr"``.
 
         >>> import purestep as ps
         >>> ps.chain(ps.scale(2.0), ps.trace(0.9), ps.scale(3.0)).hyperparams
@@ -469,10 +476,25 @@ def leafwise(state: Any = None, *, off: str | None = None) -> Any:
 def whole(state: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Transform]]:
     """Declare a whole transform: a function of all parameters together becomes a factory of transforms.
 
-    The function takes the lists of gradients and of parameters that have one, `(gs, s, ps, ...)`, and returns the list of
-    updates and the new state. Fields of the state annotated `list[Tensor]` hold an entry per parameter; all others are its
-    own. Hyperparameters arrive as numbers.
+    The function takes the list of gradients, its state and the list of parameters, `(gs, s, ps, ...)`, then the transform's
+    arguments, and returns the list of updates and the new state. Parameters without a gradient are not among them.
+    Hyperparameters arrive as numbers or 0-d tensors, schedules already called.
+
+    Args:
+        state: a `NamedTuple` with a classmethod `init(params)`, which is given the list of all parameters. A field annotated
+            `list[Tensor]` has an entry per parameter, any other is the transform's own; one called `step` counts the
+            updates, which the function does itself. Without a state the function is handed an `EmptyState` to return.
+
+    >>> import torch, purestep as ps
+    >>> @ps.whole()
+    ... def normalize(gs, s, params):
+    ...     return ps.multiply(gs, 1 / ps.global_norm(gs)), s
+    >>> opt, params = normalize(), [torch.zeros(1), torch.zeros(1)]
+    >>> opt.update([torch.tensor([3.0]), torch.tensor([4.0])], opt.init_state(params), params)[0]
+    [tensor([0.6000]), tensor([0.8000])]
     """
+    if state is not None and not (isinstance(state, type) and hasattr(state, "init") and hasattr(state, "_fields")):
+        raise TypeError(f"whole takes a state (a NamedTuple with a classmethod init(params)) or nothing, but got {state!r}.")
 
     def declare(function: Callable[..., Any]) -> Any:
         return factory_of(Whole, LinkDeclaration(function, state, None, whole=True))
@@ -488,18 +510,18 @@ def factory_of(kind: Any, declaration: LinkDeclaration) -> Any:
         made: Transform = kind(declaration, declaration.bind(args, kwargs))
         return made
 
-    factory.__signature__ = declaration.signature  # type: ignore[attr-defined]
+    signature = declaration.signature.replace(return_annotation="Transform")
+    factory.__signature__ = signature  # type: ignore[attr-defined]
+    factory.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()} | {"return": "Transform"}
     factory.declaration = declaration  # type: ignore[attr-defined]
     del factory.__wrapped__  # type: ignore[attr-defined]  # inspect and doctest would see the leaf function
     declaration.factory = factory
     return factory
 
 
-def whole_init(value: Primitive, params: list[Tensor], leaves: list[Any], spec: tree.Spec) -> Any:
-    state = value.declaration.state
-    if state is None:
-        return state_type(value)(*[maths.counter(p) for p in params[:1] if fields_of(value).names])
-    return state.init(params)  # type: ignore[attr-defined]
+def pick_leaves(state: list[Any], info: Fields, rows: list[int]) -> list[Any]:
+    """The fields of a state for some of the parameters."""
+    return [pick(c, rows) if leaf else c for c, leaf in zip(state, info.leaves)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- checks
@@ -626,7 +648,7 @@ def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.dev
 
 
 def in_dims(transform: Any) -> Any:
-    """The `in_dims` for `torch.func.vmap` over a transform: 0 where a hyperparameter is a batch, else None.
+    """The ``in_dims`` for `torch.func.vmap` over a transform: 0 where a hyperparameter is a batch, else None.
 
     >>> import torch, purestep as ps
     >>> ps.in_dims(ps.chain(ps.scale(torch.tensor([0.1, 0.2])), ps.trace(0.9)))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from purestep.engine import EmptyState
 from purestep.hyper import NonNegative
-from purestep.maths import global_norm, maximum, minimum
+from purestep.maths import global_norm, maximum, minimum, multiply
 from purestep.transform import leafwise, whole
 
 
@@ -45,10 +44,3 @@ def clip_by_global_norm(us: list[Tensor], s: EmptyState, ps: list[Tensor], max_n
     """
     factor = minimum(max_norm / (global_norm(us) + 1e-6), 1.0)
     return multiply(us, factor), s
-
-
-def multiply(xs: list[Tensor], k: Tensor) -> list[Tensor]:
-    """Every tensor times one number on some device."""
-    if torch.is_grad_enabled() or any([x.device != k.device for x in xs]):
-        return [(x * k.to(x.device)) for x in xs]
-    return list(torch._foreach_mul(xs, k))

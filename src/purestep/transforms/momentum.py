@@ -30,8 +30,8 @@ def trace(
     r"""Accumulate the gradients: heavy-ball momentum, or Nesterov's.
 
     .. math::
-        b_t = \mu\,b_{t-1} + (1 - \tau)\,g_t, \qquad b_1 = g_1 \\
-        u_t = \begin{cases} g_t + \mu\,b_t & \text{nesterov} \\ b_t & \text{else} \end{cases}
+        b_t &= \mu\,b_{t-1} + (1 - \tau)\,g_t, \qquad b_1 = g_1 \\
+        u_t &= \begin{cases} g_t + \mu\,b_t & \text{nesterov} \\ b_t & \text{else} \end{cases}
 
     As in `torch.optim.SGD` the first gradient enters undamped. With a momentum of 0 it does nothing and has no state.
 

@@ -1,0 +1,130 @@
+"""The one registry: every transform and algorithm, what it is compared with, and what it lacks.
+
+Adding a case here puts it under every test in this folder. What an algorithm lacks is data on its case, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import purestep as ps
+
+Options = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One transform, with options under which it is tested."""
+
+    name: str
+    make: Callable[..., ps.Transform]
+    options: tuple[Options, ...]
+    """Several sets of options; the first is the one for tests that need only one."""
+    twin: Callable[..., torch.optim.Optimizer] | None = None
+    """What computes the same: called with parameters and the same options."""
+    step: float | None = None
+    """For a transform that gives updates, not steps: what to multiply them with in a training loop."""
+    smooth: bool = True
+    """Whether finite differences are meaningful at random points."""
+    lacks: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Capability -> reason."""
+    covers: tuple[str, ...] = ()
+    """Further public names that this case tests."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def transform(self, options: Options | None = None) -> ps.Transform:
+        t = self.make(**(self.options[0] if options is None else options))
+        return t if self.step is None else ps.chain(t, ps.scale(self.step))
+
+
+def _adam_options(**more: Any) -> tuple[Options, ...]:
+    return (
+        {"lr": 0.01, "weight_decay": 0.1, **more},
+        {"lr": 0.01, "betas": (0.7, 0.9), "eps": 1e-3, **more},
+        {"lr": 0.01, "amsgrad": True, **more},
+        {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1, "maximize": True, **more},
+        {"lr": 0.0, **more},
+        {"lr": 0.01, "betas": (0.0, 0.0), "eps": 0.1, **more},
+    )
+
+
+def _decay_matrices(path: str, p: Tensor) -> bool:
+    return p.ndim > 1
+
+
+CASES = [
+    Case(
+        "sgd",
+        ps.sgd,
+        (
+            {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
+            {"lr": 0.1},
+            {"lr": 0.001, "weight_decay": 0.1, "maximize": True},
+            {"lr": 0.1, "momentum": 0.8, "dampening": 0.3},
+            {"lr": 0.1, "momentum": 0.8, "nesterov": True},
+            {"lr": 0.001, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01, "maximize": True},
+            {"lr": 0.0, "momentum": 0.8},
+        ),
+        twin=torch.optim.SGD,
+    ),
+    Case("adam", ps.adam, (*_adam_options(), {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}), twin=torch.optim.Adam),
+    Case("adamw", ps.adamw, _adam_options(), twin=torch.optim.AdamW),
+    Case("trace", ps.trace, ({"momentum": 0.9}, {"momentum": 0.5, "dampening": 0.2}, {"momentum": 0.5, "nesterov": True}), step=-0.1, covers=("TraceState",)),
+    Case("scale_by_adam", ps.scale_by_adam, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("AdamState",)),
+    Case("scale_by_amsgrad", ps.scale_by_amsgrad, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("AmsgradState",)),
+    Case("add_decayed_weights", ps.add_decayed_weights, ({"weight_decay": 0.1}, {"weight_decay": 0.1, "mask": _decay_matrices}), step=-0.1),
+    Case("scale", ps.scale, ({"factor": -0.1},)),
+    Case("scale_by_learning_rate", ps.scale_by_learning_rate, ({"lr": 0.1},)),
+    Case("maximize", ps.maximize, ({},), step=0.1),
+    Case("clip", ps.clip, ({"max_value": 0.05},), step=-0.1, smooth=False),
+    Case("clip_by_global_norm", ps.clip_by_global_norm, ({"max_norm": 0.1}, {"max_norm": 100.0}), step=-0.1),
+    Case(
+        "masked",
+        lambda transform, mask: ps.masked(transform, mask),
+        ({"transform": ps.trace(0.9), "mask": _decay_matrices},),
+        step=-0.1,
+    ),
+    Case(
+        "chain",
+        lambda **options: ps.chain(ps.clip_by_global_norm(options.pop("max_norm")), ps.adamw(**options)),
+        ({"max_norm": 0.1, "lr": 0.01}, {"max_norm": 0.1, "lr": ps.schedules.warmup_cosine(0.1, warmup_steps=3, total_steps=40)}),
+    ),
+    Case(
+        "scheduled",
+        lambda **options: ps.sgd(**options),
+        (
+            {"lr": ps.schedules.cosine(0.1, total_steps=40), "momentum": ps.schedules.linear(0.5, 0.9, total_steps=20)},
+            {"lr": ps.schedules.constant(0.1), "weight_decay": lambda t: 0.1 / (t + 1)},
+        ),
+    ),
+]  # fmt: skip
+
+ALL = [(case, options) for case in CASES for options in case.options]
+
+
+def each(capability: str = "", *, smooth: bool = False) -> pytest.MarkDecorator:
+    """Parametrize over every case that has this capability; the others are skipped with their reason."""
+    marks = []
+    for case in CASES:
+        if smooth and not case.smooth:
+            marks.append(pytest.param(case, marks=pytest.mark.skip(reason=f"{case} has kinks: finite differences cross them")))
+        elif capability in case.lacks:
+            marks.append(pytest.param(case, marks=pytest.mark.skip(reason=f"{case} lacks {capability}: {case.lacks[capability]}")))
+        else:
+            marks.append(pytest.param(case))
+    return pytest.mark.parametrize("case", marks, ids=str)
+
+
+def each_options(cases: list[Case] | None = None) -> pytest.MarkDecorator:
+    """Parametrize over every case under every set of its options."""
+    chosen = CASES if cases is None else cases
+    pairs = [(case, options) for case in chosen for options in case.options]
+    return pytest.mark.parametrize(("case", "options"), pairs, ids=[f"{c}-{i}" for c in chosen for i in range(len(c.options))])

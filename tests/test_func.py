@@ -1,0 +1,265 @@
+"""Inside torch.func: batches, derivatives with respect to everything, and nothing but finite numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import purestep as ps
+from tests.cases import Case, Options, each, each_options
+from tests.problems import difference, grads, mlp
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def used(t: ps.Transform) -> ps.Transform:
+    """The transform with its hyperparameters as tensors, and strengths of exactly 0 (which switch it off) left as they are."""
+    values = {
+        name: pytree.tree_map(lambda x: torch.tensor(x, dtype=torch.float64), value)
+        for name, value in t.hyperparams.items()
+        if value != 0.0 and not callable(value)
+    }
+    return t.replace(**values)
+
+
+# -------------------------------------------------------------------------------------------------------------- derivatives
+
+
+@each(smooth=True)
+@pytest.mark.parametrize("where", ["random", "zero gradient", "zero gradient and state"])
+def test_gradcheck(case: Case, where: str) -> None:
+    """Derivatives of a step with respect to gradients, parameters, state and every hyperparameter, in both directions."""
+    t = used(case.transform())
+    if "eps" in t.hyperparams:  # the slope at zero is 1/eps
+        t = t.replace(eps=torch.tensor(0.1, dtype=torch.float64))
+    params, loss = mlp()
+    state, g = t.init_state(params), grads(loss, params)
+    if where != "zero gradient and state":  # away from zero, where a second moment ends
+        state = pytree.tree_map(lambda x: 2 + x if is_counter(x) else torch.rand_like(x) + 0.1 if isinstance(x, Tensor) else x, state)
+    if where != "random":
+        if case.name.startswith("clip"):
+            pytest.skip("the slope of a norm at zero is taken to be 0, while finite differences see 1")
+        g = {k: torch.zeros_like(x) for k, x in g.items()}
+    leaves, spec = pytree.tree_flatten((t, g, state, params))
+    floating = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and not is_counter(x)]
+
+    def function(*xs: Tensor) -> tuple[Tensor, ...]:
+        filled = list(leaves)
+        for i, x in zip(floating, xs):
+            filled[i] = x
+        t, g, state, params = pytree.tree_unflatten(filled, spec)
+        return tuple(x for x in tensors_of(t.step(g, state, params)) if not is_counter(x))
+
+    inputs = [leaves[i].detach().clone().requires_grad_() for i in floating]
+    if where == "zero gradient and state":  # no finite difference crosses the edge; test_finite_at_exact_zeros asks for numbers
+        inputs = [x if i in changeable(leaves, floating, spec) else x.detach() for i, x in zip(floating, inputs)]
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, fast_mode=True, atol=1e-5, rtol=1e-3)
+
+
+def is_counter(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.float32
+
+
+def changeable(leaves: list[Any], floating: list[int], spec: Any) -> set[int]:
+    """The leaves of (transform, gradients, _, parameters)."""
+    numbered = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    return {*pytree.tree_leaves(numbered[0]), *pytree.tree_leaves(numbered[1]), *pytree.tree_leaves(numbered[3])} & set(floating)
+
+
+@each_options()
+@pytest.mark.parametrize("level", ["autograd", "torch.func"])
+def test_finite_at_exact_zeros(case: Case, options: Options, level: str) -> None:
+    """A gradient and a state that are exactly 0 give finite derivatives, through two steps."""
+    t = used(case.transform(options))
+    params = {"a": torch.tensor([0.0, 1.0]), "b": torch.zeros(2, 2)}
+    target = {"a": torch.tensor([0.0, 2.0]), "b": torch.zeros(2, 2)}
+
+    def outer(t: ps.Transform, params: Any) -> Tensor:
+        state = t.init_state(params)
+        for _ in range(2):
+            g = {k: 2 * (params[k] - target[k]) for k in params}
+            params, state = t.step(g, state, params)
+        return sum((((p - 1) ** 2).sum() for p in params.values()), torch.zeros(()))
+
+    if level == "torch.func":
+        found = torch.func.grad(outer, argnums=(0, 1))(t, params) if tensors_of(t) and all_tensors(t) else torch.func.grad(outer, 1)(t, params)
+    else:
+        inputs = [x.detach().clone().requires_grad_() for x in tensors_of((t, params))]
+        leaves, spec = pytree.tree_flatten((t, params))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+        for i, x in zip(places, inputs):
+            leaves[i] = x
+        outer(*pytree.tree_unflatten(leaves, spec)).backward()
+        found = [x.grad for x in inputs if x.grad is not None]
+    assert tensors_of(found)
+    assert all(x.isfinite().all() for x in tensors_of(found))
+
+
+def all_tensors(t: ps.Transform) -> bool:
+    return all(isinstance(x, Tensor) for x in pytree.tree_leaves(t))
+
+
+@each(smooth=True)
+def test_forward_and_reverse_agree(case: Case) -> None:
+    t = case.transform()
+    params, loss = mlp()
+
+    def final(lr: Tensor, params: Any) -> Tensor:
+        state = t.init_state(params)
+        for _ in range(2):
+            g = pytree.tree_map(lambda x: x * lr, torch.func.grad(loss)(params))
+            params, state = t.step(g, state, params)
+        return loss(params)
+
+    x = torch.tensor(0.7, dtype=torch.float64)
+    reverse = torch.func.jacrev(final)(x, params)
+    forward = torch.func.jacfwd(final)(x, params)
+    torch.testing.assert_close(reverse, forward, rtol=1e-9, atol=1e-12)
+    step = 1e-6
+    numeric = (final(x + step, params) - final(x - step, params)) / (2 * step)
+    torch.testing.assert_close(reverse, numeric, rtol=1e-4, atol=1e-8)
+
+
+def test_hypergradients_are_a_transform() -> None:
+    """The gradient with respect to an optimizer is an optimizer; each entry agrees with finite differences."""
+    params, loss = mlp()
+
+    def outer(t: ps.Transform) -> Tensor:
+        p, state = params, t.init_state(params)
+        for _ in range(5):
+            p, state = t.step(torch.func.grad(loss)(p), state, p)
+        return loss(p)
+
+    t = ps.tensors(ps.chain(ps.clip_by_global_norm(0.3), ps.adamw(lr=0.05, betas=(0.8, 0.9), eps=0.01, weight_decay=0.1)))
+    found = torch.func.grad(outer)(t)
+    assert type(found) is type(t)
+    leaves, spec = pytree.tree_flatten(t)
+    for i, (x, slope) in enumerate(zip(leaves, pytree.tree_leaves(found))):
+        values = []
+        for sign in (1, -1):
+            moved = list(leaves)
+            moved[i] = x + sign * 1e-6
+            values.append(outer(pytree.tree_unflatten(moved, spec)))
+        torch.testing.assert_close(slope, (values[0] - values[1]) / 2e-6, rtol=1e-4, atol=1e-7)
+
+
+def test_schedules_are_differentiated_too() -> None:
+    def outer(t: ps.Transform) -> Tensor:
+        p = torch.ones(1)
+        state = t.init_state(p)
+        for _ in range(3):
+            p, state = t.step(torch.ones(1), state, p)
+        return p.sum()
+
+    t = ps.tensors(ps.chain(ps.scale_by_learning_rate(ps.schedules.linear(1.0, 0.0, total_steps=2))))
+    found = torch.func.grad(outer)(t).hyperparams["lr"]
+    # p = 1 - (1 + 1/2 + 0) start - (0 + 1/2 + 1) end
+    assert [x.item() for x in pytree.tree_leaves(found)] == [-1.5, -1.5]
+
+
+# ------------------------------------------------------------------------------------------------------------------ batches
+
+
+@each_options()
+def test_vmap_over_parameters(case: Case, options: Options) -> None:
+    """Three models at once, states and all, are three models one by one."""
+    t = case.transform(options)
+    stacked = {k: torch.stack([p, 2 * p, -p]) for k, p in mlp()[0].items()}
+    _, loss = mlp()
+
+    def train(params: Any) -> Any:
+        state = t.init_state(params)
+        for _ in range(3):
+            params, state = t.step(torch.func.grad(loss)(params), state, params)
+        return params
+
+    together = torch.func.vmap(train)(stacked)
+    for i in range(3):
+        alone = train({k: p[i] for k, p in stacked.items()})
+        assert difference({k: p[i] for k, p in together.items()}, alone) <= 1e-12
+
+
+@each_options()
+def test_vmap_over_every_hyperparameter(case: Case, options: Options) -> None:
+    """A batch of optimizers, made by replacing each hyperparameter in turn with a 1-d tensor."""
+    t = case.transform(options)
+    params, loss = mlp()
+
+    def train(t: ps.Transform, params: Any) -> Any:
+        state = t.init_state(params)
+        for _ in range(3):
+            params, state = t.step(torch.func.grad(loss)(params), state, params)
+        return params
+
+    for name, value in t.hyperparams.items():
+        if callable(value) or value == 0.0:
+            continue
+        batch = pytree.tree_map(lambda x: torch.tensor([x, 0.9 * x, 0.5 * x], dtype=torch.float64), value)
+        sweep = t.replace(**{name: batch})
+        together = torch.func.vmap(train, in_dims=(ps.in_dims(sweep), None))(sweep, params)
+        for i in range(3):
+            one = t.replace(**{name: pytree.tree_map(lambda x, i=i: x[i].item(), batch)})
+            assert difference({k: p[i] for k, p in together.items()}, train(one, params)) <= 1e-12
+
+
+@each()
+def test_nested_vmap_over_optimizers_and_models(case: Case) -> None:
+    t = case.transform()
+    name, value = next(((n, v) for n, v in t.hyperparams.items() if isinstance(v, float) and v), (None, None))
+    if name is None or value is None:
+        pytest.skip(f"{case} has no hyperparameter that is a plain number")
+    sweep = t.replace(**{name: torch.tensor([value, 0.5 * value], dtype=torch.float64)})
+    _, loss = mlp()
+    stacked = {k: torch.stack([p, 2 * p, -p]) for k, p in mlp()[0].items()}
+
+    def step(t: ps.Transform, params: Any) -> Any:
+        return t.step(torch.func.grad(loss)(params), t.init_state(params), params)[0]
+
+    inner = torch.func.vmap(step, in_dims=(None, 0))
+    together = torch.func.vmap(inner, in_dims=(ps.in_dims(sweep), None))(sweep, stacked)
+    for i in range(2):
+        for j in range(3):
+            alone = step(t.replace(**{name: value * (1.0, 0.5)[i]}), {k: p[j] for k, p in stacked.items()})
+            assert difference({k: p[i, j] for k, p in together.items()}, alone) <= 1e-12
+
+
+def test_a_per_sample_hypergradient() -> None:
+    """vmap over grad over a step."""
+    lrs = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+
+    def outer(lr: Tensor) -> Tensor:
+        p = torch.ones(2, dtype=torch.float64)
+        t = ps.adam(lr)
+        p, _ = t.step(2 * p, t.init_state(p), p)
+        return (p**2).sum()
+
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(outer))(lrs), torch.stack([torch.func.grad(outer)(x) for x in lrs]))
+
+
+def test_a_batch_without_vmap_is_refused() -> None:
+    t, p = ps.sgd(lr=torch.tensor([0.1, 0.2])), torch.ones(2)
+    for executor in (None, "leaf"):
+        with pytest.raises(ValueError, match=r"must be one number, but got a tensor of shape \(2,\).*vmap.*in_dims"):
+            t.step(p, t.init_state(p), p, executor=executor)
+
+
+def test_autograd_alone_is_enough() -> None:
+    """Without torch.func: parameters that require grad make a step differentiable."""
+    params, loss = mlp()
+    leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
+    lr = torch.tensor(0.1, requires_grad=True)
+    t = ps.chain(ps.clip_by_global_norm(1.0), ps.adam(lr))
+    p, state = leaves, t.init_state(leaves)
+    for _ in range(2):
+        g = dict(zip(p, torch.autograd.grad(loss(p), list(p.values()), create_graph=True)))
+        p, state = t.step(g, state, p)
+    loss(p).backward()
+    assert lr.grad is not None
+    assert lr.grad.abs() > 0
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves.values())

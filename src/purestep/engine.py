@@ -119,6 +119,8 @@ class Kernel(NamedTuple):
 
     pattern: tuple[tuple[LinkDeclaration, bool], ...]  # each with whether it may be left out
     run: Callable[..., None]
+    copies: bool = True  # whether it pays to copy what was not given away, so that the kernel can write on it
+    least: int = 0  # elements per tensor, on average, from which on it beats the program
 
 
 KERNELS: list[Kernel] = []
@@ -448,8 +450,9 @@ class Call:
         if self.mode == "program":
             with torch._C._AutoDispatchBelowAutograd():  # nothing here requires grad: asking each tensor costs a fifth of a step
                 updates, news = self.program(segment, grads, params, fields, apply)
-            if apply and self.donate:
-                torch.autograd.graph.increment_version(params)
+            if self.donate:  # what was written in place, below autograd's sight
+                written = [c for (_, _, info), own in zip(segment.items, fields) for f in info.tensors for c in own[f]]
+                torch.autograd.graph.increment_version(params + written if apply else written)
         else:
             run = self.leaf if self.mode == "leaf" else self.program
             updates, news = run(segment, grads, params, fields, apply)
@@ -491,7 +494,7 @@ class Call:
         """All parameters at once: the tail of the chain as a fused kernel if there is one, the rest as a program."""
         if apply and segment.kernel is not None and self.executor != "foreach" and self.mode == "program":
             k = segment.first
-            if fits(segment.tail, grads, params, fields[k:]):
+            if self.pays(segment.kernel, params) and fits(segment.tail, grads, params, fields[k:]):
                 if not k:
                     return self.fused(segment, grads, params, fields)
                 grads, before = self.foreach(segment.head, grads, params, fields[:k], False)
@@ -568,6 +571,14 @@ class Call:
         return overwrite(params, updates) if apply and self.donate else updates, news
 
     # -- fused kernels
+
+    def pays(self, kernel: Kernel, params: list[Tensor]) -> bool:
+        """Whether the kernel is faster here than the program."""
+        if self.executor == "fused":
+            return True
+        if not (self.donate or kernel.copies):
+            return False
+        return not kernel.least or sum([p.numel() for p in params]) >= kernel.least * len(params) or params[0].is_cuda
 
     def fused(self, segment: Segment, grads: Any, params: Any, fields: Any) -> tuple[Any, Any]:
         """A kernel that computes all of these links in one pass, in place: on copies, unless their memory was given away."""
@@ -808,7 +819,7 @@ def imaginary(xs: list[Any]) -> list[Any]:
 def same_layout(tensors: Sequence[Tensor]) -> bool:
     """Whether the same element stands at the same place in the memory of all of them, with no gaps."""
     strides = tensors[0].stride()
-    return all([t.stride() == strides for t in tensors]) and torch._prims_common.is_non_overlapping_and_dense(tensors[0])
+    return all([t.stride() == strides for t in tensors]) and torch._prims_common.is_non_overlapping_and_dense_or_false(tensors[0])
 
 
 def chunks(params: list[Tensor]) -> list[slice] | None:
@@ -836,9 +847,12 @@ def evaluate_mask(mask: Any, params: list[Any], spec: Spec) -> list[bool]:
     if isinstance(mask, bool):
         return [mask] * len(params)
     paths = spec.paths()
-    values = [mask(path, p) for path, p in zip(paths, params)] if callable(mask) else flatten_like(mask, spec, "mask")
-    for path, x in zip(paths, values):
-        if not isinstance(x, bool):
+    if callable(mask):
+        values = [p is not None and mask(path, p) for path, p in zip(paths, params)]
+    else:
+        values = flatten_like(mask, spec, "mask")
+    for path, x, p in zip(paths, values, params):
+        if not isinstance(x, bool) and p is not None:
             raise TypeError(
                 f"A mask must be True or False for every parameter, but for {quote(path)} it is {x!r} "
                 f"({type(x).__name__}). Give (path, param) -> bool, or a pytree of bools shaped like params."

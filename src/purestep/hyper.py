@@ -55,6 +55,29 @@ Fraction: TypeAlias = Annotated[Any, Interval(low=0.0, high=1.0, below=True)]
 Betas: TypeAlias = tuple[Fraction, Fraction]
 """Two decay rates."""
 
+@dataclass(frozen=True)
+class Whole:
+    """A number of steps: a whole number of at least 0, and part of a value's structure."""
+
+
+Steps: TypeAlias = Annotated[int, Whole()]
+"""A number of steps."""
+
+
+def check_steps(value: Any, name: str) -> int:
+    """`value` as a number of steps.
+
+    Raises:
+        ValueError: it is negative.
+        TypeError: it is not a whole number.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number of at least 0, but got {value!r}.")
+    if value < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0, but got {value!r}.")
+    return int(value)
+
+
 def interval_of(annotation: Any) -> Interval | tuple[Interval, ...] | None:
     """The interval an annotation stands for, a tuple of them for a tuple, or None for a switch."""
     if annotation is float or annotation is Tensor or annotation == float | Tensor:

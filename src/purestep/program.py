@@ -334,7 +334,7 @@ class Writer:
                 if found is not None:
                     return found
             if all(lists):
-                return Op(node, name, args, (0, 1) if name in COMMUTATIVE else (0,))
+                return Op(node, name, args, (0, 1) if name in COMMUTATIVE or name == "div" else (0,))
             if lists[0]:
                 return Op(node, name, args, (0,))
             if name in COMMUTATIVE:
@@ -492,9 +492,10 @@ class Writer:
             self.lines.append(f"{out} = {op.name}({', '.join(self.text(a, True) for a in op.args)})")
             return
         args = list(op.args)
-        args.insert(0, args.pop(op.inplace))  # only commutative operations overwrite their second argument
+        args.insert(0, args.pop(op.inplace))
+        name = "rdiv" if op.name == "div" and op.inplace else op.name  # the other operations with two targets commute
         self.var[op.out] = self.text(args[0])
-        self.lines.append(f"{op.name}_({', '.join(self.text(a, True) for a in args)})")
+        self.lines.append(f"{name}_({', '.join(self.text(a, True) for a in args)})")
 
     def loop(self, node: fx.Node) -> str:
         """A list comprehension over the parameters, for what torch has no foreach operation for."""
@@ -667,8 +668,13 @@ def rdiv(x: Lists, k: Any) -> Iterable[Tensor]:
 
 
 def rdiv_(x: Lists, k: Any) -> None:
-    torch._foreach_reciprocal_(x)
-    torch._foreach_mul_(x, k)
+    """x becomes k / x, in x's memory."""
+    if isinstance(k, (list, tuple)) and x[0].is_cpu and not torch.compiler.is_compiling():
+        for a, b in zip(x, k):
+            torch.div(b, a, out=a)
+    else:
+        torch._foreach_reciprocal_(x)
+        torch._foreach_mul_(x, k)
 
 
 def square(x: Lists) -> Iterable[Tensor]:

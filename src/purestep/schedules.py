@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
-from purestep.hyper import Hyper
+from purestep.hyper import Hyper, Steps
 from purestep.maths import cos, maximum, minimum, where
 from purestep.value import Declaration, Schedule
 
@@ -43,7 +43,13 @@ def schedule(function: Callable[Concatenate[Any, P], Any]) -> Callable[P, Schedu
 
     @functools.wraps(function)
     def factory(*args: P.args, **kwargs: P.kwargs) -> Schedule:
-        return Schedule(declaration, declaration.bind(args, kwargs))
+        arguments = declaration.bind(args, kwargs)
+        if arguments.get("warmup_steps", 0) > arguments.get("total_steps", math.inf):
+            raise ValueError(
+                f"{declaration.name}: warmup_steps must be at most total_steps, which counts the warm-up, but got "
+                f"{arguments['warmup_steps']} > {arguments['total_steps']}."
+            )
+        return Schedule(declaration, arguments)
 
     signature = declaration.signature.replace(return_annotation="Schedule")
     factory.__signature__ = signature  # type: ignore[attr-defined]
@@ -65,7 +71,7 @@ def constant(step: Any, value: Hyper) -> Any:
 
 
 @schedule
-def linear(step: Any, start: Hyper, end: Hyper, *, total_steps: int) -> Any:
+def linear(step: Any, start: Hyper, end: Hyper, *, total_steps: Steps) -> Any:
     r"""From `start` to `end` in a straight line over `total_steps` updates, then constant.
 
     .. math:: \eta_t = \eta_0 + (\eta_T - \eta_0) \min(t / T, 1)
@@ -77,7 +83,7 @@ def linear(step: Any, start: Hyper, end: Hyper, *, total_steps: int) -> Any:
 
 
 @schedule
-def cosine(step: Any, peak: Hyper, *, total_steps: int, end: Hyper = 0.0) -> Any:
+def cosine(step: Any, peak: Hyper, *, total_steps: Steps, end: Hyper = 0.0) -> Any:
     r"""From `peak` to `end` along half a cosine over `total_steps` updates, then constant.
 
     .. math:: \eta_t = \eta_T + \tfrac12 (\eta_0 - \eta_T)\,(1 + \cos(\pi \min(t / T, 1)))
@@ -94,7 +100,7 @@ def cosine(step: Any, peak: Hyper, *, total_steps: int, end: Hyper = 0.0) -> Any
 
 @schedule
 def warmup_cosine(
-    step: Any, peak: Hyper, *, warmup_steps: int, total_steps: int, end: Hyper = 0.0, start: Hyper = 0.0
+    step: Any, peak: Hyper, *, warmup_steps: Steps, total_steps: Steps, end: Hyper = 0.0, start: Hyper = 0.0
 ) -> Any:
     r"""From `start` to `peak` in a straight line over `warmup_steps`, then along half a cosine to `end` at `total_steps`.
 

@@ -8,6 +8,7 @@ here; what happens to the lists in between is `purestep.engine`'s.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
@@ -157,12 +158,12 @@ class Transform:
         gradients = tree.flatten_like(grads, spec, "grads")
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
         check_params(leaves, spec)
-        check_gradients(gradients, leaves, spec)
+        shapes = [p if p is None else p.shape for p in leaves]
+        check_gradients(gradients, leaves, shapes, spec)
         rows = None
         if type(None) in set(map(type, gradients)):
             rows = [k for k, g in enumerate(gradients) if g is not None]
-        check_states(self.links, states, leaves, rows, spec)
-        return_same = donate and rows is None
+        check_states(self.links, states, leaves, shapes, spec)
         chosen = states if rows is None else [pick_leaves(s, info, rows) for s, info in zip(states, plan.fields)]
         flat_state = [c if isinstance(c, list) else pytree.tree_leaves(c) for s in chosen for c in s]
         live, given = pick(gradients, rows), pick(leaves, rows)
@@ -171,6 +172,7 @@ class Transform:
         def mask(m: Any) -> list[bool]:
             return pick(evaluate_mask(m, leaves, spec), rows)
 
+        kept = [list(s) for s in states]
         call = Call(live, given, chosen, mask, mode, apply=apply, donate=donate, alone=rows is None, executor=executor)
         out, news = call.run([Group(plan, range(len(given)))])
         if rows is not None:
@@ -179,10 +181,9 @@ class Transform:
                 for f, leaf in enumerate(info.leaves):
                     if leaf:
                         new[f] = put(olds[f], rows, new[f])
-        if return_same and apply and all([a is b for a, b in zip(out, leaves)]):
-            result = params
-        else:
-            result = tree.unflatten(out, spec)
+        result = params if out is leaves else tree.unflatten(out, spec)
+        if all([all(map(operator.is_, new, old)) for new, old in zip(news, kept)]):
+            return result, state  # all of it was reused in place
         return result, self._join([self._tree(link, s, spec) for link, s in zip(self.links, news)])
 
     def _columns(self, link: Link, state: Any, spec: tree.Spec) -> Any:
@@ -553,14 +554,14 @@ def check_params(leaves: list[Any], spec: tree.Spec) -> None:
             )
 
 
-def check_gradients(grads: list[Any], params: list[Any], spec: tree.Spec) -> None:
+def check_gradients(grads: list[Any], params: list[Any], shapes: list[Any], spec: tree.Spec) -> None:
     """Refuse gradients whose shape, dtype, device or layout is not their parameter's."""
     if type(None) not in set(map(type, grads)):
         try:
             if (
-                [g.shape for g in grads] == [p.shape for p in params]
+                [g.shape for g in grads] == shapes
                 and [g.dtype for g in grads] == [p.dtype for p in params]
-                and [g.device for g in grads] == [p.device for p in params]
+                and ([g.is_cpu for g in grads] == [p.is_cpu for p in params] == [True] * len(grads) or devices(grads) == devices(params))
                 and all([g.layout is torch.strided for g in grads])
             ):
                 return
@@ -585,20 +586,21 @@ def check_gradients(grads: list[Any], params: list[Any], spec: tree.Spec) -> Non
                 raise ValueError(f"The gradient of {tree.quote(path)} has {what} {of_g}, but the parameter has {what} {of_p}.")
 
 
-def check_states(links: Sequence[Link], states: list[Any], params: list[Any], rows: list[int] | None, spec: tree.Spec) -> None:
+def devices(tensors: list[Any]) -> list[torch.device]:
+    return [x.device for x in tensors]
+
+
+def check_states(links: Sequence[Link], states: list[Any], params: list[Any], shapes: list[Any], spec: tree.Spec) -> None:
     """Refuse a state that was made for other parameters: a kernel would read beyond its end."""
-    shapes = [p.shape if p is not None else None for p in params]
     for link, columns in zip(links, states):
         if link.transform.declaration.whole or link.transform.declaration.state is None:
             continue
         fields = fields_of(link.transform)
         for name, like, column in zip(fields.names, fields.like, columns):
-            if not like or [x.shape for x in column if x is not None] == shapes:
+            if not like or [x if x is None else x.shape for x in column] == shapes:
                 continue
             for path, x, p in zip(spec.paths(), column, params):
-                if x is None or (rows is not None and p is None):
-                    continue
-                if x.shape != p.shape:
+                if x is not None and p is not None and x.shape != p.shape:
                     raise ValueError(
                         f"{link.transform.declaration.name}: the state's {name!r} at {tree.quote(path)} has shape "
                         f"{tuple(x.shape)}, but the parameter has shape {tuple(p.shape)}. Make a new state with init_state."

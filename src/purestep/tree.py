@@ -79,8 +79,11 @@ def flatten_like(tree: Any, spec: Spec, name: str) -> list[Any]:
     kind, keys, general = spec
     if type(tree) is kind and kind is not None:
         if kind is dict:
-            if len(tree) == len(keys) and all([key in tree for key in keys]):
-                return [tree[key] for key in keys]
+            if len(tree) == len(keys):
+                try:
+                    return [tree[key] for key in keys]
+                except KeyError:
+                    pass  # named below
         elif kind is Tensor:
             return [tree]
         elif len(tree) == len(keys):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from purestep.hyper import Interval, check, interval_of
+from purestep.hyper import Interval, Steps, check, check_steps, interval_of
 
 V = TypeVar("V", bound="Value")
 
@@ -40,6 +40,7 @@ class Declaration:
             if interval is not None:
                 self.intervals[p.name] = interval
         self.hypers = tuple(self.intervals)
+        self.steps = frozenset(p.name for p in parameters if hints.get(p.name) == Steps)
         self.switches = tuple(p.name for p in parameters if p.name not in self.intervals)
         self.positional = frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.factory: Callable[..., Value] | None = None
@@ -55,6 +56,8 @@ class Declaration:
 
     def checked(self, name: str, value: Any) -> Any:
         """`value`, if it may be this argument; numbers become floats and functions of the step become schedules."""
+        if name in self.steps:
+            return check_steps(value, f"{self.name}: {name}")
         interval = self.intervals.get(name)
         return value if interval is None else check(value, interval, f"{self.name}: {name}", as_schedule)
 

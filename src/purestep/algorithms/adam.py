@@ -50,7 +50,7 @@ def moments(g: Tensor, s: AdamState | AmsgradState, betas: Any) -> AdamState:
 def ratio(t: Tensor, m: Tensor, v: Tensor, betas: Any, eps: Any) -> Tensor:
     """The mean over the root mean square, both unbiased."""
     b1, b2 = betas
-    return m / (1 - b1**t) / (root(v / (1 - b2**t)) + eps)
+    return m / ((1 - b1**t) * (root(v / (1 - b2**t)) + eps))
 
 
 @leafwise(AdamState)

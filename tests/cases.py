@@ -117,7 +117,9 @@ def each(capability: str = "", *, smooth: bool = False) -> pytest.MarkDecorator:
         if smooth and not case.smooth:
             marks.append(pytest.param(case, marks=pytest.mark.skip(reason=f"{case} has kinks: finite differences cross them")))
         elif capability in case.lacks:
-            marks.append(pytest.param(case, marks=pytest.mark.skip(reason=f"{case} lacks {capability}: {case.lacks[capability]}")))
+            marks.append(
+                pytest.param(case, marks=pytest.mark.skip(reason=f"{case} lacks {capability}: {case.lacks[capability]}"))
+            )
         else:
             marks.append(pytest.param(case))
     return pytest.mark.parametrize("case", marks, ids=str)

@@ -41,7 +41,9 @@ def test_gradcheck(case: Case, where: str) -> None:
     params, loss = mlp()
     state, g = t.init_state(params), grads(loss, params)
     if where != "zero gradient and state":  # away from zero, where a second moment ends
-        state = pytree.tree_map(lambda x: 2 + x if is_counter(x) else torch.rand_like(x) + 0.1 if isinstance(x, Tensor) else x, state)
+        state = pytree.tree_map(
+            lambda x: 2 + x if is_counter(x) else torch.rand_like(x) + 0.1 if isinstance(x, Tensor) else x, state
+        )
     if where != "random":
         if case.name.startswith("clip"):
             pytest.skip("the slope of a norm at zero is taken to be 0, while finite differences see 1")
@@ -69,7 +71,9 @@ def is_counter(x: Any) -> bool:
 def changeable(leaves: list[Any], floating: list[int], spec: Any) -> set[int]:
     """The leaves of (transform, gradients, _, parameters)."""
     numbered = pytree.tree_unflatten(list(range(len(leaves))), spec)
-    return {*pytree.tree_leaves(numbered[0]), *pytree.tree_leaves(numbered[1]), *pytree.tree_leaves(numbered[3])} & set(floating)
+    return {*pytree.tree_leaves(numbered[0]), *pytree.tree_leaves(numbered[1]), *pytree.tree_leaves(numbered[3])} & set(
+        floating
+    )
 
 
 @each_options()
@@ -88,7 +92,11 @@ def test_finite_at_exact_zeros(case: Case, options: Options, level: str) -> None
         return sum((((p - 1) ** 2).sum() for p in params.values()), torch.zeros(()))
 
     if level == "torch.func":
-        found = torch.func.grad(outer, argnums=(0, 1))(t, params) if tensors_of(t) and all_tensors(t) else torch.func.grad(outer, 1)(t, params)
+        found = (
+            torch.func.grad(outer, argnums=(0, 1))(t, params)
+            if tensors_of(t) and all_tensors(t)
+            else torch.func.grad(outer, 1)(t, params)
+        )
     else:
         inputs = [x.detach().clone().requires_grad_() for x in tensors_of((t, params))]
         leaves, spec = pytree.tree_flatten((t, params))
@@ -239,7 +247,9 @@ def test_a_per_sample_hypergradient() -> None:
         p, _ = t.step(2 * p, t.init_state(p), p)
         return (p**2).sum()
 
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(outer))(lrs), torch.stack([torch.func.grad(outer)(x) for x in lrs]))
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(outer))(lrs), torch.stack([torch.func.grad(outer)(x) for x in lrs])
+    )
 
 
 def test_a_batch_without_vmap_is_refused() -> None:

@@ -34,8 +34,8 @@ TREES: dict[str, Any] = {
     "NamedTuple": lambda: Layer(leaf(3, 2), leaf(3)),
     "OrderedDict": lambda: collections.OrderedDict(b=leaf(2), a=leaf(3, 2)),
     "nested": lambda: {"layers": [Layer(leaf(3, 2), None), Layer(leaf(3), leaf(()))], "head": (leaf(1), {"x": leaf(2, 1, 2)})},
-    "empty dict": lambda: {},
-    "empty list": lambda: [],
+    "empty dict": dict,
+    "empty list": list,
     "empty nested": lambda: {"a": [], "b": ()},
     "Parameter": lambda: {"w": torch.nn.Parameter(leaf(2)), "b": torch.nn.Parameter(leaf(()))},
     "empty tensor": lambda: {"none": leaf(0, 3), "some": leaf(2)},
@@ -117,7 +117,9 @@ def test_a_dict_may_hold_its_keys_in_any_order() -> None:
 @given(
     st.recursive(
         st.just(None) | st.lists(st.integers(0, 3), max_size=3).map(tuple),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3) | st.tuples(inner, inner),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3) | st.tuples(inner, inner)
+        ),
         max_leaves=6,
     )
 )
@@ -202,7 +204,9 @@ def test_a_state_of_something_else(started: Any) -> None:
         t.step(NET, t.init_state({"other": torch.ones(2)}), NET)
     larger = {k: torch.ones(5) for k in NET}
     for executor in (None, "leaf", "foreach"):
-        with bad(r"scale_by_adam: the state's 'exp_avg' at 'layer1.weight' has shape \(5,\), but the parameter has shape \(2, 3\)"):
+        with bad(
+            r"scale_by_adam: the state's 'exp_avg' at 'layer1.weight' has shape \(5,\), but the parameter has shape \(2, 3\)"
+        ):
             t.step(NET, t.init_state(larger), NET, executor=executor)
     with bad("needs its own state, ScheduleState, but got EmptyState", TypeError):
         ps.scale(lambda step: 1.0).step(NET, ps.EmptyState(), NET)

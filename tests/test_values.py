@@ -115,7 +115,9 @@ def test_replace_by_place() -> None:
 
 
 def test_replace_with_an_unknown_name_or_a_bad_value() -> None:
-    with pytest.raises(TypeError, match=r"There is no 'learning_rate' to replace in chain\(.*there is 'betas', 'eps', 'lr', 'weight_decay'"):
+    with pytest.raises(
+        TypeError, match=r"There is no 'learning_rate' to replace in chain\(.*there is 'betas', 'eps', 'lr', 'weight_decay'"
+    ):
         ps.adamw().replace(learning_rate=0.1)
     with pytest.raises(ValueError, match="lr must be a number of at least 0"):
         ps.adamw().replace(lr=-1.0)
@@ -170,7 +172,9 @@ def test_numbers_of_every_kind() -> None:
     for value in (torch.tensor(0.1), torch.tensor([0.1]), torch.tensor(0.1, dtype=torch.float64)):
         t = ps.sgd(lr=value)
         for executor in (None, "leaf", "foreach"):
-            torch.testing.assert_close(t.step(torch.ones(2), t.init_state(torch.ones(2)), torch.ones(2), executor=executor)[0], torch.full((2,), 0.9))
+            torch.testing.assert_close(
+                t.step(torch.ones(2), t.init_state(torch.ones(2)), torch.ones(2), executor=executor)[0], torch.full((2,), 0.9)
+            )
 
 
 class Momentum(NamedTuple):
@@ -186,11 +190,16 @@ def test_a_schedule_needs_a_counter() -> None:
     def plain(g: Tensor, s: Momentum, p: Tensor, k: float) -> tuple[Tensor, Momentum]:
         return g * k, s
 
-    with pytest.raises(TypeError, match=r"plain cannot follow a schedule, because Momentum does not count its updates; add the field 'step: Scalar'"):
+    with pytest.raises(
+        TypeError,
+        match=r"plain cannot follow a schedule, because Momentum does not count its updates; add the field 'step: Scalar'",
+    ):
         plain(lambda step: 1.0)
 
 
 def test_fused_says_why_it_cannot() -> None:
     t, p = ps.chain(ps.sgd(0.1), ps.clip(1.0)), torch.ones(2)
-    with pytest.raises(RuntimeError, match=r"fused=True needs a chain that ends in what a torch._fused_\* kernel computes.*clip"):
+    with pytest.raises(
+        RuntimeError, match=r"fused=True needs a chain that ends in what a torch._fused_\* kernel computes.*clip"
+    ):
         t.step(p, t.init_state(p), p, executor="fused")

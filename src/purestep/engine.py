@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils import _pytree as pytree
 
 from purestep import maths
@@ -65,19 +66,19 @@ class Fields:
 class LinkDeclaration(Declaration):
     """A declared transform: its function, the type of its state, and what switches it off."""
 
-    def __init__(self, function: Callable[..., Any], state: type | None, off: str | None, whole: bool) -> None:
+    def __init__(self, function: Callable[..., Any], state: Any, off: str | None, whole: bool) -> None:
         super().__init__(function, given=3 if state is not None or whole else 2)
         self.state, self.off, self.whole = state, off, whole
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()
         if state is not None and not whole:
-            self.init_names = tuple(inspect.signature(state.init).parameters)[1:]  # type: ignore[attr-defined]
+            self.init_names = tuple(inspect.signature(state.init).parameters)[1:]
 
 
-def inspect_state(state: type, whole: bool) -> Fields:
+def inspect_state(state: Any, whole: bool) -> Fields:
     """Read the fields of a state off its annotations."""
     hints = typing.get_type_hints(state, include_extras=True)
-    names: tuple[str, ...] = state._fields  # type: ignore[attr-defined]
+    names: tuple[str, ...] = state._fields
     scalars = tuple(hints[n] == Scalar for n in names)
     leaves = tuple(typing.get_origin(hints[n]) is list for n in names) if whole else (True,) * len(names)
     like = tuple(hints[n] is Tensor for n in names)
@@ -88,7 +89,7 @@ class Primitive(Value):
     """A transform that is not made of others."""
 
     __slots__ = ()
-    declaration: LinkDeclaration
+    declaration: LinkDeclaration  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, declaration: LinkDeclaration, arguments: Mapping[str, Any]) -> None:
         super().__init__(declaration, arguments)
@@ -120,7 +121,6 @@ class Kernel(NamedTuple):
     pattern: tuple[tuple[LinkDeclaration, bool], ...]  # each with whether it may be left out
     run: Callable[..., None]
     copies: bool = True  # whether it pays to copy what was not given away, so that the kernel can write on it
-    least: int = 0  # elements per tensor, on average, from which on it beats the program
 
 
 KERNELS: list[Kernel] = []
@@ -317,7 +317,8 @@ class Call:
     """One update of all parameters.
 
     `params` and `grads` are lists; `states` holds, per link, a list of its state's fields, and a field is a list over the
-    parameters (or, in a whole transform, also a value of its own). Every parameter has a gradient: the others never get here. `mask` evaluates a mask on these parameters. `alone` says that no one else holds their counters.
+    parameters (or, in a whole transform, also a value of its own). Every parameter has a gradient: the others never get
+    here. `mask` evaluates a mask on these parameters. `alone` says that no one else holds their counters.
     """
 
     def __init__(
@@ -446,9 +447,10 @@ class Call:
         complex_ = params[0].is_complex()
         if complex_:
             grads, params = real(grads), real(params)
-            fields = [[c if s else real(c) for c, s in zip(cs, info.scalars)] for (_, _, info), cs in zip(segment.items, fields)]
+            kinds = [info.scalars for _, _, info in segment.items]
+            fields = [[c if scalar else real(c) for c, scalar in zip(own, scalars)] for own, scalars in zip(fields, kinds)]
         if self.mode == "program":
-            with torch._C._AutoDispatchBelowAutograd():  # nothing here requires grad: asking each tensor costs a fifth of a step
+            with torch._C._AutoDispatchBelowAutograd():  # nothing requires grad; to ask each tensor costs a tenth of a step
                 updates, news = self.program(segment, grads, params, fields, apply)
             if self.donate:  # what was written in place, below autograd's sight
                 written = [c for (_, _, info), own in zip(segment.items, fields) for f in info.tensors for c in own[f]]
@@ -494,7 +496,8 @@ class Call:
         """All parameters at once: the tail of the chain as a fused kernel if there is one, the rest as a program."""
         if apply and segment.kernel is not None and self.executor != "foreach" and self.mode == "program":
             k = segment.first
-            if self.pays(segment.kernel, params) and fits(segment.tail, grads, params, fields[k:]):
+            pays = self.donate or segment.kernel.copies or self.executor == "fused"
+            if pays and fits(segment.tail, grads, params, fields[k:]):
                 if not k:
                     return self.fused(segment, grads, params, fields)
                 grads, before = self.foreach(segment.head, grads, params, fields[:k], False)
@@ -540,9 +543,7 @@ class Call:
             pieces = [
                 run(grads[cut], params[cut], *[c[cut] if isinstance(c, list) else c for c in columns], *numbers) for cut in cuts
             ]
-            updates, *results = [
-                list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*pieces)
-            ]
+            updates, *results = [list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*pieces)]
         if any([isinstance(x, Tensor) for x in (*columns, *numbers)]):  # a 0-d parameter is promoted by a 0-d number
             updates, *results = [x if isinstance(x, (Tensor, float)) else cast(x, dtype) for x in (updates, *results)]
         for (j, f), x in zip(places, results):
@@ -571,14 +572,6 @@ class Call:
         return overwrite(params, updates) if apply and self.donate else updates, news
 
     # -- fused kernels
-
-    def pays(self, kernel: Kernel, params: list[Tensor]) -> bool:
-        """Whether the kernel is faster here than the program."""
-        if self.executor == "fused":
-            return True
-        if not (self.donate or kernel.copies):
-            return False
-        return not kernel.least or sum([p.numel() for p in params]) >= kernel.least * len(params) or params[0].is_cuda
 
     def fused(self, segment: Segment, grads: Any, params: Any, fields: Any) -> tuple[Any, Any]:
         """A kernel that computes all of these links in one pass, in place: on copies, unless their memory was given away."""
@@ -780,7 +773,7 @@ def first_places(values: Sequence[Any]) -> list[int]:
     return [next(j for j, y in enumerate(values) if y is x) for x in values]
 
 
-def one(values: list[Any], mode: Mode) -> bool:
+def one(values: list[Any], mode: str) -> bool:
     """Whether all are one and the same object."""
     if mode == "traced":
         return all([x is values[0] for x in values])
@@ -819,7 +812,7 @@ def imaginary(xs: list[Any]) -> list[Any]:
 def same_layout(tensors: Sequence[Tensor]) -> bool:
     """Whether the same element stands at the same place in the memory of all of them, with no gaps."""
     strides = tensors[0].stride()
-    return all([t.stride() == strides for t in tensors]) and torch._prims_common.is_non_overlapping_and_dense_or_false(tensors[0])
+    return all([t.stride() == strides for t in tensors]) and is_non_overlapping_and_dense_or_false(tensors[0])
 
 
 def chunks(params: list[Tensor]) -> list[slice] | None:
@@ -848,7 +841,7 @@ def evaluate_mask(mask: Any, params: list[Any], spec: Spec) -> list[bool]:
         return [mask] * len(params)
     paths = spec.paths()
     if callable(mask):
-        values = [p is not None and mask(path, p) for path, p in zip(paths, params)]
+        values: list[Any] = [p is not None and mask(path, p) for path, p in zip(paths, params)]
     else:
         values = flatten_like(mask, spec, "mask")
     for path, x, p in zip(paths, values, params):
@@ -858,5 +851,3 @@ def evaluate_mask(mask: Any, params: list[Any], spec: Spec) -> list[bool]:
                 f"({type(x).__name__}). Give (path, param) -> bool, or a pytree of bools shaped like params."
             )
     return values
-
-

@@ -29,9 +29,9 @@ def _adam(kernel: Any, amsgrad: bool) -> Any:
 
 def _sgd(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], before: Any) -> None:
     torch._fused_sgd_(
-        p, g, s.get("momentum_buffer", []), weight_decay=h.get("weight_decay", 0.0), momentum=h.get("momentum", 0.0), lr=h["lr"],
-        dampening=h.get("dampening", 0.0), nesterov=h.get("nesterov", False), maximize="maximize" in h,
-        is_first_step="trace" in h and before == 0,
+        p, g, s.get("momentum_buffer", []), lr=h["lr"], weight_decay=h.get("weight_decay", 0.0),
+        momentum=h.get("momentum", 0.0), dampening=h.get("dampening", 0.0), nesterov=h.get("nesterov", False),
+        maximize="maximize" in h, is_first_step="trace" in h and before == 0,
     )  # fmt: skip
 
 
@@ -44,5 +44,5 @@ decay = _add_decayed_weights
 for scale, amsgrad in ((scale_by_adam, False), (scale_by_amsgrad, True)):
     KERNELS.append(Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), _adam(torch._fused_adam_, amsgrad)))
     KERNELS.append(Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), _adam(torch._fused_adamw_, amsgrad)))
-KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd, copies=False, least=4096))
-KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd, copies=False, least=4096))
+KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd, copies=False))
+KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd, copies=False))

@@ -55,6 +55,7 @@ Fraction: TypeAlias = Annotated[Any, Interval(low=0.0, high=1.0, below=True)]
 Betas: TypeAlias = tuple[Fraction, Fraction]
 """Two decay rates."""
 
+
 @dataclass(frozen=True)
 class Whole:
     """A number of steps: a whole number of at least 0, and part of a value's structure."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.fx import Proxy
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -119,8 +120,8 @@ def precise(device: torch.device) -> torch.dtype:
 
 def transforming() -> bool:
     """Whether a `torch.func` transform, or forward-mode differentiation, is running."""
-    level = torch._C._functorch.peek_interpreter_stack()
-    return isinstance(level, torch._C._functorch.CInterpreter) or torch.autograd.forward_ad._current_level >= 0
+    level = functorch.peek_interpreter_stack()
+    return isinstance(level, functorch.CInterpreter) or torch.autograd.forward_ad._current_level >= 0
 
 
 def recorded(tensors: Sequence[Tensor]) -> bool:
@@ -128,7 +129,7 @@ def recorded(tensors: Sequence[Tensor]) -> bool:
     return transforming() or (torch.is_grad_enabled() and any([x.requires_grad for x in tensors]))
 
 
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+def global_norm(tensors: list[Tensor]) -> Tensor:
     r"""The 2-norm of all tensors as one vector, :math:`\sqrt{\sum_i \|x_i\|_2^2}`; a 0-d tensor on the first one's device."""
     if not tensors:
         return torch.zeros(())
@@ -138,7 +139,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([x.to(device) for x in torch._foreach_norm(tensors)]))
 
 
-def multiply(tensors: Sequence[Tensor], k: Tensor) -> list[Tensor]:
+def multiply(tensors: list[Tensor], k: Tensor) -> list[Tensor]:
     """Every tensor times one 0-d tensor."""
     if recorded([*tensors, k]) or not all([x.device == k.device for x in tensors]):
         return [(x * k.to(x.device)).to(x.dtype) for x in tensors]

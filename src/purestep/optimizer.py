@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
 
@@ -201,7 +202,7 @@ class Optimizer(torch.optim.Optimizer):
         def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if (
                 self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-                or GLOBAL_PRE_HOOKS or GLOBAL_POST_HOOKS or torch.autograd._profiler_enabled()
+                or GLOBAL_PRE_HOOKS or GLOBAL_POST_HOOKS or _profiler_enabled()
             ):  # fmt: skip
                 return watched(self, *args, **kwargs)
             out = func(self, *args, **kwargs)
@@ -303,7 +304,9 @@ class Optimizer(torch.optim.Optimizer):
                 columns.append([])
             elif link.transform.declaration.whole:
                 own = self.state[SHARED]
-                columns.append([[s[n] for s in states] if leaf else own[n] for n, leaf in zip(names, groups[0].plan.fields[k].leaves)])
+                columns.append(
+                    [[s[n] for s in states] if leaf else own[n] for n, leaf in zip(names, groups[0].plan.fields[k].leaves)]
+                )
             elif any([g.plan.optional[k] for g in groups]):
                 columns.append([[s.get(n) for s in states] for n in names])
             else:
@@ -389,21 +392,21 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
-    """Make `__init__` of a class run a factory: its arguments are the factory's, with `params` before and torch's flags after."""
+    """Make an `__init__` run a factory: its arguments are the factory's, with `params` before them and torch's flags after."""
     wanted = tuple(inspect.signature(factory).parameters)
 
     def decorate(init: F) -> F:
         signature = inspect.signature(init)
 
         @functools.wraps(init)
-        def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        def begin(self: Optimizer, *args: Any, **kwargs: Any) -> None:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
             given = bound.arguments
             flags = {name: given[name] for name in FLAGS if name in given}
             self._begin(given["params"], factory, {name: given[name] for name in wanted if name in given}, flags)
 
-        return __init__  # type: ignore[return-value]
+        return begin  # type: ignore[return-value]
 
     return decorate
 

@@ -23,18 +23,17 @@ import itertools
 import linecache
 import operator
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 
 from purestep import maths
-
-Lists = list[Tensor]
-
+from purestep.foreach import KERNELS, UNARY
 
 # ---------------------------------------------------------------------------------------------------------------- recipes
 
@@ -106,7 +105,7 @@ def runner(details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool,
     return program(details, apply, own_grads, donate, *declarations).run
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def name_of(*recipe: Any) -> str:
     """The name of the program for a recipe: a constant, while `torch.compile` traces."""
     return program(*recipe).name
@@ -216,10 +215,6 @@ NAMES = {
     maths.maximum: "maximum", maths.where: "where",
 }  # fmt: skip
 COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
-UNARY = frozenset(
-    name for name in "neg abs sqrt rsqrt exp log sign reciprocal tanh sigmoid floor ceil round erf sin cos log1p expm1 log2".split()
-    if hasattr(torch, f"_foreach_{name}_")
-)  # fmt: skip
 BINARY = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum"})
 
@@ -241,7 +236,7 @@ class Op:
 
 def nodes_in(args: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(args, found.append)
+    map_arg(args, found.append)
     return found
 
 
@@ -295,7 +290,9 @@ class Writer:
         if node.op == "call_method":
             target = str(node.target)
             if target.endswith("_") and not target.endswith("__"):
-                raise TypeError(f"A leaf function changes nothing in place, but this one calls {target}(); use {target[:-1]}().")
+                raise TypeError(
+                    f"A leaf function changes nothing in place, but this one calls {target}(); use {target[:-1]}()."
+                )
             return {"divide": "div", "multiply": "mul", "true_divide": "div", "subtract": "sub"}.get(target, target)
         if node.op == "call_function":
             if node.target in NAMES:
@@ -318,7 +315,9 @@ class Writer:
             lists = op.lists(self.kinds)
             self.shaped[op.out] = bool(op.targets or op.name in ("where", "compare")) and all(self.shaped[x] for x in lists)
             values = lists if op.name != "where" else [x for x in op.args[1:] if self.is_list(x)]
-            self.like[op.out] = self.shaped[op.out] and op.name != "compare" and bool(values) and all(self.like[x] for x in values)
+            self.like[op.out] = (
+                self.shaped[op.out] and op.name != "compare" and bool(values) and all(self.like[x] for x in values)
+            )
         return ops
 
     def op(self, node: fx.Node, absorbed: set[fx.Node]) -> Op:
@@ -367,7 +366,7 @@ class Writer:
             return Op(node, kernel, [x, *product.lists, *scale], (0,))
         return None
 
-    def product(self, node: fx.Node) -> Product | None:
+    def product(self, node: Any) -> Product | None:
         """`node` as numbers times one list, or the product or quotient of two; None if it is anything else."""
         if self.uses[node] > 1 or node.kwargs or node in self.placeholders:
             return None
@@ -378,14 +377,13 @@ class Writer:
         if name == "div" and all(map(self.is_list, args)):
             return Product([], list(args), "div", {node})
         if name == "div" and self.is_list(args[0]):
-            inner = self.product(args[0])  # (y * z) / k stays a division: multiplying by 1/k would round differently
-            return None if inner is None else None
+            return None  # (y * z) / k stays a division: multiplying by 1/k would round differently
         if name == "mul" and len(args) == 2:
             if all(map(self.is_list, args)):
                 for a, b in (args, args[::-1]):
-                    inner = self.product(a) if a is not b else None
-                    if inner is not None and inner.numbers and len(inner.lists) == 1:
-                        return Product(inner.numbers, [*inner.lists, b], "mul", inner.absorbed | {node})
+                    scaled = self.product(a) if a is not b else None
+                    if scaled is not None and scaled.numbers and len(scaled.lists) == 1:
+                        return Product(scaled.numbers, [*scaled.lists, b], "mul", scaled.absorbed | {node})
                 return Product([], list(args), "mul", {node})
             listed, number = args if self.is_list(args[0]) else args[::-1]
             inner = self.product(listed) or Product([], [listed], "mul", set())
@@ -409,7 +407,9 @@ class Writer:
             """The arguments that this operation may overwrite, if they are ours."""
             if not self.like.get(op.out, False):
                 return []
-            return [t for t in op.targets if self.is_list(op.args[t]) and last[op.args[t]] == i and op.args.count(op.args[t]) == 1]
+            return [
+                t for t in op.targets if self.is_list(op.args[t]) and last[op.args[t]] == i and op.args.count(op.args[t]) == 1
+            ]
 
         def spine(node: fx.Node, home: fx.Node) -> list[tuple[Op, int]] | None:
             """The operations, and their targets, that turn `home` into `node` within its own memory."""
@@ -530,7 +530,7 @@ class Writer:
                 name = self.fresh("t")
                 self.lines.append(f"{name} = clone({self.text(out)})")
                 moves[i] = (given, Name(name), home)
-        for given, out, home in moves:
+        for _, out, home in moves:
             self.lines.append(f"copy_({home}, {self.text(out)})")
         for given, _, _ in moves:
             self.outputs[given.output or 0] = given.node
@@ -542,7 +542,11 @@ class Writer:
 
     def result(self, x: Any) -> str:
         """An output; one whose dtype the program cannot vouch for is brought back to its input's."""
-        homes = {self.outputs[i.output]: i.node for i in self.inputs if i.output is not None and isinstance(self.outputs[i.output], fx.Node)}
+        homes = {
+            self.outputs[i.output]: i.node
+            for i in self.inputs
+            if i.output is not None and isinstance(self.outputs[i.output], fx.Node)
+        }
         if not self.is_list(x) or self.like.get(x, False) or x in self.placeholders:
             return self.text(x)
         return f"cast({self.text(x)}, {self.var[homes.get(x, self.inputs[1].node)]})"
@@ -582,7 +586,7 @@ class Writer:
         if not name.isidentifier():
             name = "constant"
         base, k = name, 1
-        while name in self.space and self.space[name] is not x or name in self.taken - set(self.space):
+        while (name in self.space and self.space[name] is not x) or name in self.taken - set(self.space):
             name, k = f"{base}_{k}", k + 1
         self.space[name] = x
         self.taken.add(name)
@@ -631,140 +635,3 @@ def on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
         return result.item() if isinstance(result, Tensor) else result
 
     return call
-
-
-# ---------------------------------------------------------------------------------------------------------------- kernels
-# What the lines of a program call: torch's foreach operations, and the few forms they lack. A number is a Python float, or
-# a 0-d tensor when it lives on a device, is being traced, or was given as one.
-
-
-def _direct(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
-
-
-def sub(x: Lists, y: Any) -> Iterable[Tensor]:
-    return torch._foreach_add(x, -y) if isinstance(y, Tensor) else torch._foreach_sub(x, y)
-
-
-def sub_(x: Lists, y: Any) -> None:
-    torch._foreach_add_(x, -y) if isinstance(y, Tensor) else torch._foreach_sub_(x, y)
-
-
-def rsub(x: Lists, k: Any) -> Iterable[Tensor]:
-    y = torch._foreach_neg(x)
-    torch._foreach_add_(y, k)
-    return y
-
-
-def rsub_(x: Lists, k: Any) -> None:
-    torch._foreach_neg_(x)
-    torch._foreach_add_(x, k)
-
-
-def rdiv(x: Lists, k: Any) -> Iterable[Tensor]:
-    y = torch._foreach_reciprocal(x)
-    torch._foreach_mul_(y, k)
-    return y
-
-
-def rdiv_(x: Lists, k: Any) -> None:
-    """x becomes k / x, in x's memory."""
-    if isinstance(k, (list, tuple)) and x[0].is_cpu and not torch.compiler.is_compiling():
-        for a, b in zip(x, k):
-            torch.div(b, a, out=a)
-    else:
-        torch._foreach_reciprocal_(x)
-        torch._foreach_mul_(x, k)
-
-
-def square(x: Lists) -> Iterable[Tensor]:
-    return torch._foreach_mul(x, x)
-
-
-def square_(x: Lists) -> None:
-    torch._foreach_mul_(x, x)
-
-
-def pow(x: Lists, k: Any) -> Iterable[Tensor]:
-    return [t**k for t in x] if isinstance(k, Tensor) else torch._foreach_pow(x, k)
-
-
-def pow_(x: Lists, k: Any) -> None:
-    torch._foreach_copy_(x, pow(x, k)) if isinstance(k, Tensor) else torch._foreach_pow_(x, k)
-
-
-def maximum(x: Lists, y: Any) -> Iterable[Tensor]:
-    return [torch.clamp_min(t, y) for t in x] if isinstance(y, Tensor) else torch._foreach_maximum(x, y)
-
-
-def maximum_(x: Lists, y: Any) -> None:
-    torch._foreach_copy_(x, maximum(x, y)) if isinstance(y, Tensor) else torch._foreach_maximum_(x, y)
-
-
-def minimum(x: Lists, y: Any) -> Iterable[Tensor]:
-    return [torch.clamp_max(t, y) for t in x] if isinstance(y, Tensor) else torch._foreach_minimum(x, y)
-
-
-def minimum_(x: Lists, y: Any) -> None:
-    torch._foreach_copy_(x, minimum(x, y)) if isinstance(y, Tensor) else torch._foreach_minimum_(x, y)
-
-
-def lerp(x: Lists, y: Lists, k: Any) -> Iterable[Tensor]:
-    return axpy(x, torch._foreach_sub(y, x), k) if isinstance(k, Tensor) else torch._foreach_lerp(x, y, k)
-
-
-def lerp_(x: Lists, y: Lists, k: Any) -> None:
-    axpy_(x, torch._foreach_sub(y, x), k) if isinstance(k, Tensor) else torch._foreach_lerp_(x, y, k)
-
-
-def axpy(x: Lists, y: Any, k: Any) -> Iterable[Tensor]:
-    """x + k*y."""
-    if isinstance(k, Tensor):
-        return torch._foreach_add(x, torch._foreach_mul(y, k))
-    return torch._foreach_add(x, y, alpha=k)
-
-
-def axpy_(x: Lists, y: Any, k: Any) -> None:
-    if isinstance(k, Tensor):
-        torch._foreach_add_(x, torch._foreach_mul(y, k))
-    else:
-        torch._foreach_add_(x, y, alpha=k)
-
-
-def addcmul(x: Lists, y: Lists, z: Lists, k: Any) -> Iterable[Tensor]:
-    """x + k*(y*z)."""
-    return axpy(x, torch._foreach_mul(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcmul(x, y, z, k)
-
-
-def addcmul_(x: Lists, y: Lists, z: Lists, k: Any) -> None:
-    axpy_(x, torch._foreach_mul(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcmul_(x, y, z, k)
-
-
-def addcdiv(x: Lists, y: Lists, z: Lists, k: Any) -> Iterable[Tensor]:
-    """x + k*(y/z)."""
-    return axpy(x, torch._foreach_div(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcdiv(x, y, z, k)
-
-
-def addcdiv_(x: Lists, y: Lists, z: Lists, k: Any) -> None:
-    axpy_(x, torch._foreach_div(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcdiv_(x, y, z, k)
-
-
-def clone(x: Lists) -> Iterable[Tensor]:
-    return [t.clone() for t in x]
-
-
-def cast(x: Lists, like: Lists) -> Lists:
-    return [t.to(y.dtype) for t, y in zip(x, like)]
-
-
-KERNELS: dict[str, Any] = {
-    name: kernel
-    for base in (*UNARY, "add", "mul", "div")
-    for name, kernel in zip((base, f"{base}_"), _direct(base))
-} | {
-    f.__name__: f
-    for f in (
-        sub, sub_, rsub, rsub_, rdiv, rdiv_, square, square_, pow, pow_, maximum, maximum_, minimum, minimum_,
-        lerp, lerp_, axpy, axpy_, addcmul, addcmul_, addcdiv, addcdiv_, clone, cast,
-    )
-} | {"copy_": torch._foreach_copy_}  # fmt: skip

@@ -55,7 +55,7 @@ def schedule(function: Callable[Concatenate[Any, P], Any]) -> Callable[P, Schedu
     factory.__signature__ = signature  # type: ignore[attr-defined]
     factory.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()} | {"return": "Schedule"}
     factory.declaration = declaration  # type: ignore[attr-defined]
-    del factory.__wrapped__  # type: ignore[attr-defined]  # inspect would show the function's signature, with `step`
+    del factory.__wrapped__  # inspect would show the function's signature, with `step`
     declaration.factory = factory
     return factory
 
@@ -90,7 +90,8 @@ def cosine(step: Any, peak: Hyper, *, total_steps: Steps, end: Hyper = 0.0) -> A
 
     The values of `torch.optim.lr_scheduler.CosineAnnealingLR` up to :math:`t = T`; after it, torch's rise again.
 
-    Reference: Loshchilov & Hutter, `SGDR: Stochastic Gradient Descent with Warm Restarts <https://arxiv.org/abs/1608.03983>`_, 2017.
+    Reference: Loshchilov & Hutter, `SGDR: Stochastic Gradient Descent with Warm Restarts
+    <https://arxiv.org/abs/1608.03983>`_, 2017.
 
     >>> [round(cosine(1.0, total_steps=4)(t), 3) for t in (0, 1, 2, 4, 9)]
     [1.0, 0.854, 0.5, 0.0, 0.0]
@@ -117,7 +118,8 @@ def warmup_cosine(
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     rise = start + (peak - start) * _elapsed(step, warmup_steps)
-    fall = end + 0.5 * (peak - end) * (1 + cos(math.pi * _elapsed(maximum(step - warmup_steps, 0), total_steps - warmup_steps)))
+    fallen = _elapsed(maximum(step - warmup_steps, 0), total_steps - warmup_steps)
+    fall = end + 0.5 * (peak - end) * (1 + cos(math.pi * fallen))
     return where(step < warmup_steps, rise, fall)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
@@ -21,6 +22,7 @@ from purestep import maths, tree
 from purestep.engine import (
     Call,
     Executor,
+    Fields,
     Group,
     Link,
     LinkDeclaration,
@@ -30,7 +32,6 @@ from purestep.engine import (
     detail,
     evaluate_mask,
     fields_of,
-    Fields,
     fresh_state,
     fresh_whole_state,
     is_off,
@@ -43,6 +44,7 @@ from purestep.value import show
 
 P = ParamSpec("P")
 S = TypeVar("S")
+Made = TypeVar("Made", covariant=True)
 T = TypeVar("T")
 
 PyTree = Any
@@ -189,25 +191,22 @@ class Transform:
     def _columns(self, link: Link, state: Any, spec: tree.Spec) -> Any:
         """The state of one link, with lists for what it keeps per parameter."""
         value = link.transform
-        expected = state_type(value)
+        expected: Any = state_type(value)
         if type(state) is not expected:
             raise TypeError(
                 f"{value.declaration.name} needs its own state, {expected.__name__}, but got {type(state).__name__}. A state "
                 "belongs to the transform whose init_state made it."
             )
         fields = fields_of(value)
-        columns = [
+        return [
             tree.flatten_like(c, spec, f"{expected.__name__}.{name}") if leaf else c
             for c, name, leaf in zip(state, fields.names, fields.leaves)
         ]
-        return columns
 
     def _tree(self, link: Link, state: Any, spec: tree.Spec) -> Any:
         """The state of one link, with trees again."""
         fields = fields_of(link.transform)
-        return state_type(link.transform)(
-            *[tree.unflatten(c, spec) if leaf else c for c, leaf in zip(state, fields.leaves)]
-        )
+        return state_type(link.transform)(*[tree.unflatten(c, spec) if leaf else c for c, leaf in zip(state, fields.leaves)])
 
     # -- the state of the whole, as a list with one entry per link
 
@@ -273,7 +272,7 @@ class Transform:
 
     def _rebuild(self, primitives: Any) -> Self:
         """The same structure around new primitives."""
-        return next(primitives)  # type: ignore[no-any-return]
+        return next(primitives)
 
     # -- reading
 
@@ -357,7 +356,10 @@ class Composite(Transform):
             lambda x: (list(x.children), x.context),
             lambda children, context: _composite(cls, children, context),
             serialized_type_name=f"purestep.{cls.__qualname__}",
-            flatten_with_keys_fn=lambda x: ([(pytree.SequenceKey(i), c) for i, c in enumerate(x.children)], x.context),
+            flatten_with_keys_fn=lambda x: (  # pyright: ignore[reportArgumentType]
+                [(pytree.SequenceKey(i), c) for i, c in enumerate(x.children)],
+                x.context,
+            ),
         )
 
     def _rebuild(self, primitives: Any) -> Self:
@@ -407,8 +409,9 @@ def chain(*transforms: Transform) -> Chain:
     so `chain(a, chain(b, c)) == chain(a, b, c)`; a chain of nothing leaves the gradients as they are.
 
     >>> import purestep as ps
-    >>> ps.chain(ps.clip_by_global_norm(1.0), ps.sgd(lr=0.1))
-    chain(clip_by_global_norm(1.0), add_decayed_weights(0.0), trace(0.0, dampening=0.0, nesterov=False), scale_by_learning_rate(0.1))
+    >>> ps.chain(ps.clip_by_global_norm(1.0), ps.adam(lr=0.1).replace(weight_decay=0.5))
+    chain(clip_by_global_norm(1.0), add_decayed_weights(0.5), scale_by_adam(betas=(0.9, 0.999), eps=1e-08), \
+scale_by_learning_rate(0.1))
 
     Raises:
         TypeError: an argument is not a transform.
@@ -425,13 +428,13 @@ def chain(*transforms: Transform) -> Chain:
 # ------------------------------------------------------------------------------------------------------------ declarations
 
 
-class Stateful(Protocol[S]):
+class Stateful(Protocol[Made]):
     """What `leafwise` takes: the type of a state, which makes itself for a parameter."""
 
-    def __call__(self, *args: Any) -> S: ...
+    def __call__(self, *args: Any) -> Made: ...
 
     @property
-    def init(self) -> Callable[..., S]: ...
+    def init(self) -> Callable[..., Made]: ...
 
 
 @overload
@@ -515,7 +518,7 @@ def factory_of(kind: Any, declaration: LinkDeclaration) -> Any:
     factory.__signature__ = signature  # type: ignore[attr-defined]
     factory.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()} | {"return": "Transform"}
     factory.declaration = declaration  # type: ignore[attr-defined]
-    del factory.__wrapped__  # type: ignore[attr-defined]  # inspect and doctest would see the leaf function
+    del factory.__wrapped__  # inspect and doctest would see the leaf function
     declaration.factory = factory
     return factory
 
@@ -533,7 +536,7 @@ def share(column: list[Any], params: list[Any]) -> list[Any]:
     shared: dict[Any, Any] = {}
     result = []
     for x, p in zip(column, params):
-        if x is None or torch._C._functorch.is_batchedtensor(x):
+        if x is None or functorch.is_batchedtensor(x):
             result.append(x)
         else:
             result.append(shared.setdefault((p.device, x.dtype), x))
@@ -542,7 +545,9 @@ def share(column: list[Any], params: list[Any]) -> list[Any]:
 
 def check_params(leaves: list[Any], spec: tree.Spec) -> None:
     """Refuse parameters that are not floating-point or complex tensors."""
-    if all([isinstance(p, Tensor) for p in leaves]) and all([d.is_floating_point or d.is_complex for d in {p.dtype for p in leaves}]):
+    if all([isinstance(p, Tensor) for p in leaves]) and all(
+        [d.is_floating_point or d.is_complex for d in {p.dtype for p in leaves}]
+    ):
         return
     for path, p in zip(spec.paths(), leaves):
         if p is not None and not isinstance(p, Tensor):
@@ -561,7 +566,10 @@ def check_gradients(grads: list[Any], params: list[Any], shapes: list[Any], spec
             if (
                 [g.shape for g in grads] == shapes
                 and [g.dtype for g in grads] == [p.dtype for p in params]
-                and ([g.is_cpu for g in grads] == [p.is_cpu for p in params] == [True] * len(grads) or devices(grads) == devices(params))
+                and (
+                    [g.is_cpu for g in grads] == [p.is_cpu for p in params] == [True] * len(grads)
+                    or devices(grads) == devices(params)
+                )
                 and all([g.layout is torch.strided for g in grads])
             ):
                 return
@@ -646,7 +654,7 @@ def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.dev
             return torch.tensor(x, dtype=dtype or maths.precise(torch.device(device or "cpu")), device=device)
         return x
 
-    return pytree.tree_map(convert, transform)  # type: ignore[no-any-return]
+    return pytree.tree_map(convert, transform)
 
 
 def in_dims(transform: Any) -> Any:

@@ -51,9 +51,8 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
         leaves = list(tree.values())
         if all([type(x) in LEAVES for x in leaves]):
             return leaves, Spec(dict, tuple(tree), None)
-    elif kind is list or kind is tuple:
-        if all([type(x) in LEAVES for x in tree]):
-            return list(tree), Spec(kind, tuple(range(len(tree))), None)
+    elif (kind is list or kind is tuple) and all([type(x) in LEAVES for x in tree]):
+        return list(tree), Spec(kind, tuple(range(len(tree))), None)
     leaves, general = pytree.tree_flatten(tree)
     return leaves, Spec(None, (), general)
 
@@ -77,17 +76,14 @@ def flatten_like(tree: Any, spec: Spec, name: str) -> list[Any]:
         ValueError: if `tree` is not put together as `spec`, with the first path at which it differs.
     """
     kind, keys, general = spec
-    if type(tree) is kind and kind is not None:
-        if kind is dict:
-            if len(tree) == len(keys):
-                try:
-                    return [tree[key] for key in keys]
-                except KeyError:
-                    pass  # named below
-        elif kind is Tensor:
-            return [tree]
-        elif len(tree) == len(keys):
-            return list(tree)
+    same = type(tree) is kind
+    if kind is dict and same and len(tree) == len(keys):
+        try:
+            return [tree[key] for key in keys]
+        except KeyError:
+            pass  # named below
+    elif (kind is list or kind is tuple) and same and len(tree) == len(keys):
+        return list(tree)
     elif kind is Tensor and type(tree) in LEAVES:
         return [tree]
     elif general is not None:

@@ -43,7 +43,7 @@ class Declaration:
         self.steps = frozenset(p.name for p in parameters if hints.get(p.name) == Steps)
         self.switches = tuple(p.name for p in parameters if p.name not in self.intervals)
         self.positional = frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-        self.factory: Callable[..., Value] | None = None
+        self.factory: Callable[..., Any] | None = None
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of one call, defaults filled in and hyperparameters checked."""
@@ -93,10 +93,7 @@ class Value:
 
     def __repr__(self) -> str:
         d = self.declaration
-        shown = (
-            show(v) if n in d.positional else f"{n}={show(v)}"
-            for n, v in self.arguments.items()
-        )
+        shown = (show(v) if n in d.positional else f"{n}={show(v)}" for n, v in self.arguments.items())
         return f"{d.name}({', '.join(shown)})"
 
     def __eq__(self, other: object) -> bool:

@@ -135,8 +135,8 @@ def adam(
     """
     if decoupled_weight_decay:
         return adamw(lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
-    scale = scale_by_amsgrad if amsgrad else scale_by_adam
-    return chain(direction(maximize), add_decayed_weights(weight_decay), scale(betas=betas, eps=eps), scale_by_learning_rate(lr))
+    adam = (scale_by_amsgrad if amsgrad else scale_by_adam)(betas=betas, eps=eps)
+    return chain(direction(maximize), add_decayed_weights(weight_decay), adam, scale_by_learning_rate(lr))
 
 
 def adamw(
@@ -160,8 +160,8 @@ def adamw(
 
     Reference: Loshchilov & Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
-    scale = scale_by_amsgrad if amsgrad else scale_by_adam
-    return chain(direction(maximize), scale(betas=betas, eps=eps), add_decayed_weights(weight_decay), scale_by_learning_rate(lr))
+    adam = (scale_by_amsgrad if amsgrad else scale_by_adam)(betas=betas, eps=eps)
+    return chain(direction(maximize), adam, add_decayed_weights(weight_decay), scale_by_learning_rate(lr))
 
 
 class Adam(Optimizer):

@@ -40,7 +40,8 @@ def clip_by_global_norm(us: list[Tensor], s: EmptyState, ps: list[Tensor], max_n
     >>> opt.update([torch.tensor([3.0]), torch.tensor([4.0])], opt.init_state(params), params)[0]
     [tensor([0.6000]), tensor([0.8000])]
 
-    Reference: Pascanu et al., `On the difficulty of training recurrent neural networks <https://arxiv.org/abs/1211.5063>`_, 2013.
+    Reference: Pascanu et al., `On the difficulty of training recurrent neural networks
+    <https://arxiv.org/abs/1211.5063>`_, 2013.
     """
     factor = minimum(max_norm / (global_norm(us) + 1e-6), 1.0)
     return multiply(us, factor), s

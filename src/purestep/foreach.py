@@ -1,0 +1,155 @@
+"""What the lines of a program call: torch's foreach operations, and the few forms that they lack.
+
+Every operation takes lists of tensors, one entry per parameter, and numbers. A number is a Python float, or a 0-d tensor
+where it lives on a device, is being traced or was given as one; torch's foreach operations take tensors in only some of the
+places where they take floats. A name that ends in an underscore overwrites its first argument, as in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Lists: TypeAlias = list[Tensor] | tuple[Tensor, ...]
+
+UNARY = (
+    "neg", "abs", "sqrt", "rsqrt", "exp", "expm1", "log", "log1p", "log2", "sign", "reciprocal", "tanh", "sigmoid", "floor",
+    "ceil", "round", "erf", "sin", "cos",
+)  # fmt: skip
+"""The operations of one list that torch has under the same name."""
+
+
+def direct(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """torch's own operation, and the one that overwrites its argument."""
+    return getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
+
+
+def sub(x: Lists, y: Any) -> Lists:
+    return torch._foreach_add(x, -y) if isinstance(y, Tensor) else torch._foreach_sub(x, y)
+
+
+def sub_(x: Lists, y: Any) -> None:
+    torch._foreach_add_(x, -y) if isinstance(y, Tensor) else torch._foreach_sub_(x, y)
+
+
+def rsub(x: Lists, k: Any) -> Lists:
+    y = torch._foreach_neg(x)
+    torch._foreach_add_(y, k)
+    return y
+
+
+def rsub_(x: Lists, k: Any) -> None:
+    torch._foreach_neg_(x)
+    torch._foreach_add_(x, k)
+
+
+def rdiv(x: Lists, k: Any) -> Lists:
+    y = torch._foreach_reciprocal(x)
+    torch._foreach_mul_(y, k)
+    return y
+
+
+def rdiv_(x: Lists, k: Any) -> None:
+    """x becomes k / x, in x's memory."""
+    if isinstance(k, (list, tuple)) and x[0].is_cpu and not torch.compiler.is_compiling():
+        for a, b in zip(x, k):
+            torch.div(b, a, out=a)
+    else:
+        torch._foreach_reciprocal_(x)
+        torch._foreach_mul_(x, k)
+
+
+def square(x: Lists) -> Lists:
+    return torch._foreach_mul(x, x)
+
+
+def square_(x: Lists) -> None:
+    torch._foreach_mul_(x, x)
+
+
+def pow(x: Lists, k: Any) -> Lists:
+    return [t**k for t in x] if isinstance(k, Tensor) else torch._foreach_pow(x, k)
+
+
+def pow_(x: Lists, k: Any) -> None:
+    torch._foreach_copy_(x, pow(x, k)) if isinstance(k, Tensor) else torch._foreach_pow_(x, k)
+
+
+def maximum(x: Lists, y: Any) -> Lists:
+    return [torch.clamp_min(t, y) for t in x] if isinstance(y, Tensor) else torch._foreach_maximum(x, y)
+
+
+def maximum_(x: Lists, y: Any) -> None:
+    torch._foreach_copy_(x, maximum(x, y)) if isinstance(y, Tensor) else torch._foreach_maximum_(x, y)
+
+
+def minimum(x: Lists, y: Any) -> Lists:
+    return [torch.clamp_max(t, y) for t in x] if isinstance(y, Tensor) else torch._foreach_minimum(x, y)
+
+
+def minimum_(x: Lists, y: Any) -> None:
+    torch._foreach_copy_(x, minimum(x, y)) if isinstance(y, Tensor) else torch._foreach_minimum_(x, y)
+
+
+def lerp(x: Lists, y: Lists, k: Any) -> Lists:
+    return axpy(x, torch._foreach_sub(y, x), k) if isinstance(k, Tensor) else torch._foreach_lerp(x, y, k)
+
+
+def lerp_(x: Lists, y: Lists, k: Any) -> None:
+    axpy_(x, torch._foreach_sub(y, x), k) if isinstance(k, Tensor) else torch._foreach_lerp_(x, y, k)
+
+
+def axpy(x: Lists, y: Any, k: Any) -> Lists:
+    """x + k*y."""
+    if isinstance(k, Tensor):
+        return torch._foreach_add(x, torch._foreach_mul(y, k))
+    return torch._foreach_add(x, y, alpha=k)
+
+
+def axpy_(x: Lists, y: Any, k: Any) -> None:
+    if isinstance(k, Tensor):
+        torch._foreach_add_(x, torch._foreach_mul(y, k))
+    else:
+        torch._foreach_add_(x, y, alpha=k)
+
+
+def addcmul(x: Lists, y: Lists, z: Lists, k: Any) -> Lists:
+    """x + k*(y*z)."""
+    return axpy(x, torch._foreach_mul(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcmul(x, y, z, k)
+
+
+def addcmul_(x: Lists, y: Lists, z: Lists, k: Any) -> None:
+    axpy_(x, torch._foreach_mul(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcmul_(x, y, z, k)
+
+
+def addcdiv(x: Lists, y: Lists, z: Lists, k: Any) -> Lists:
+    """x + k*(y/z)."""
+    return axpy(x, torch._foreach_div(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcdiv(x, y, z, k)
+
+
+def addcdiv_(x: Lists, y: Lists, z: Lists, k: Any) -> None:
+    axpy_(x, torch._foreach_div(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcdiv_(x, y, z, k)
+
+
+def clone(x: Lists) -> Lists:
+    return [t.clone() for t in x]
+
+
+def cast(x: Lists, like: Lists) -> Lists:
+    return [t.to(y.dtype) for t, y in zip(x, like)]
+
+
+KERNELS: dict[str, Any] = {
+    name: kernel
+    for base in (*UNARY, "add", "mul", "div")
+    for name, kernel in zip((base, f"{base}_"), direct(base))
+} | {
+    f.__name__: f
+    for f in (
+        sub, sub_, rsub, rsub_, rdiv, rdiv_, square, square_, pow, pow_, maximum, maximum_, minimum, minimum_,
+        lerp, lerp_, axpy, axpy_, addcmul, addcmul_, addcdiv, addcdiv_, clone, cast,
+    )
+} | {"copy_": torch._foreach_copy_}  # fmt: skip

@@ -1,0 +1,146 @@
+"""What is public is documented, tested and where it belongs; the modules keep their floors."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import purestep as ps
+from tests.cases import CASES
+
+SOURCE = Path(ps.__file__).parent
+ROOT = SOURCE.parent.parent
+TYPES_AND_TOOLS = {  # public names that are no transforms, and the test file that is theirs
+    "Betas", "EmptyState", "Fraction", "Hyper", "NonNegative", "Scalar", "ScheduleState", "Transform", "apply_updates",
+    "counter", "fused", "global_norm", "in_dims", "leafwise", "lerp", "maximum", "minimum", "multiply", "operation", "optim",
+    "root", "schedules", "tensors", "where", "whole",
+}  # fmt: skip
+
+
+def names(module: types.ModuleType) -> list[str]:
+    """The names a module exports: its redundant aliases."""
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    return [a.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names if a.asname == a.name]
+
+
+def test_every_transform_has_a_case() -> None:
+    covered = {case.name for case in CASES} | {name for case in CASES for name in case.covers}
+    assert set(names(ps)) - covered == TYPES_AND_TOOLS
+
+
+@pytest.mark.parametrize("name", names(ps))
+def test_every_name_has_a_docstring(name: str) -> None:
+    """Functions and classes have one of their own; a factory's has an example that runs and, for an algorithm, its paper."""
+    x = getattr(ps, name)
+    if not callable(x) or isinstance(x, type(ps.Hyper)):
+        return
+    doc = inspect.getdoc(x) or ""
+    assert len(doc.splitlines()[0]) > 20
+    if inspect.isfunction(x):
+        assert ">>>" in doc or name in NO_EXAMPLE, f"{name} has no example"
+        assert re.match(r"[A-Z`]", doc)
+    if name in ("adam", "adamw", "sgd", "scale_by_adam", "scale_by_amsgrad", "trace"):
+        assert "Reference:" in doc
+        assert r".. math::" in doc
+
+
+NO_EXAMPLE = {"counter", "global_norm", "lerp", "maximum", "minimum", "multiply", "root", "where", "whole", "scale_by_amsgrad"}
+
+
+@pytest.mark.parametrize("name", [n for n in names(ps) if callable(getattr(ps, n)) and inspect.isfunction(getattr(ps, n))])
+def test_factories_show_their_own_arguments(name: str) -> None:
+    """What `inspect.signature` (and so an editor) shows has no gradient, state or parameter in it."""
+    factory = getattr(ps, name)
+    if hasattr(factory, "declaration"):
+        assert not {"g", "s", "p", "u", "us"} & set(inspect.signature(factory).parameters)
+        assert factory.declaration.name == name
+
+
+def test_optim_mirrors_torch() -> None:
+    for name in ("SGD", "Adam", "AdamW", "Optimizer"):
+        assert issubclass(getattr(ps.optim, name), torch.optim.Optimizer)
+    assert ps.optim.lr_scheduler is torch.optim.lr_scheduler
+    assert ps.optim.swa_utils is torch.optim.swa_utils
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_signatures_are_torchs(name: str) -> None:
+    """Same names, same order, same kinds, same defaults."""
+    ours = inspect.signature(getattr(ps.optim, name)).parameters
+    theirs = inspect.signature(getattr(torch.optim, name)).parameters
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [(p.name, p.kind, p.default) for p in theirs.values()]
+
+
+@pytest.mark.parametrize(("name", "factory"), [("SGD", ps.sgd), ("Adam", ps.adam), ("AdamW", ps.adamw)])
+def test_classes_and_factories_agree(name: str, factory: Any) -> None:
+    """A class's arguments are its factory's, with the same defaults."""
+    ours = inspect.signature(getattr(ps.optim, name)).parameters
+    for p in inspect.signature(factory).parameters.values():
+        assert ours[p.name].default == p.default
+
+
+FLOORS = [
+    {"tree", "hyper", "maths", "foreach"},
+    {"value"},
+    {"program", "schedules"},
+    {"engine"},
+    {"transform"},
+    {"transforms"},
+    {"optimizer"},
+    {"algorithms"},
+    {"fused", "optim"},
+]
+
+
+def test_imports_run_one_way() -> None:
+    """A module imports only from floors below its own (or its own package), and never inside a function."""
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert not any(isinstance(x, (ast.Import, ast.ImportFrom)) for x in ast.walk(node)), f"{path}: import in {node.name}"
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("purestep") and parts != ("__init__",):
+                targets = [node.module.split(".")[1]] if "." in str(node.module) else [a.name for a in node.names]
+                for target in targets:
+                    same_package = len(parts) > 1 and target == parts[0]
+                    assert same_package or floor[target] < floor[parts[0]], f"{path.name} imports {target}"
+
+
+def test_an_algorithm_is_short_and_speaks_no_engine() -> None:
+    """The mathematics of scale_by_adam fits ten lines, and no algorithm or transform names a part of the engine."""
+    words = re.compile(r"foreach|vmap|fused|donat|proxy|trace[rd]\b|functorch|in-place", re.IGNORECASE)
+    for path in (SOURCE / "algorithms").glob("*.py"):
+        code = re.sub(r"fused: bool|foreach: bool", "", path.read_text())
+        assert not words.search(re.sub(r'r?""".*?"""', "", code, flags=re.DOTALL)), path.name
+    body = inspect.getsource(ps.scale_by_adam.declaration.function)  # type: ignore[attr-defined]
+    body = re.sub(r'r""".*?"""', "", body, flags=re.DOTALL)
+    assert len([line for line in body.splitlines() if line.strip()]) <= 10
+
+
+def test_runtime_dependencies() -> None:
+    """Nothing but torch, typing-extensions and the standard library is imported at run time."""
+    tomllib = importlib.import_module("tomllib") if importlib.util.find_spec("tomllib") else None
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                root = node.module.split(".")[0]
+                assert root in {"torch", "typing_extensions", "purestep"} or root in sys_names(), f"{path.name}: {root}"
+    if tomllib:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert [re.split(r"[<>=]", d)[0] for d in project["dependencies"]] == ["torch", "typing-extensions"]
+
+
+def sys_names() -> frozenset[str]:
+    import sys
+
+    return sys.stdlib_module_names

@@ -1,0 +1,40 @@
+"""The snippets of the README and of the documentation run as they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(python|pycon|\{code-block\} (?:python|pycon))\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "_build" not in p.parts], ids=lambda p: str(p.relative_to(ROOT)))
+def test_snippets(page: Path) -> None:
+    """The python blocks of a page run from top to bottom in one namespace; pycon blocks print what they say."""
+    space: dict[str, object] = {"__name__": "snippets"}
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    for kind, text in BLOCK.findall(page.read_text()):
+        if "pycon" in kind:
+            test = doctest.DocTestParser().get_doctest(text, space, page.name, str(page), 0)
+            out = io.StringIO()
+            runner = doctest.DocTestRunner(optionflags=flags)
+            runner.run(test, out=out.write, clear_globs=False)
+            space.update(test.globs)
+            assert runner.failures == 0, out.getvalue()
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(text, f"{page.name}", "exec"), space)
+
+
+def test_the_readme_has_snippets_and_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(BLOCK.findall(text)) >= 4
+    assert "pip install -c constraints.txt -e '.[examples]' && python examples/quickstart.py" in text
+    assert "pip install -c constraints.txt -e '.[test]' && pytest" in text

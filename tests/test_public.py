@@ -108,7 +108,9 @@ def test_imports_run_one_way() -> None:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                assert not any(isinstance(x, (ast.Import, ast.ImportFrom)) for x in ast.walk(node)), f"{path}: import in {node.name}"
+                assert not any(isinstance(x, (ast.Import, ast.ImportFrom)) for x in ast.walk(node)), (
+                    f"{path}: import in {node.name}"
+                )
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("purestep") and parts != ("__init__",):
                 targets = [node.module.split(".")[1]] if "." in str(node.module) else [a.name for a in node.names]
                 for target in targets:

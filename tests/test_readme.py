@@ -30,7 +30,7 @@ def test_snippets(page: Path) -> None:
             assert runner.failures == 0, out.getvalue()
         else:
             with contextlib.redirect_stdout(io.StringIO()):
-                exec(compile(text, f"{page.name}", "exec"), space)
+                exec(compile(text, page.name, "exec", dont_inherit=True), space)
 
 
 def test_the_readme_has_snippets_and_commands() -> None:

@@ -66,8 +66,10 @@ class Fields:
 class LinkDeclaration(Declaration):
     """A declared transform: its function, the type of its state, and what switches it off."""
 
-    def __init__(self, function: Callable[..., Any], state: Any, off: str | None, whole: bool) -> None:
-        super().__init__(function, given=3 if state is not None or whole else 2)
+    def __init__(
+        self, function: Callable[..., Any], state: Any = None, *, off: str | None = None, whole: bool = False, name: str = ""
+    ) -> None:
+        super().__init__(function, given=3 if state is not None or whole else 2, name=name)
         self.state, self.off, self.whole = state, off, whole
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()
@@ -346,11 +348,11 @@ class Call:
         plan = groups[0].plan
         last = plan.stages[-1]
         if self.params:
-            for stage in plan.stages:
+            for n, stage in enumerate(plan.stages):
                 if stage.whole:
                     self.whole(stage.start, plan.links[stage.start], plan.fields[stage.start])
                 elif stage.stop > stage.start or self.apply:
-                    self.leafwise(groups, stage, self.apply and stage is last)
+                    self.leafwise(groups, n, self.apply and stage is last)
             if self.writes:
                 self.settle()
         return self.grads, self.states
@@ -378,20 +380,21 @@ class Call:
 
     # -- leafwise transforms
 
-    def leafwise(self, groups: Sequence[Group], stage: Stage, apply: bool) -> None:
-        """A run of consecutive leafwise links, with `params + updates` at its end if `apply`."""
-        if len(groups) == 1 and self.uniform(groups[0].plan, stage):
+    def leafwise(self, groups: Sequence[Group], n: int, apply: bool) -> None:
+        """The `n`-th stage, a run of consecutive leafwise links, with `params + updates` at its end if `apply`."""
+        stage = groups[0].plan.stages[n]
+        if len(groups) == 1 and self.uniform(stage):
             self.grads = self.bucket(groups[0].plan.segment(stage.positions), None, apply)
         else:
             out = list(self.grads)
             for group in groups:
-                for rows, positions in self.buckets(group, stage):
+                for rows, positions in self.buckets(group, group.plan.stages[n]):
                     for k, u in zip(rows, self.bucket(group.plan.segment(positions), rows, apply)):
                         out[k] = u
             self.grads = out
         self.own = True
 
-    def uniform(self, plan: Plan, stage: Stage) -> bool:
+    def uniform(self, stage: Stage) -> bool:
         """Whether all parameters can be taken together."""
         if stage.masked:
             return False
@@ -607,7 +610,7 @@ class Call:
         if self.mode != "program":
             return lifted(x)
         if not x.is_cpu:
-            return x
+            return lifted(x)
         found = self.read.get(id(x))
         if found is None:
             found = self.read[id(x)] = x.item()

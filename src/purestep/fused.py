@@ -11,7 +11,7 @@ import torch
 
 from purestep.algorithms.adam import scale_by_adam, scale_by_amsgrad
 from purestep.engine import KERNELS, Kernel
-from purestep.transforms.decay import _add_decayed_weights
+from purestep.transforms.decay import decay
 from purestep.transforms.momentum import trace
 from purestep.transforms.scale import maximize, scale_by_learning_rate
 
@@ -40,7 +40,6 @@ def _pattern(*factories: Any) -> Any:
     return tuple((f[0].declaration, True) if isinstance(f, list) else (f.declaration, False) for f in factories)
 
 
-decay = _add_decayed_weights
 for scale, amsgrad in ((scale_by_adam, False), (scale_by_amsgrad, True)):
     KERNELS.append(Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), _adam(torch._fused_adam_, amsgrad)))
     KERNELS.append(Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), _adam(torch._fused_adamw_, amsgrad)))

@@ -439,13 +439,13 @@ class Stateful(Protocol[Made]):
 
 @overload
 def leafwise(
-    state: type[S], *, off: str | None = None
+    state: type[S], *, off: str | None = None, name: str = ""
 ) -> Callable[[Callable[Concatenate[Tensor, S, Tensor, P], tuple[Tensor, S]]], Callable[P, Transform]]: ...
 @overload
 def leafwise(
-    state: None = None, *, off: str | None = None
+    state: None = None, *, off: str | None = None, name: str = ""
 ) -> Callable[[Callable[Concatenate[Tensor, Tensor, P], Tensor]], Callable[P, Transform]]: ...
-def leafwise(state: Any = None, *, off: str | None = None) -> Any:
+def leafwise(state: Any = None, *, off: str | None = None, name: str = "") -> Any:
     """Declare a leafwise transform: a function of one parameter becomes a factory of transforms.
 
     The function takes the gradient (or the update so far) `g`, the parameter's state `s` and the parameter `p`, then the
@@ -457,6 +457,7 @@ def leafwise(state: Any = None, *, off: str | None = None) -> Any:
         state: a `NamedTuple` with a classmethod `init(p, ...)`, which may ask for hyperparameters by name. A field
             annotated `Scalar` holds one number per parameter, and one called `step` counts the updates.
         off: a hyperparameter. Where it is the plain number 0, the transform does nothing and has no state.
+        name: what the transform is called where it is printed; by default the function's name.
 
     >>> import torch, purestep as ps
     >>> @ps.leafwise()
@@ -472,7 +473,7 @@ def leafwise(state: Any = None, *, off: str | None = None) -> Any:
         )
 
     def declare(function: Any) -> Any:
-        return factory_of(Leafwise, LinkDeclaration(function, state, off, whole=False))
+        return factory_of(Leafwise, LinkDeclaration(function, state, off=off, name=name))
 
     return declare
 
@@ -501,7 +502,7 @@ def whole(state: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Tra
         raise TypeError(f"whole takes a state (a NamedTuple with a classmethod init(params)) or nothing, but got {state!r}.")
 
     def declare(function: Callable[..., Any]) -> Any:
-        return factory_of(Whole, LinkDeclaration(function, state, None, whole=True))
+        return factory_of(Whole, LinkDeclaration(function, state, whole=True))
 
     return declare
 

@@ -27,12 +27,12 @@ V = TypeVar("V", bound="Value")
 class Declaration:
     """A function whose calls are values: its name, its hyperparameters (in order), its switches."""
 
-    def __init__(self, function: Callable[..., Any], given: int) -> None:
+    def __init__(self, function: Callable[..., Any], given: int, name: str = "") -> None:
         """`given` positional arguments of `function` are supplied by the library when it runs, the rest by the user."""
         hints = typing.get_type_hints(function, include_extras=True)
         parameters = list(inspect.signature(function).parameters.values())[given:]
         self.function = function
-        self.name = function.__name__
+        self.name = name or function.__name__
         self.signature = inspect.Signature(parameters)
         self.intervals: dict[str, Interval | tuple[Interval, ...]] = {}
         for p in parameters:
@@ -152,8 +152,7 @@ def _function(step: Any, function: Callable[[Any], Any]) -> Any:
     return function(step)
 
 
-FUNCTION = Declaration(_function, given=1)
-FUNCTION.name = "schedule"
+FUNCTION = Declaration(_function, given=1, name="schedule")
 FUNCTION.factory = as_schedule
 
 

@@ -11,15 +11,11 @@ from purestep.hyper import Hyper, NonNegative
 from purestep.transform import Transform, leafwise
 from purestep.transforms.mask import masked
 
-__all__ = ["add_decayed_weights"]
 
-
-@leafwise(off="weight_decay")
-def _add_decayed_weights(u: Tensor, p: Tensor, weight_decay: NonNegative) -> Tensor:
+@leafwise(off="weight_decay", name="add_decayed_weights")
+def decay(u: Tensor, p: Tensor, weight_decay: NonNegative) -> Tensor:
+    """`add_decayed_weights` on all parameters."""
     return u + weight_decay * p
-
-
-_add_decayed_weights.declaration.name = "add_decayed_weights"  # type: ignore[attr-defined]
 
 
 def add_decayed_weights(weight_decay: Hyper, mask: Callable[[str, Tensor], bool] | Any = None) -> Transform:
@@ -41,5 +37,4 @@ def add_decayed_weights(weight_decay: Hyper, mask: Callable[[str, Tensor], bool]
 
     Reference: Loshchilov & Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
-    decay = _add_decayed_weights(weight_decay)
-    return decay if mask is None else masked(decay, mask)
+    return decay(weight_decay) if mask is None else masked(decay(weight_decay), mask)

@@ -38,3 +38,9 @@ def test_the_readme_has_snippets_and_commands() -> None:
     assert len(BLOCK.findall(text)) >= 4
     assert "pip install -c constraints.txt -e '.[examples]' && python examples/quickstart.py" in text
     assert "pip install -c constraints.txt -e '.[test]' && pytest" in text
+
+
+def test_the_algorithm_shown_is_the_algorithm() -> None:
+    source = (ROOT / "src/purestep/algorithms/adam.py").read_text()
+    (shown,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert all(line in source for line in shown.splitlines())

@@ -340,6 +340,7 @@ class Call:
         self.mask, self.mode, self.apply, self.donate, self.alone = mask, mode, apply, donate, alone
         self.executor = executor
         self.own = False  # whether the gradients' memory is ours: true once a link has made new ones
+        self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
         self.writes: list[tuple[int, int, Sequence[int] | None, Any]] = []  # link, field, rows, new value
 
@@ -383,6 +384,9 @@ class Call:
     def leafwise(self, groups: Sequence[Group], n: int, apply: bool) -> None:
         """The `n`-th stage, a run of consecutive leafwise links, with `params + updates` at its end if `apply`."""
         stage = groups[0].plan.stages[n]
+        if self.executor == "fused" and apply:
+            for group in groups:
+                demand_kernel(group.plan.segment(group.plan.stages[n].positions), self.params)
         if len(groups) == 1 and self.uniform(stage):
             self.grads = self.bucket(groups[0].plan.segment(stage.positions), None, apply)
         else:
@@ -483,11 +487,14 @@ class Call:
             if wide != dtype:  # a state of higher precision than its parameter: the mathematics is done in the state's
                 u, p = g.to(wide), p.to(wide)
             for (_, value, info), columns, new in zip(segment.items, fields, news):
-                u, state = leaf_update(value, info, u, [c[k] for c in columns], p)
-                for column, x in zip(new, state):
-                    column.append(x)
+                old = [c[k] for c in columns]
+                u, state = leaf_update(value, info, u, old, p)
+                for column, x, y, like in zip(new, state, old, info.like):
+                    column.append(y.copy_(x) if self.write and like else x)
             if apply:
                 u = p + u
+                if self.write:
+                    u = params[k].copy_(u)
             elif any([u is c[-1] for new in news for c in new]):
                 u = u.clone()  # the updates are handed out; the state's memory may be given away at the next step
             out.append(u if u.dtype == dtype else u.to(dtype))
@@ -506,12 +513,6 @@ class Call:
                 grads, before = self.foreach(segment.head, grads, params, fields[:k], False)
                 params, after = self.fused(segment.tail, grads, params, fields[k:])
                 return params, before + after
-        if self.executor == "fused":
-            raise RuntimeError(
-                "fused=True needs a chain that ends in what a torch._fused_* kernel computes, on floating-point tensors of one "
-                f"dtype and memory layout, with plain numbers as hyperparameters; {segment.names or 'an empty chain'} on "
-                f"{params[0].dtype} ({params[0].device}) is not that. Leave fused out, and the fastest way that fits is chosen."
-            )
         return self.foreach(segment, grads, params, fields, apply)
 
     def foreach(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
@@ -735,6 +736,18 @@ def detail(value: Primitive, absent: tuple[bool, ...]) -> tuple[Any, ...]:
     d, a = value.declaration, value.arguments
     tuples = tuple([len(x) if isinstance(x, tuple) else -1 if x is None else 0 for x in [a[n] for n in d.hypers]])
     return (absent if d.state else (), tuple([a[n] for n in d.switches]), tuples)
+
+
+def demand_kernel(segment: Segment, params: list[Tensor]) -> None:
+    """Refuse to do without a kernel, unless it is only the memory layout that is in the way."""
+    odd = [p for p in params if p.dtype not in FUSED_DTYPES]
+    if segment.kernel is None or odd:
+        p = odd[0] if odd else params[0]
+        raise RuntimeError(
+            "fused=True needs a chain that ends in what a torch._fused_* kernel computes, on floating-point tensors, with "
+            f"plain numbers as hyperparameters; {segment.names or 'an empty chain'} on {p.dtype} ({p.device}) is not that. "
+            "Leave fused out, and the fastest way that fits is chosen."
+        )
 
 
 def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: Any) -> bool:

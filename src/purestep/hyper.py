@@ -92,6 +92,9 @@ def interval_of(annotation: Any) -> Interval | tuple[Interval, ...] | None:
     return None
 
 
+UNBOUNDED = Interval()
+
+
 def check(value: Any, interval: Interval | tuple[Interval, ...], name: str, schedule: Callable[[Any], Any]) -> Any:
     """`value` as the engine keeps it, or an error that says what `name` may be; `schedule` takes functions of the step.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain as chained
 from typing import Any, TypeAlias, TypeVar, overload
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
 
@@ -37,6 +39,7 @@ from purestep.engine import (
 from purestep.transform import Transform, chain
 from purestep.transforms.scale import maximize as ascend
 from purestep.tree import Spec
+from purestep.value import same
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -92,9 +95,8 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(transform, Transform):
             raise TypeError(f"Optimizer takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.")
-        if maximize:
-            transform = chain(ascend(), transform)
-        flags = {"foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused}
+        flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "capturable": capturable}
+        flags |= {"differentiable": differentiable, "fused": fused}
         self._begin(params, transform, transform.hyperparams, flags)
 
     def _begin(self, params: Params, recipe: Any, options: Mapping[str, Any], flags: dict[str, Any]) -> None:
@@ -103,17 +105,46 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if flags.get("fused") and flags.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
-        self._recipe, self._options = recipe, tuple(options)
+        self._recipe, self._options, self._first = recipe, tuple(options), dict(options)
         self._made: list[tuple[list[Any], Transform]] = []
-        self._transform({**options, **flags})  # refuses bad values before anything is changed
+        self._ready = False
+        self._untouched: set[Tensor] = set()  # parameters that have made no step since their state was made
+        self._check({**options, **flags})
         super().__init__(params, {**options, **flags})
+        self._ready = True
+        self._begin_state(self.param_groups)
 
     # -- groups
 
-    def _transform(self, group: Mapping[str, Any]) -> Transform:
-        """The transform with a group's options."""
+    def _transform(self, group: Mapping[str, Any], strict: bool = False) -> Transform:
+        """The transform with a group's options: the first one with what is different, or another where it has no such part.
+
+        Only `strict` asks that numbers are within their ranges; a scheduler may leave them by a rounding error.
+        """
         options = {name: group[name] for name in self._options}
-        return self._recipe.replace(**options) if isinstance(self._recipe, Transform) else self._recipe(**options)
+        changes = {name: x for name, x in options.items() if not unchanged(self._first[name], x)}
+        transform = self._base
+        if isinstance(self._recipe, Transform) or changes.keys() <= transform.hyperparams.keys() | transform.switches.keys():
+            transform = transform._replace(changes, strict)
+        else:
+            transform = self._recipe(**options)
+        return chain(ascend(), transform) if isinstance(self._recipe, Transform) and group["maximize"] else transform
+
+    @functools.cached_property
+    def _base(self) -> Transform:
+        """The transform with the options that the optimizer was made with."""
+        return self._recipe if isinstance(self._recipe, Transform) else self._recipe(**self._first)
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        """Refuse options that are out of their range; a tensor must be one number, and is read once, here."""
+
+        def number(x: Any) -> Any:
+            if isinstance(x, Tensor) and x.numel() != 1:
+                raise ValueError(f"An option must be one number, but got a tensor of shape {tuple(x.shape)}.")
+            return x.item() if isinstance(x, Tensor) else x
+
+        read = {n: tuple(map(number, x)) if isinstance(x := group[n], (tuple, list)) else number(x) for n in self._options}
+        self._transform({**group, **read}, strict=True)
 
     def _transforms(self) -> list[Transform]:
         """Each group's transform; made anew only where an option has changed."""
@@ -121,19 +152,26 @@ class Optimizer(torch.optim.Optimizer):
         if len(made) != len(self.param_groups):
             made[:] = [([], chain())] * len(self.param_groups)
         for i, group in enumerate(self.param_groups):
-            options = [group[name] for name in self._options]
+            options = [tuple(x) if type(x := group[name]) is list else x for name in self._options]
             old = made[i][0]
-            if not (old and all(map(operator.is_, old, options))) and not (old and all(map(unchanged, old, options))):
+            if not old or (not all(map(operator.is_, old, options)) and not all(map(unchanged, old, options))):
                 made[i] = (options, self._transform(group))
         return [t for _, t in made]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own; see `torch.optim.Optimizer.add_param_group`."""
-        if isinstance(param_group, dict):
-            self._transform({**self.defaults, **param_group})
+        if isinstance(param_group, dict) and self._ready:
+            self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        self._fill([p for p in group["params"] if p.requires_grad], self._transform(group))
+        if self._ready:
+            self._begin_state(self.param_groups[-1:])
+
+    def _begin_state(self, groups: list[dict[str, Any]]) -> None:
+        """State exists from the beginning; parameters that are frozen have none until they get a gradient."""
+        for group in groups:
+            begun = [p for p in group["params"] if p.requires_grad and not is_lazy(p)]
+            self._untouched.update(begun)
+            self._fill(begun, self._transform(group))
 
     # -- state
 
@@ -147,7 +185,7 @@ class Optimizer(torch.optim.Optimizer):
                 if is_off(value) or not names:
                     continue
                 if value.declaration.whole:
-                    self._fill_whole(value, names, params)
+                    self._fill_whole(value, names)
                     continue
                 on = self._mask_all(link, params)
                 for p, yes in zip(params, on):
@@ -155,12 +193,16 @@ class Optimizer(torch.optim.Optimizer):
                     if not yes or all([name in state for name in names]):
                         continue
                     fields = fresh_state(value, p)
+                    resumed = len(names) > 1 and "step" not in state and any([name in state for name in names])
                     for name, scalar, x in zip(names, fields_of(value).scalars, fields):
                         if name not in state and x is not None:
-                            state[name] = counters.setdefault((name, p.device), x) if scalar else x
+                            if resumed and name == "step":
+                                x += 1  # a checkpoint of torch's that does not count steps, but has made some
+                            state[name] = counters.setdefault((name, p.device, resumed), x) if scalar else x
 
-    def _fill_whole(self, value: Primitive, names: tuple[str, ...], params: list[Tensor]) -> None:
-        """The same for a whole transform: what is not any parameter's is kept under a key of its own."""
+    def _fill_whole(self, value: Primitive, names: tuple[str, ...]) -> None:
+        """The same for a whole transform, which begins with all parameters: its own fields are kept under one key."""
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad and not is_lazy(p)]
         for name, leaf, x in zip(names, fields_of(value).leaves, fresh_whole_state(value, params)):
             if not leaf:
                 self.state[SHARED].setdefault(name, x)
@@ -259,6 +301,8 @@ class Optimizer(torch.optim.Optimizer):
             grads += given
         if not params:
             return
+        if self._untouched:
+            self._touch(params)
         states = list(map(self.state.__getitem__, params))
         keys = together[0].plan.keys
         try:
@@ -268,6 +312,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._fill(params[rows.rows.start : rows.rows.stop], transform)
             columns = self._gather(states, together, keys)
         executor = executor_of(groups[0][0])
+        if len(groups) > 1:
+            refuse_disagreement(together)
         seen: tuple[Any, ...] = ()
         if torch.is_grad_enabled():
             fields = [c if isinstance(c, list) else [c] for c in chained.from_iterable(columns)]
@@ -276,24 +322,36 @@ class Optimizer(torch.optim.Optimizer):
         before = list(map(list, columns))
         if not all([g.layout is torch.strided for g in grads]):
             refuse_sparse(grads, params, self._paths())
+        # where autograd looks on, the graph keeps the old values while the parameters are overwritten
+        given = [p.clone() for p in params] if torch.is_grad_enabled() else params
         call = Call(
-            grads, params, columns, lambda m: self._mask(m, params), mode,
-            apply=True, donate=mode != "leaf", alone=alone, executor=executor,
+            grads, given, columns, lambda m: self._mask(m, params), mode,
+            apply=True, donate=not torch.is_grad_enabled(), alone=alone and not params[0].is_cpu, executor=executor,
         )  # fmt: skip
         out, after = call.run(together)
         if out is not params:
-            moved = [(p, x) for p, x in zip(params, out) if p is not x]
-            for p, x in moved:
-                p.copy_(x)
+            for p, x in zip(params, out):
+                if x is not p:
+                    p.copy_(x)
         for names, olds, news in zip(keys, before, after):
             if not all(map(operator.is_, olds, news)):
-                for name, new in zip(names, news):
+                for name, old, new in zip(names, olds, news):
                     if not isinstance(new, list):
                         self.state[SHARED][name] = new
                         continue
-                    for state, x in zip(states, new):
-                        if x is not None:
+                    for state, x, y in zip(states, new, old):
+                        if x is not y:  # not where a mask is in the way: the name may be another link's too
                             state[name] = x
+
+    def _touch(self, params: list[Tensor]) -> None:
+        """Before a parameter's first step: its state is made anew if the parameter was cast or moved in the meantime."""
+        for p in params:
+            if p in self._untouched:
+                own = self.state[p].values()
+                moved = [x.dim() and (x.dtype, x.device, x.stride()) != (p.dtype, p.device, p.stride()) for x in own]
+                if any(moved) or any([x.device != p.device for x in own]):
+                    del self.state[p]
+        self._untouched.difference_update(params)
 
     def _gather(self, states: list[dict[str, Any]], groups: list[Group], keys: list[tuple[str, ...]]) -> list[Any]:
         """The state of these parameters as the engine takes it: per link, per field, a list."""
@@ -318,18 +376,11 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch's: every parameter has its own counter in it, though they may share one while training."""
         packed = super().state_dict()
-        seen: set[int] = set()
-        state: dict[Any, Any] = {}
-        for key, fields in packed["state"].items():
-            own = dict(fields) if isinstance(fields, dict) else fields
-            if isinstance(own, dict):
-                for name, x in own.items():
-                    if isinstance(x, Tensor) and x.dim() == 0:
-                        if id(x) in seen:
-                            own[name] = x.clone()
-                        seen.add(id(x))
-            state[key] = own
-        packed["state"] = state
+        state = packed.get("state", {})  # a hook may have made something else of it
+        counters = [id(x) for own in state.values() for x in own.values() if isinstance(x, Tensor) and not x.dim()]
+        shared = {x for x, n in Counter(counters).items() if n > 1}
+        for key, own in state.items():
+            state[key] = {name: x.clone() if id(x) in shared else x for name, x in own.items()}
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,13 +389,27 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups or the shapes in it are not this optimizer's; nothing is changed then.
         """
+        hooks = self._optimizer_load_state_dict_pre_hooks
+        state_dict = state_dict.copy()
+        for hook in hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
         self._check_state(state_dict)
-        super().load_state_dict(state_dict)
+        try:
+            self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
+            super().load_state_dict(state_dict)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = hooks
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get("param_groups", [])
         if len(saved) != len(self.param_groups):
             return  # torch says so
+        for group in saved:
+            for name in self._options:
+                if name not in group and name not in self._fallback():
+                    raise ValueError(
+                        f"The loaded state has no option {name!r}, which {type(self).__name__} needs: it is another's."
+                    )
         for old, group, transform in zip(saved, self.param_groups, self._transforms()):
             names = group.get("param_names", old["params"])
             like = [
@@ -365,13 +430,22 @@ class Optimizer(torch.optim.Optimizer):
                         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_recipe": self._recipe, "_options": self._options}
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in ("_recipe", "_options", "_first", "_ready")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._made = []
+        self._untouched = set()
+        for group in self.param_groups:
+            for name, default in self._fallback().items():
+                group.setdefault(name, default)
         for group, transform in zip(self.param_groups, self._transforms()):
             self._share(group, transform)
+
+    def _fallback(self) -> dict[str, Any]:
+        """The switches and flags that a checkpoint may be too old to know, with the values they had before they existed."""
+        off: dict[str, Any] = {name: None for name in ("foreach", "fused") if name in self.defaults}
+        return off | {name: False for name, x in self.defaults.items() if isinstance(x, bool)}
 
     def _share(self, group: dict[str, Any], transform: Transform) -> None:
         """Let the parameters of a group that have made as many updates share their counters again."""
@@ -413,6 +487,7 @@ def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
 
 def unchanged(a: Any, b: Any) -> bool:
     """Whether a group's option is still what it was."""
+    b = tuple(b) if type(b) is list else b
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and type(a) is type(b) and bool(a == b))
 
 
@@ -423,6 +498,19 @@ def executor_of(flags: Mapping[str, Any]) -> Executor | None:
     if flags.get("foreach") is False and flags.get("fused") is None:
         return "leaf"
     return "foreach" if flags.get("foreach") or flags.get("fused") is False else None
+
+
+def refuse_disagreement(groups: list[Group]) -> None:
+    """A transform that sees all groups together has one set of hyperparameters."""
+    for k, link in enumerate(groups[0].plan.links):
+        value = link.transform
+        others = [g.plan.links[k].transform for g in groups[1:]]
+        if value.declaration.whole and any([x != value for x in others]):
+            names = [n for n, x in value.arguments.items() if any([not same(x, y.arguments[n]) for y in others])]
+            raise ValueError(
+                f"{value.declaration.name} sees the parameters of all groups together, so {' and '.join(names)} must be the "
+                f"same in all groups, but there are {', '.join(map(repr, [value, *others]))}."
+            )
 
 
 def refuse_sparse(grads: list[Tensor], params: list[Tensor], paths: Mapping[Tensor, str]) -> None:

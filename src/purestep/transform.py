@@ -247,6 +247,9 @@ class Transform:
             TypeError: there is no such name, or it is ambiguous; the error lists the names there are.
             ValueError: the value is outside the range of the hyperparameter.
         """
+        return self._replace(changes, strict=True)
+
+    def _replace(self, changes: dict[str, Any], strict: bool) -> Self:
         named = [*self._named(hypers=True), *self._named(hypers=False)]
         where = {name: (i, plain) for name, i, plain, _ in named}
         new = [dict(link.transform.arguments) for link in self.links]
@@ -257,7 +260,7 @@ class Transform:
                     raise TypeError(f"{name!r} is ambiguous here: say which one, {_either(same)}.")
                 raise TypeError(f"There is no {name!r} to replace in {self!r}; there is {_either(sorted(where)) or 'nothing'}.")
             i, plain = where[name]
-            new[i][plain] = self.links[i].transform.declaration.checked(plain, value)
+            new[i][plain] = self.links[i].transform.declaration.checked(plain, value, strict)
         made = [type(link.transform)(link.transform.declaration, a) for link, a in zip(self.links, new)]
         return self._rebuild(iter(made))
 

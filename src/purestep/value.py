@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from purestep.hyper import Interval, Steps, check, check_steps, interval_of
+from purestep.hyper import UNBOUNDED, Interval, Steps, check, check_steps, interval_of
 
 V = TypeVar("V", bound="Value")
 
@@ -54,11 +54,16 @@ class Declaration:
         bound.apply_defaults()
         return {name: self.checked(name, value) for name, value in bound.arguments.items()}
 
-    def checked(self, name: str, value: Any) -> Any:
-        """`value`, if it may be this argument; numbers become floats and functions of the step become schedules."""
+    def checked(self, name: str, value: Any, strict: bool = True) -> Any:
+        """`value`, if it may be this argument; numbers become floats and functions of the step become schedules.
+
+        Without `strict` a number may be outside its interval.
+        """
         if name in self.steps:
             return check_steps(value, f"{self.name}: {name}")
         interval = self.intervals.get(name)
+        if not strict and interval is not None:
+            interval = (UNBOUNDED,) * len(interval) if isinstance(interval, tuple) else UNBOUNDED
         return value if interval is None else check(value, interval, f"{self.name}: {name}", as_schedule)
 
     def __repr__(self) -> str:

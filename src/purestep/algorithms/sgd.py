@@ -48,14 +48,12 @@ def sgd(
     Reference: Sutskever et al., `On the importance of initialization and momentum in deep learning
     <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
     """
-    if nesterov and (_is(momentum, 0) or (isinstance(dampening, (int, float)) and dampening != 0)):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening.")
+    if nesterov and (
+        (isinstance(momentum, (int, float)) and momentum <= 0) or (isinstance(dampening, (int, float)) and dampening)
+    ):
+        raise ValueError(f"Nesterov momentum requires a momentum and zero dampening, but got {momentum!r} and {dampening!r}.")
     momentum_ = trace(momentum, dampening=dampening, nesterov=nesterov)
     return chain(direction(maximize), add_decayed_weights(weight_decay), momentum_, scale_by_learning_rate(lr))
-
-
-def _is(x: Hyper, number: float) -> bool:
-    return isinstance(x, (int, float)) and x == number
 
 
 class SGD(Optimizer):

@@ -488,9 +488,10 @@ class Call:
                 u, p = g.to(wide), p.to(wide)
             for (_, value, info), columns, new in zip(segment.items, fields, news):
                 old = [c[k] for c in columns]
-                u, state = leaf_update(value, info, u, old, p)
+                given = [x.to(wide) if like and x is not None else x for x, like in zip(old, info.like)]
+                u, state = leaf_update(value, info, u, given, p)
                 for column, x, y, like in zip(new, state, old, info.like):
-                    column.append(y.copy_(x) if self.write and like else x)
+                    column.append(y.copy_(x) if self.write and like else x.to(y.dtype) if like and x is not None else x)
             if apply:
                 u = p + u
                 if self.write:
@@ -759,6 +760,9 @@ def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: An
     everything = list(flat.from_iterable(lists))
     if not set(map(type, everything)) <= PLAIN or not all([x[0].dtype is p.dtype for x in lists]):
         return False
+    sizes = list(map(Tensor.numel, params))
+    if not all([list(map(Tensor.numel, x)) == sizes for x in lists]):
+        return False  # the kernel would read beyond the end; torch's operations say what is wrong
     if all([t.is_contiguous() for t in everything]):
         return True
     return all([same_layout(ts) for ts in zip(*lists)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain as chained
 from typing import Any, TypeAlias, TypeVar, overload
@@ -126,8 +126,10 @@ class Optimizer(torch.optim.Optimizer):
         transform = self._base
         if isinstance(self._recipe, Transform) or changes.keys() <= transform.hyperparams.keys() | transform.switches.keys():
             transform = transform._replace(changes, strict)
-        else:
-            transform = self._recipe(**options)
+        else:  # made of other parts: with these switches, and numbers that are known to be good, which are then replaced
+            switches = {n: x for n, x in changes.items() if n not in transform.hyperparams}
+            transform = self._recipe(**{**self._first, **switches})
+            transform = transform._replace({n: x for n, x in options.items() if n in transform.hyperparams}, strict)
         return chain(ascend(), transform) if isinstance(self._recipe, Transform) and group["maximize"] else transform
 
     @functools.cached_property
@@ -375,13 +377,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch's: every parameter has its own counter in it, though they may share one while training."""
-        packed = super().state_dict()
-        state = packed.get("state", {})  # a hook may have made something else of it
-        counters = [id(x) for own in state.values() for x in own.values() if isinstance(x, Tensor) and not x.dim()]
-        shared = {x for x, n in Counter(counters).items() if n > 1}
-        for key, own in state.items():
-            state[key] = {name: x.clone() if id(x) in shared else x for name, x in own.items()}
-        return packed
+        seen: set[int] = set()
+        for own in self.state.values():
+            for name, x in own.items() if isinstance(own, dict) else ():
+                if isinstance(x, Tensor) and not x.dim():
+                    if id(x) in seen:
+                        own[name] = x.clone()  # the next step lets them share one again
+                    seen.add(id(x))
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, purestep's or torch's; see `torch.optim.Optimizer.load_state_dict`.
@@ -430,12 +433,15 @@ class Optimizer(torch.optim.Optimizer):
                         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in ("_recipe", "_options", "_first", "_ready")}}
+        return {
+            **super().__getstate__(),
+            **{name: self.__dict__[name] for name in ("_recipe", "_options", "_first", "_ready", "_untouched")},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._made = []
-        self._untouched = set()
+        self._untouched = state.get("_untouched", set())
         for group in self.param_groups:
             for name, default in self._fallback().items():
                 group.setdefault(name, default)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,14 @@ class Kernel(NamedTuple):
     pattern: tuple[tuple[LinkDeclaration, bool], ...]  # each with whether it may be left out
     run: Callable[..., None]
     copies: bool = True  # whether it pays to copy what was not given away, so that the kernel can write on it
+
+
+class Trust:
+    """The state tensors that a kernel was last given, and need not be looked at again while they are the same objects."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.states: list[list[Tensor]] = []
 
 
 KERNELS: list[Kernel] = []
@@ -320,7 +329,8 @@ class Call:
 
     `params` and `grads` are lists; `states` holds, per link, a list of its state's fields, and a field is a list over the
     parameters (or, in a whole transform, also a value of its own). Every parameter has a gradient: the others never get
-    here. `mask` evaluates a mask on these parameters. `alone` says that no one else holds their counters.
+    here. `mask` evaluates a mask on these parameters. `alone` says that no one else holds their counters. With `trust` the
+    state is the caller's own: no one looks at its version counters, and it is inspected once.
     """
 
     def __init__(
@@ -335,10 +345,11 @@ class Call:
         donate: bool,
         alone: bool,
         executor: Executor | None,
+        trust: Trust | None = None,
     ) -> None:
         self.grads, self.params, self.states = grads, params, states
         self.mask, self.mode, self.apply, self.donate, self.alone = mask, mode, apply, donate, alone
-        self.executor = executor
+        self.executor, self.trust = executor, trust
         self.own = False  # whether the gradients' memory is ours: true once a link has made new ones
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
@@ -460,8 +471,10 @@ class Call:
             with torch._C._AutoDispatchBelowAutograd():  # nothing requires grad; to ask each tensor costs a tenth of a step
                 updates, news = self.program(segment, grads, params, fields, apply)
             if self.donate:  # what was written in place, below autograd's sight
-                written = [c for (_, _, info), own in zip(segment.items, fields) for f in info.tensors for c in own[f]]
-                torch.autograd.graph.increment_version(params + written if apply else written)
+                written = list(params) if apply else []
+                if self.trust is None:
+                    written += [c for (_, _, info), own in zip(segment.items, fields) for f in info.tensors for c in own[f]]
+                torch.autograd.graph.increment_version(written)
         else:
             run = self.leaf if self.mode == "leaf" else self.program
             updates, news = run(segment, grads, params, fields, apply)
@@ -508,7 +521,7 @@ class Call:
         if apply and segment.kernel is not None and self.executor != "foreach" and self.mode == "program":
             k = segment.first
             pays = self.donate or segment.kernel.copies or self.executor == "fused"
-            if pays and fits(segment.tail, grads, params, fields[k:]):
+            if pays and fits(segment.tail, grads, params, fields[k:], self.trust):
                 if not k:
                     return self.fused(segment, grads, params, fields)
                 grads, before = self.foreach(segment.head, grads, params, fields[:k], False)
@@ -751,21 +764,26 @@ def demand_kernel(segment: Segment, params: list[Tensor]) -> None:
         )
 
 
-def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: Any) -> bool:
-    """Whether a kernel may be trusted with these tensors: it reads memory in order, whatever the strides say."""
+def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: Any, trust: Trust | None) -> bool:
+    """Whether a kernel may be trusted with these tensors: it reads memory in order, whatever sizes and strides say."""
     p = params[0]
     if p.dtype not in FUSED_DTYPES or not (p.is_cpu or p.is_cuda):
         return False
-    lists = [grads, params, *[own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]]
-    everything = list(flat.from_iterable(lists))
-    if not set(map(type, everything)) <= PLAIN or not all([x[0].dtype is p.dtype for x in lists]):
-        return False
+    states = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]
     sizes = list(map(Tensor.numel, params))
-    if not all([list(map(Tensor.numel, x)) == sizes for x in lists]):
-        return False  # the kernel would read beyond the end; torch's operations say what is wrong
-    if all([t.is_contiguous() for t in everything]):
-        return True
-    return all([same_layout(ts) for ts in zip(*lists)])
+    lists = [grads, params, *states]
+    if trust is not None:
+        if trust.sizes == sizes and len(trust.states) == len(states):
+            lists = [grads, params, *[x for x, y in zip(states, trust.states) if not all(map(operator.is_, x, y))]]
+        trust.sizes, trust.states = [], []
+    for x in lists:
+        if x[0].dtype is not p.dtype or not set(map(type, x)) <= PLAIN or list(map(Tensor.numel, x)) != sizes:
+            return False
+    if not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
+        return all([same_layout(ts) for ts in zip(grads, params, *states)])
+    if trust is not None:
+        trust.sizes, trust.states = sizes, states
+    return True
 
 
 def tail(kernel: Kernel, declarations: Sequence[LinkDeclaration]) -> int | None:

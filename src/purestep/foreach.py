@@ -116,6 +116,20 @@ def axpy_(x: Lists, y: Any, k: Any) -> None:
         torch._foreach_add_(x, y, alpha=k)
 
 
+def axpby(x: Lists, y: Lists, a: Any, b: Any) -> Lists:
+    """a*x + b*y."""
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor) and b == 1:
+        return torch._foreach_add(y, x, alpha=a)
+    z = torch._foreach_mul(x, a)
+    axpy_(z, y, b)
+    return z
+
+
+def axpby_(x: Lists, y: Lists, a: Any, b: Any) -> None:
+    torch._foreach_mul_(x, a)
+    axpy_(x, y, b)
+
+
 def addcmul(x: Lists, y: Lists, z: Lists, k: Any) -> Lists:
     """x + k*(y*z)."""
     return axpy(x, torch._foreach_mul(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcmul(x, y, z, k)
@@ -150,6 +164,6 @@ KERNELS: dict[str, Any] = {
     f.__name__: f
     for f in (
         sub, sub_, rsub, rsub_, rdiv, rdiv_, square, square_, pow, pow_, maximum, maximum_, minimum, minimum_,
-        lerp, lerp_, axpy, axpy_, addcmul, addcmul_, addcdiv, addcdiv_, clone, cast,
+        lerp, lerp_, axpy, axpy_, axpby, axpby_, addcmul, addcmul_, addcdiv, addcdiv_, clone, cast,
     )
 } | {"copy_": torch._foreach_copy_}  # fmt: skip

@@ -29,6 +29,7 @@ from purestep.engine import (
     Link,
     Mode,
     Primitive,
+    Trust,
     choose,
     evaluate_mask,
     fields_of,
@@ -108,6 +109,7 @@ class Optimizer(torch.optim.Optimizer):
         self._recipe, self._options, self._first = recipe, tuple(options), dict(options)
         self._made: list[tuple[list[Any], Transform]] = []
         self._ready = False
+        self._trust: dict[int, Trust] = {}  # per group; see there
         self._untouched: set[Tensor] = set()  # parameters that have made no step since their state was made
         self._check({**options, **flags})
         super().__init__(params, {**options, **flags})
@@ -329,6 +331,7 @@ class Optimizer(torch.optim.Optimizer):
         call = Call(
             grads, given, columns, lambda m: self._mask(m, params), mode,
             apply=True, donate=not torch.is_grad_enabled(), alone=alone and not params[0].is_cpu, executor=executor,
+            trust=self._trust.setdefault(id(groups[0][0]), Trust()),
         )  # fmt: skip
         out, after = call.run(together)
         if out is not params:
@@ -440,7 +443,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._made = []
+        self._made, self._trust = [], {}
         self._untouched = state.get("_untouched", set())
         for group in self.param_groups:
             for name, default in self._fallback().items():

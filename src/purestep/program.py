@@ -7,7 +7,8 @@ graph into straight-line Python over *lists* of tensors (one entry per parameter
 1. *Kinds.* A value that depends only on hyperparameters and counters is a number and stays Python arithmetic
    (`1 - b1 ** t`); everything else is a list and becomes one `torch._foreach_*` call, or a loop over the parameters where
    no such call exists.
-2. *Contraction.* `x + k*y` becomes `axpy`, `x + k*(y*z)` `addcmul`, `x + k*(y/z)` `addcdiv`: fewer passes over memory.
+2. *Contraction.* `x + k*y` becomes `axpy`, `a*x + b*y` `axpby`, `x + k*(y*z)` `addcmul`, `x + k*(y/z)` `addcdiv`: fewer
+   passes over memory.
 3. *Reuse.* A list that nobody reads again and that is ours (a temporary, or an input that was given away) is
    overwritten: `mul` becomes `mul_`. Nothing else ever is. The new value of an input that was given away ends up in that
    input's own memory.
@@ -362,6 +363,10 @@ class Writer:
                 continue
             absorbed |= product.absorbed
             scale: list[Any] = [Scale(name == "sub", product.numbers)]
+            other = self.product(x) if len(product.lists) == 1 else None
+            if other is not None and other.numbers and len(other.lists) == 1 and other.lists[0] not in product.lists:
+                absorbed |= other.absorbed
+                return Op(node, "axpby", [*other.lists, *product.lists, Scale(False, other.numbers), *scale], (0,))
             kernel = "axpy" if len(product.lists) == 1 else "addcdiv" if product.name == "div" else "addcmul"
             return Op(node, kernel, [x, *product.lists, *scale], (0,))
         return None

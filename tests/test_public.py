@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -142,7 +144,12 @@ def test_runtime_dependencies() -> None:
         assert [re.split(r"[<>=]", d)[0] for d in project["dependencies"]] == ["torch", "typing-extensions"]
 
 
-def sys_names() -> frozenset[str]:
-    import sys
+def test_importing_is_cheap() -> None:
+    """torch._dynamo alone takes a second to load; purestep leaves it to the first torch.compile."""
+    code = "import sys, torch; before = 'torch._dynamo' in sys.modules; import purestep; print(before, 'torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
+
+def sys_names() -> frozenset[str]:
     return sys.stdlib_module_names

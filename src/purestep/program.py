@@ -106,10 +106,13 @@ def runner(details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool,
     return program(details, apply, own_grads, donate, *declarations).run
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def name_of(*recipe: Any) -> str:
     """The name of the program for a recipe: a constant, while `torch.compile` traces."""
     return program(*recipe).name
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo, which takes a second.
+name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def program(details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *declarations: LeafDeclaration) -> Program:

@@ -263,7 +263,8 @@ def test_results_that_alias_their_arguments_are_not_overwritten() -> None:
     def alias(g: Tensor, s: Pair, p: Tensor) -> tuple[Tensor, Pair]:
         same = itself(s.a)
         view = s.b.view_as(g)
-        return (same + g) * 2 + view, Pair(s.a * 3, s.b + 1)
+        new = Pair(s.a * 3, s.b + 1)  # would overwrite what `same` and `view` still show
+        return (same + g) * 2 + view, new
 
     check(alias, Pair)
 

@@ -405,7 +405,8 @@ class Writer:
         last: dict[fx.Node, int] = {}
         for i, op in enumerate(ops):
             for x in op.lists(self.kinds):
-                last[x] = i if op.fresh else len(ops)  # what a result may share memory with must never be overwritten
+                # what a result may share memory with must never be overwritten, however often it is used afterwards
+                last[x] = max(last.get(x, 0), i if op.fresh else len(ops))
         for x in self.outputs:
             if isinstance(x, fx.Node):
                 last[x] = len(ops)

@@ -302,26 +302,27 @@ class Transform:
         return "\n".join(texts)
 
 
-class Leafwise(Primitive, Transform):
+class Single(Primitive, Transform):
+    """A transform that is its own only link."""
+
+    __slots__ = ("_plan", "links")
+
+    def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
+        super().__init__(declaration, arguments)
+        object.__setattr__(self, "links", (Link(self),))
+        object.__setattr__(self, "_plan", None)
+
+
+class Leafwise(Single):
     """A transform that treats each parameter on its own; declared with `leafwise`."""
 
-    __slots__ = ("_plan", "links")
-
-    def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
-        super().__init__(declaration, arguments)
-        object.__setattr__(self, "links", (Link(self),))
-        object.__setattr__(self, "_plan", None)
+    __slots__ = ()
 
 
-class Whole(Primitive, Transform):
+class Whole(Single):
     """A transform that sees all parameters together; declared with `whole`."""
 
-    __slots__ = ("_plan", "links")
-
-    def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
-        super().__init__(declaration, arguments)
-        object.__setattr__(self, "links", (Link(self),))
-        object.__setattr__(self, "_plan", None)
+    __slots__ = ()
 
 
 class Composite(Transform):

@@ -15,14 +15,13 @@ warmup_cosine(1.0, warmup_steps=2, total_steps=10, end=0.0, start=0.0)
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, cast
 
 from purestep.hyper import Hyper, Steps
 from purestep.maths import cos, maximum, minimum, where
-from purestep.value import Declaration, Schedule
+from purestep.value import Declaration, Schedule, factory_of
 
 P = ParamSpec("P")
 
@@ -39,25 +38,17 @@ def schedule(function: Callable[Concatenate[Any, P], Any]) -> Callable[P, Schedu
     >>> inverse_sqrt(1.0)(3)
     0.5
     """
-    declaration = Declaration(function, given=1)
+    return cast("Callable[P, Schedule]", factory_of(Declaration(function, given=1), _made, "Schedule"))
 
-    @functools.wraps(function)
-    def factory(*args: P.args, **kwargs: P.kwargs) -> Schedule:
-        arguments = declaration.bind(args, kwargs)
-        if arguments.get("warmup_steps", 0) > arguments.get("total_steps", math.inf):
-            raise ValueError(
-                f"{declaration.name}: warmup_steps must be at most total_steps, which counts the warm-up, but got "
-                f"{arguments['warmup_steps']} > {arguments['total_steps']}."
-            )
-        return Schedule(declaration, arguments)
 
-    signature = declaration.signature.replace(return_annotation="Schedule")
-    factory.__signature__ = signature  # type: ignore[attr-defined]
-    factory.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()} | {"return": "Schedule"}
-    factory.declaration = declaration  # type: ignore[attr-defined]
-    del factory.__wrapped__  # inspect would show the function's signature, with `step`
-    declaration.factory = factory
-    return factory
+def _made(declaration: Declaration, arguments: dict[str, Any]) -> Schedule:
+    """A schedule, if its numbers of steps go together."""
+    if arguments.get("warmup_steps", 0) > arguments.get("total_steps", math.inf):
+        raise ValueError(
+            f"{declaration.name}: warmup_steps must be at most total_steps, which counts the warm-up, but got "
+            f"{arguments['warmup_steps']} > {arguments['total_steps']}."
+        )
+    return Schedule(declaration, arguments)
 
 
 @schedule

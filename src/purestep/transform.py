@@ -7,10 +7,9 @@ here; what happens to the lists in between is `purestep.engine`'s.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -40,11 +39,10 @@ from purestep.engine import (
     state_type,
 )
 from purestep.program import program
-from purestep.value import show
+from purestep.value import factory_of, show
 
 P = ParamSpec("P")
 S = TypeVar("S")
-Made = TypeVar("Made", covariant=True)
 T = TypeVar("T")
 
 PyTree = Any
@@ -432,15 +430,6 @@ scale_by_learning_rate(0.1))
 # ------------------------------------------------------------------------------------------------------------ declarations
 
 
-class Stateful(Protocol[Made]):
-    """What `leafwise` takes: the type of a state, which makes itself for a parameter."""
-
-    def __call__(self, *args: Any) -> Made: ...
-
-    @property
-    def init(self) -> Callable[..., Made]: ...
-
-
 @overload
 def leafwise(
     state: type[S], *, off: str | None = None, name: str = ""
@@ -477,7 +466,7 @@ def leafwise(state: Any = None, *, off: str | None = None, name: str = "") -> An
         )
 
     def declare(function: Any) -> Any:
-        return factory_of(Leafwise, LinkDeclaration(function, state, off=off, name=name))
+        return factory_of(LinkDeclaration(function, state, off=off, name=name), Leafwise)
 
     return declare
 
@@ -506,26 +495,9 @@ def whole(state: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Tra
         raise TypeError(f"whole takes a state (a NamedTuple with a classmethod init(params)) or nothing, but got {state!r}.")
 
     def declare(function: Callable[..., Any]) -> Any:
-        return factory_of(Whole, LinkDeclaration(function, state, whole=True))
+        return factory_of(LinkDeclaration(function, state, whole=True), Whole)
 
     return declare
-
-
-def factory_of(kind: Any, declaration: LinkDeclaration) -> Any:
-    """The factory that makes transforms of this declaration."""
-
-    @functools.wraps(declaration.function)
-    def factory(*args: Any, **kwargs: Any) -> Transform:
-        made: Transform = kind(declaration, declaration.bind(args, kwargs))
-        return made
-
-    signature = declaration.signature.replace(return_annotation="Transform")
-    factory.__signature__ = signature  # type: ignore[attr-defined]
-    factory.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()} | {"return": "Transform"}
-    factory.declaration = declaration  # type: ignore[attr-defined]
-    del factory.__wrapped__  # inspect and doctest would see the leaf function
-    declaration.factory = factory
-    return factory
 
 
 def pick_leaves(state: list[Any], info: Fields, rows: list[int]) -> list[Any]:

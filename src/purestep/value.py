@@ -8,6 +8,7 @@ two values made by the same call with other numbers always have the same structu
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import typing
@@ -137,6 +138,22 @@ def _unflatten(cls: type[V], children: Iterable[Any], context: tuple[Any, ...]) 
     d, *switches = context
     arguments = dict(zip(d.hypers, children)) | dict(zip(d.switches, switches))
     return cls(d, {name: arguments[name] for name in d.signature.parameters})
+
+
+def factory_of(declaration: Declaration, make: Callable[..., Any], kind: str = "Transform") -> Any:
+    """The factory that makes values of this declaration: `make(declaration, arguments)`, with the arguments checked."""
+
+    @functools.wraps(declaration.function)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        return make(declaration, declaration.bind(args, kwargs))
+
+    signature = declaration.signature.replace(return_annotation=kind)
+    factory.__signature__ = signature  # type: ignore[attr-defined]
+    factory.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()} | {"return": kind}
+    factory.declaration = declaration  # type: ignore[attr-defined]
+    del factory.__wrapped__  # inspect and doctest would see the function, with what the library supplies
+    declaration.factory = factory
+    return factory
 
 
 class Schedule(Value):

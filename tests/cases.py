@@ -107,6 +107,16 @@ CASES = [
     ),
 ]  # fmt: skip
 
+CLASSES = tuple(
+    name
+    for name, x in sorted(vars(torch.optim).items())
+    if isinstance(x, type)
+    and issubclass(x, torch.optim.Optimizer)
+    and x is not torch.optim.Optimizer
+    and hasattr(ps.optim, name)
+)
+"""The classes of torch.optim that purestep.optim has under the same name."""
+
 ALL = [(case, options) for case in CASES for options in case.options]
 
 

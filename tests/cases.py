@@ -60,6 +60,8 @@ def _decay_matrices(path: str, p: Tensor) -> bool:
     return p.ndim > 1
 
 
+NO_COMPLEX = {"complex": "torch refuses complex parameters here, and so does purestep"}
+
 CASES = [
     Case(
         "sgd",
@@ -77,6 +79,90 @@ CASES = [
     ),
     Case("adam", ps.adam, (*_adam_options(), {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}), twin=torch.optim.Adam),
     Case("adamw", ps.adamw, _adam_options(), twin=torch.optim.AdamW),
+    Case(
+        "adamax",
+        ps.adamax,
+        ({"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.01, "betas": (0.7, 0.9), "eps": 1e-2}, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+        twin=torch.optim.Adamax,
+    ),
+    Case(
+        "nadam",
+        ps.nadam,
+        (
+            {"lr": 0.01, "weight_decay": 0.1},
+            {"lr": 0.01, "betas": (0.7, 0.9), "eps": 1e-3, "momentum_decay": 6e-3},
+            {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
+            {"lr": 0.01, "momentum_decay": 0.0},
+        ),
+        twin=torch.optim.NAdam,
+    ),
+    Case(
+        "radam",
+        ps.radam,
+        (
+            {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1},
+            {"lr": 0.01},
+            {"lr": 0.01, "betas": (0.7, 0.95), "eps": 1e-3},
+            {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
+            {"lr": 0.01, "betas": (0.5, 0.6)},
+        ),
+        twin=torch.optim.RAdam,
+    ),
+    Case(
+        "adagrad",
+        ps.adagrad,
+        (
+            {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.1},
+            {"lr": 0.1},
+            {"lr": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-3, "maximize": True},
+        ),
+        twin=torch.optim.Adagrad,
+    ),
+    Case(
+        "adadelta",
+        ps.adadelta,
+        ({"lr": 0.5, "rho": 0.8, "eps": 1e-2, "weight_decay": 0.1}, {}, {"weight_decay": 0.1, "maximize": True}),
+        twin=torch.optim.Adadelta,
+    ),
+    Case(
+        "rmsprop",
+        ps.rmsprop,
+        (
+            {"lr": 0.01, "alpha": 0.9, "momentum": 0.8, "weight_decay": 0.1},
+            {"lr": 0.01},
+            {"lr": 0.01, "alpha": 0.9, "centered": True, "eps": 1e-2},
+            {"lr": 0.01, "alpha": 0.9, "centered": True, "eps": 1e-3, "momentum": 0.5, "maximize": True},
+        ),
+        twin=torch.optim.RMSprop,
+    ),
+    Case(
+        "rprop",
+        ps.rprop,
+        ({"lr": 0.01}, {"lr": 0.01, "etas": (0.4, 1.3), "step_sizes": (1e-3, 0.05)}, {"lr": 0.001, "maximize": True}),
+        twin=torch.optim.Rprop,
+        smooth=False,
+    ),
+    Case(
+        "asgd",
+        ps.asgd,
+        (
+            {"lr": 0.1, "lambd": 0.01, "t0": 5.0, "weight_decay": 0.1},
+            {"lr": 0.1},
+            {"lr": 0.001, "lambd": 0.1, "alpha": 0.5, "t0": 20.0, "maximize": True},
+        ),
+        twin=torch.optim.ASGD,
+    ),
+    Case("sparse_adam", ps.sparse_adam, ({"lr": 0.01}, {"lr": 0.01, "betas": (0.7, 0.9), "eps": 1e-3, "maximize": True}), lacks=NO_COMPLEX),
+    Case("scale_by_adamax", ps.scale_by_adamax, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("AdamaxState",)),
+    Case("scale_by_nadam", ps.scale_by_nadam, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("NAdamState",)),
+    Case("scale_by_radam", ps.scale_by_radam, ({}, {"betas": (0.5, 0.9), "eps": 0.1}), step=-0.01),
+    Case("scale_by_adagrad", ps.scale_by_adagrad, ({"initial_accumulator_value": 0.1}, {"lr_decay": 0.5}), step=-0.1, covers=("AdagradState",)),
+    Case("scale_by_adadelta", ps.scale_by_adadelta, ({"eps": 1e-2},), step=-1.0, covers=("AdadeltaState",)),
+    Case("scale_by_rms", ps.scale_by_rms, ({"alpha": 0.9}, {"eps": 0.1}), step=-0.01, covers=("RmsState",)),
+    Case("scale_by_stddev", ps.scale_by_stddev, ({"alpha": 0.9, "eps": 0.1},), step=-0.01, covers=("StddevState",)),
+    Case("scale_by_rprop", ps.scale_by_rprop, ({"lr": 0.01},), step=-1.0, smooth=False, covers=("RpropState",)),
+    Case("scale_by_asgd", ps.scale_by_asgd, ({"lr": 0.1, "t0": 1.5},), covers=("AsgdState",)),
+    Case("scale_by_sparse_adam", ps.scale_by_sparse_adam, ({},), step=-0.01, lacks=NO_COMPLEX),
     Case("trace", ps.trace, ({"momentum": 0.9}, {"momentum": 0.5, "dampening": 0.2}, {"momentum": 0.5, "nesterov": True}), step=-0.1, covers=("TraceState",)),
     Case("scale_by_adam", ps.scale_by_adam, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("AdamState",)),
     Case("scale_by_amsgrad", ps.scale_by_amsgrad, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("AmsgradState",)),

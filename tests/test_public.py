@@ -21,8 +21,8 @@ from tests.cases import CASES
 SOURCE = Path(ps.__file__).parent
 ROOT = SOURCE.parent.parent
 TYPES_AND_TOOLS = {  # public names that are no transforms, and the test file that is theirs
-    "Betas", "EmptyState", "Fraction", "Hyper", "NonNegative", "Scalar", "ScheduleState", "Transform", "apply_updates",
-    "counter", "fused", "global_norm", "in_dims", "leafwise", "lerp", "maximum", "minimum", "multiply", "operation", "optim",
+    "Betas", "EmptyState", "Extra", "Fraction", "Hyper", "NonNegative", "Positive", "Scalar", "ScheduleState", "Transform", "UnitInterval", "apply_updates",
+    "counter", "eval_params", "filled", "fused", "global_norm", "in_dims", "leafwise", "lerp", "maximum", "minimum", "multiply", "operation", "optim",
     "root", "schedules", "tensors", "where", "whole",
 }  # fmt: skip
 
@@ -54,7 +54,19 @@ def test_every_name_has_a_docstring(name: str) -> None:
         assert r".. math::" in doc
 
 
-NO_EXAMPLE = {"counter", "global_norm", "lerp", "maximum", "minimum", "multiply", "root", "where", "whole", "scale_by_amsgrad"}
+NO_EXAMPLE = {
+    "counter",
+    "filled",
+    "global_norm",
+    "lerp",
+    "maximum",
+    "minimum",
+    "multiply",
+    "root",
+    "where",
+    "whole",
+    "scale_by_amsgrad",
+}
 
 
 @pytest.mark.parametrize("name", [n for n in names(ps) if callable(getattr(ps, n)) and inspect.isfunction(getattr(ps, n))])
@@ -94,6 +106,7 @@ FLOORS = [
     {"value"},
     {"program", "schedules"},
     {"engine"},
+    {"sparse"},
     {"transform"},
     {"transforms"},
     {"optimizer"},

@@ -162,7 +162,7 @@ def started() -> Any:
         ({**NET, "layer1.bias": torch.ones(3)}, ValueError, r"gradient of 'layer1.bias' has shape \(3,\), but the parameter has shape \(2,\)"),
         ({**NET, "layer1.bias": torch.ones(2).double()}, ValueError, r"gradient of 'layer1.bias' has dtype torch.float64, but the parameter has dtype torch.float32"),
         ({**NET, "layer1.bias": torch.ones(2, device="meta")}, ValueError, r"gradient of 'layer1.bias' has device meta, but the parameter has device cpu"),
-        ({**NET, "layer1.bias": torch.ones(2).to_sparse()}, RuntimeError, r"gradient of 'layer1.bias' is sparse .* Make it dense"),
+        ({**NET, "layer1.bias": torch.ones(2).to_sparse()}, RuntimeError, r"gradient of 'layer1.bias' is sparse, .* Make it dense"),
         ({**NET, "layer1.bias": 1.0}, TypeError, r"'layer1.bias' is a float: 1.0"),
     ],
     ids=["missing", "extra", "container", "shape", "dtype", "device", "sparse", "float"],

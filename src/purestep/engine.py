@@ -21,6 +21,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain as flat
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -35,6 +36,7 @@ from purestep.tree import Spec, flatten_like, quote
 from purestep.value import Declaration, Schedule, Value
 
 Executor: TypeAlias = Literal["leaf", "foreach", "fused"]
+Sparse: TypeAlias = Literal["rows", "dense"] | None
 Mode: TypeAlias = Literal["leaf", "program", "traced"]
 
 
@@ -65,13 +67,21 @@ class Fields:
 
 
 class LinkDeclaration(Declaration):
-    """A declared transform: its function, the type of its state, and what switches it off."""
+    """A declared transform: its function, the type of its state, what switches it off, and which parameters it refuses."""
 
     def __init__(
-        self, function: Callable[..., Any], state: Any = None, *, off: str | None = None, whole: bool = False, name: str = ""
+        self,
+        function: Callable[..., Any],
+        state: Any = None,
+        *,
+        off: str | None = None,
+        whole: bool = False,
+        requires: Callable[[str, Tensor], None] | None = None,
+        sparse: Sparse = None,
+        name: str = "",
     ) -> None:
         super().__init__(function, given=3 if state is not None or whole else 2, name=name)
-        self.state, self.off, self.whole = state, off, whole
+        self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()
         if state is not None and not whole:
@@ -198,7 +208,7 @@ def fresh_state(value: Primitive, p: Tensor) -> tuple[Any, ...]:
     d = value.declaration
     if d.state is None:
         return ScheduleState(maths.counter(p)) if scheduled(value) else EmptyState()
-    state: tuple[Any, ...] = d.state.init(p, **{name: value.arguments[name] for name in d.init_names})
+    state: tuple[Any, ...] = d.state.init(p, **{name: evaluated(value.arguments[name], None) for name in d.init_names})
     return state
 
 
@@ -211,6 +221,7 @@ class Plan:
     def __init__(self, links: tuple[Link, ...]) -> None:
         self.links = links
         self.whole = any([link.transform.declaration.whole for link in links])
+        self.extras = frozenset([name for link in links for name in link.transform.declaration.extras])
         self.off = [is_off(link.transform) for link in links]
         self.fields = [fields_of(link.transform) for link in links]
         self.keys = qualified([info.names for info in self.fields])
@@ -330,7 +341,8 @@ class Call:
     `params` and `grads` are lists; `states` holds, per link, a list of its state's fields, and a field is a list over the
     parameters (or, in a whole transform, also a value of its own). Every parameter has a gradient: the others never get
     here. `mask` evaluates a mask on these parameters. `alone` says that no one else holds their counters. With `trust` the
-    state is the caller's own: no one looks at its version counters, and it is inspected once.
+    state is the caller's own: no one looks at its version counters, and it is inspected once. `extras` are the arguments
+    that some whole transforms ask for at each update.
     """
 
     def __init__(
@@ -346,10 +358,11 @@ class Call:
         alone: bool,
         executor: Executor | None,
         trust: Trust | None = None,
+        extras: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.grads, self.params, self.states = grads, params, states
         self.mask, self.mode, self.apply, self.donate, self.alone = mask, mode, apply, donate, alone
-        self.executor, self.trust = executor, trust
+        self.executor, self.trust, self.extras = executor, trust, extras
         self.own = False  # whether the gradients' memory is ours: true once a link has made new ones
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
@@ -380,7 +393,8 @@ class Call:
         hypers = {n: self.lower(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
         given = [pick(c, rows) if leaf else c for c, leaf in zip(fields, info.leaves)]
         state = EmptyState() if d.state is None else d.state(*given)
-        new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **hypers)
+        extras = {n: self.extra(n, rows) for n in d.extras}
+        new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **hypers, **extras)
         if d.state is not None:
             self.states[i] = [list(x) if leaf else x for x, leaf in zip(after, info.leaves)]
             if rows is not None:
@@ -389,6 +403,18 @@ class Call:
             self.states[i] = [count + 1]
         self.grads = list(new) if rows is None else put(self.grads, rows, new)
         self.own = False
+
+    def extra(self, name: str, rows: list[int] | None) -> Any:
+        """An extra argument, for some of the parameters: a function of all is one of these, the others held fixed."""
+        given = self.extras[name]
+        if rows is None or name != "value_and_grad":
+            return given
+
+        def some(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            value, grads = given(put(self.params, rows, params))
+            return value, pick(grads, rows)
+
+        return some
 
     # -- leafwise transforms
 

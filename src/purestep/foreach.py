@@ -27,23 +27,33 @@ def direct(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
 
 
+def add(x: Lists, y: Any) -> Lists:
+    return torch._foreach_add(x, [y] * len(x) if isinstance(y, Tensor) else y)
+
+
+def add_(x: Lists, y: Any) -> None:
+    if isinstance(y, Tensor):  # a list of it: torch would read its value, which no tracer permits
+        y = [y] * len(x)
+    torch._foreach_add_(x, y)
+
+
 def sub(x: Lists, y: Any) -> Lists:
-    return torch._foreach_add(x, -y) if isinstance(y, Tensor) else torch._foreach_sub(x, y)
+    return add(x, -y) if isinstance(y, Tensor) else torch._foreach_sub(x, y)
 
 
 def sub_(x: Lists, y: Any) -> None:
-    torch._foreach_add_(x, -y) if isinstance(y, Tensor) else torch._foreach_sub_(x, y)
+    add_(x, -y) if isinstance(y, Tensor) else torch._foreach_sub_(x, y)
 
 
 def rsub(x: Lists, k: Any) -> Lists:
     y = torch._foreach_neg(x)
-    torch._foreach_add_(y, k)
+    add_(y, k)
     return y
 
 
 def rsub_(x: Lists, k: Any) -> None:
     torch._foreach_neg_(x)
-    torch._foreach_add_(x, k)
+    add_(x, k)
 
 
 def rdiv(x: Lists, k: Any) -> Lists:
@@ -158,12 +168,12 @@ def cast(x: Lists, like: Lists) -> Lists:
 
 KERNELS: dict[str, Any] = {
     name: kernel
-    for base in (*UNARY, "add", "mul", "div")
+    for base in (*UNARY, "mul", "div")
     for name, kernel in zip((base, f"{base}_"), direct(base))
 } | {
     f.__name__: f
     for f in (
-        sub, sub_, rsub, rsub_, rdiv, rdiv_, square, square_, pow, pow_, maximum, maximum_, minimum, minimum_,
+        add, add_, sub, sub_, rsub, rsub_, rdiv, rdiv_, square, square_, pow, pow_, maximum, maximum_, minimum, minimum_,
         lerp, lerp_, axpy, axpy_, axpby, axpby_, addcmul, addcmul_, addcdiv, addcdiv_, clone, cast,
     )
 } | {"copy_": torch._foreach_copy_}  # fmt: skip

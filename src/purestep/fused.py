@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from purestep.algorithms.adagrad import scale_by_adagrad
 from purestep.algorithms.adam import scale_by_adam, scale_by_amsgrad
 from purestep.engine import KERNELS, Kernel
 from purestep.transforms.decay import decay
@@ -35,6 +36,13 @@ def _sgd(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], before: Any) -> N
     )  # fmt: skip
 
 
+def _adagrad(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], before: Any) -> None:
+    torch._fused_adagrad_(
+        p, g, s["sum"], s["step"](), lr=h["lr"], lr_decay=h["lr_decay"], weight_decay=h.get("weight_decay", 0.0), eps=h["eps"],
+        maximize="maximize" in h,
+    )  # fmt: skip
+
+
 def _pattern(*factories: Any) -> Any:
     """Transforms in order; one in a list may be left out."""
     return tuple((f[0].declaration, True) if isinstance(f, list) else (f.declaration, False) for f in factories)
@@ -43,5 +51,6 @@ def _pattern(*factories: Any) -> Any:
 for scale, amsgrad in ((scale_by_adam, False), (scale_by_amsgrad, True)):
     KERNELS.append(Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), _adam(torch._fused_adam_, amsgrad)))
     KERNELS.append(Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), _adam(torch._fused_adamw_, amsgrad)))
+KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_adagrad, scale_by_learning_rate), _adagrad))
 KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd, copies=False))
 KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd, copies=False))

@@ -23,24 +23,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Interval:
-    """The numbers a hyperparameter may be: from `low` to `high`, the upper end excluded if `below`."""
+    """The numbers a hyperparameter may be: from `low` (excluded if `above`) to `high` (excluded if `below`)."""
 
     low: float = -math.inf
     high: float = math.inf
+    above: bool = False
     below: bool = False
     optional: bool = False
 
     def __contains__(self, x: object) -> bool:
         if not isinstance(x, (int, float)):
             return False
-        return self.low <= x < self.high if self.below else self.low <= x <= self.high
+        return (self.low < x if self.above else self.low <= x) and (x < self.high if self.below else x <= self.high)
 
     def __str__(self) -> str:
         if self.low == -math.inf and self.high == math.inf:
             return "a number"
         if self.high == math.inf:
-            return f"a number of at least {self.low:g}"
-        return f"a number in [{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+            return f"a number {'above' if self.above else 'of at least'} {self.low:g}"
+        return f"a number in {'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
 
 
 Hyper: TypeAlias = Annotated[Any, Interval()]
@@ -52,8 +53,23 @@ NonNegative: TypeAlias = Annotated[Any, Interval(low=0.0)]
 Fraction: TypeAlias = Annotated[Any, Interval(low=0.0, high=1.0, below=True)]
 """A hyperparameter in [0, 1): a decay rate."""
 
+Positive: TypeAlias = Annotated[Any, Interval(low=0.0, above=True)]
+"""A hyperparameter above 0."""
+
+UnitInterval: TypeAlias = Annotated[Any, Interval(low=0.0, high=1.0)]
+"""A hyperparameter in [0, 1]."""
+
 Betas: TypeAlias = tuple[Fraction, Fraction]
 """Two decay rates."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is given at each update, beside the gradients."""
+
+
+Extra: TypeAlias = Annotated[Any, Given()]
+"""An extra argument of a whole transform: not part of the transform, but passed to each `update` and `step` by name."""
 
 
 @dataclass(frozen=True)

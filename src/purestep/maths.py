@@ -110,6 +110,20 @@ def counter(p: Tensor) -> Scalar:
     return torch.zeros((), dtype=dtype, device=p.device)
 
 
+@operation
+def rounded(x: Any) -> Any:
+    """A number as a counter stores it, which is in float32 (float64 where that is torch's default dtype)."""
+    if torch.get_default_dtype() == torch.float64:
+        return x
+    return x.to(torch.float32).to(x.dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32).item()
+
+
+def filled(p: Tensor, value: Any) -> Tensor:
+    """A tensor like `p` with every number in it equal to `value`: of a complex tensor, both parts."""
+    x = torch.zeros_like(p)
+    return torch.view_as_complex(torch.view_as_real(x) + value) if p.is_complex() else (x + value).to(p.dtype)
+
+
 def precise(device: torch.device) -> torch.dtype:
     """The dtype numbers are computed in: float64, where the device has it.
 

@@ -3,7 +3,16 @@
 from torch.optim import lr_scheduler as lr_scheduler
 from torch.optim import swa_utils as swa_utils
 
+from purestep.algorithms.adadelta import Adadelta as Adadelta
+from purestep.algorithms.adagrad import Adagrad as Adagrad
 from purestep.algorithms.adam import Adam as Adam
 from purestep.algorithms.adam import AdamW as AdamW
+from purestep.algorithms.adamax import Adamax as Adamax
+from purestep.algorithms.asgd import ASGD as ASGD
+from purestep.algorithms.nadam import NAdam as NAdam
+from purestep.algorithms.radam import RAdam as RAdam
+from purestep.algorithms.rmsprop import RMSprop as RMSprop
+from purestep.algorithms.rprop import Rprop as Rprop
 from purestep.algorithms.sgd import SGD as SGD
+from purestep.algorithms.sparse_adam import SparseAdam as SparseAdam
 from purestep.optimizer import Optimizer as Optimizer

@@ -13,6 +13,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain as chained
+from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
@@ -28,6 +29,7 @@ from purestep.engine import (
     Group,
     Link,
     Mode,
+    Plan,
     Primitive,
     Trust,
     choose,
@@ -37,9 +39,10 @@ from purestep.engine import (
     fresh_whole_state,
     is_off,
 )
+from purestep.sparse import Touched
 from purestep.transform import Transform, chain
 from purestep.transforms.scale import maximize as ascend
-from purestep.tree import Spec
+from purestep.tree import Spec, quote
 from purestep.value import same
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -48,6 +51,8 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple
 
 SHARED: Any = "shared"
 """The key in `state` of what a whole transform keeps for all parameters together."""
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 FLAGS = ("foreach", "capturable", "differentiable", "fused")
 
@@ -114,6 +119,7 @@ class Optimizer(torch.optim.Optimizer):
         self._check({**options, **flags})
         super().__init__(params, {**options, **flags})
         self._ready = True
+        self._refuse(self.param_groups)
         self._begin_state(self.param_groups)
 
     # -- groups
@@ -168,7 +174,24 @@ class Optimizer(torch.optim.Optimizer):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self._ready:
+            try:
+                self._refuse(self.param_groups[-1:])
+            except Exception:
+                self.param_groups.pop()
+                raise
             self._begin_state(self.param_groups[-1:])
+
+    def _refuse(self, groups: list[dict[str, Any]]) -> None:
+        """Refuse parameters that a transform cannot treat."""
+        paths = self._paths()
+        for group in groups:
+            for link in self._transform(group).links:
+                requires = link.transform.declaration.requires
+                if requires is None or is_off(link.transform):
+                    continue
+                for p, yes in zip(group["params"], self._mask_all(link, group["params"])):
+                    if yes and not is_lazy(p):
+                        requires(quote(paths[p]), p)
 
     def _begin_state(self, groups: list[dict[str, Any]]) -> None:
         """State exists from the beginning; parameters that are frozen have none until they get a gradient."""
@@ -279,7 +302,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             groups = list(zip(self.param_groups, self._transforms()))
             if groups[0][1].plan.whole:
-                self._advance(groups)
+                self._advance(groups, self._extras(groups[0][1].plan, closure, loss))
             else:
                 for group in groups:
                     self._advance([group])
@@ -287,7 +310,18 @@ class Optimizer(torch.optim.Optimizer):
             torch._C._set_grad_enabled(grad)
         return loss
 
-    def _advance(self, groups: list[tuple[dict[str, Any], Transform]]) -> None:
+    def _extras(self, plan: Plan, closure: Any, loss: Any) -> dict[str, Any]:
+        """What transforms ask for at each update, as far as a closure and its last value can give it."""
+        for link in plan.links:
+            for name in link.transform.declaration.extras:
+                if name not in ("value", "value_and_grad") or closure is None:
+                    raise TypeError(
+                        f"{link.transform.declaration.name} needs {name}, so step needs a closure: step(closure), which clears "
+                        "the gradients, evaluates the model, calls backward and returns the loss."
+                    )
+        return {"value": loss, "value_and_grad": closure} if plan.extras else {}
+
+    def _advance(self, groups: list[tuple[dict[str, Any], Transform]], extras: Mapping[str, Any] = NOTHING) -> None:
         """One update of the parameters of these groups, which the transforms see together."""
         params: list[Tensor] = []
         grads: list[Any] = []
@@ -305,6 +339,7 @@ class Optimizer(torch.optim.Optimizer):
             grads += given
         if not params:
             return
+        self._accept(grads, params)
         if self._untouched:
             self._touch(params)
         states = list(map(self.state.__getitem__, params))
@@ -324,16 +359,21 @@ class Optimizer(torch.optim.Optimizer):
             seen = (params, grads, *fields, *[g.plan.tensors for g in together])
         mode: Mode = choose(executor, *seen)
         before = list(map(list, columns))
-        if not all([g.layout is torch.strided for g in grads]):
-            refuse_sparse(grads, params, self._paths())
         # where autograd looks on, the graph keeps the old values while the parameters are overwritten
         given = [p.clone() for p in params] if torch.is_grad_enabled() else params
+        touched = None
+        if not all([g.layout is torch.strided for g in grads]):
+            touched = Touched(grads, given, columns, together, lambda k: self._paths()[params[k]])
+            grads, given, columns = touched.grads, touched.params, touched.states
         call = Call(
             grads, given, columns, lambda m: self._mask(m, params), mode,
             apply=True, donate=not torch.is_grad_enabled(), alone=alone and not params[0].is_cpu, executor=executor,
             trust=self._trust.setdefault(id(groups[0][0]), Trust()),
+            extras={**extras, "value_and_grad": value_and_grad(params, grads, **extras)} if extras else extras,
         )  # fmt: skip
         out, after = call.run(together)
+        if touched is not None:
+            out, after = touched.scatter(out, after, True, not torch.is_grad_enabled())
         if out is not params:
             for p, x in zip(params, out):
                 if x is not p:
@@ -347,6 +387,9 @@ class Optimizer(torch.optim.Optimizer):
                     for state, x, y in zip(states, new, old):
                         if x is not y:  # not where a mask is in the way: the name may be another link's too
                             state[name] = x
+
+    def _accept(self, grads: list[Tensor], params: list[Tensor]) -> None:
+        """For a class to refuse gradients, before anything has changed."""
 
     def _touch(self, params: list[Tensor]) -> None:
         """Before a parameter's first step: its state is made anew if the parameter was cast or moved in the meantime."""
@@ -522,10 +565,20 @@ def refuse_disagreement(groups: list[Group]) -> None:
             )
 
 
-def refuse_sparse(grads: list[Tensor], params: list[Tensor], paths: Mapping[Tensor, str]) -> None:
-    """Sparse gradients need an algorithm of their own."""
-    p = next(p for p, g in zip(params, grads) if g.layout is not torch.strided)
-    raise RuntimeError(
-        f"The gradient of {paths[p]!r} is sparse, and this optimizer needs dense gradients. Create the embedding with "
-        "sparse=False, or make the gradient dense with .to_dense()."
-    )
+def value_and_grad(params: list[Tensor], grads: list[Tensor], value: Any, value_and_grad: Callable[[], Any]) -> Any:
+    """A closure as a function of the parameters, which are as they were when it returns; its last value is known already."""
+
+    def evaluate(at: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        if all(map(operator.is_, at, params)):
+            return torch.as_tensor(value), grads
+        kept = [p.clone() for p in params]
+        torch._foreach_copy_(params, at)
+        try:
+            with torch.enable_grad():
+                loss = value_and_grad()
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            return torch.as_tensor(loss).detach(), [g.to_dense() if g.is_sparse else g for g in found]
+        finally:
+            torch._foreach_copy_(params, kept)
+
+    return evaluate

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from purestep.engine import (
     LinkDeclaration,
     Plan,
     Primitive,
+    Sparse,
     choose,
     detail,
     evaluate_mask,
@@ -39,6 +40,7 @@ from purestep.engine import (
     state_type,
 )
 from purestep.program import program
+from purestep.sparse import Touched
 from purestep.value import factory_of, show
 
 P = ParamSpec("P")
@@ -46,6 +48,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 PyTree = Any
+Requires: TypeAlias = Callable[[str, Tensor], None] | None
 
 
 class Transform:
@@ -110,6 +113,10 @@ class Transform:
                 on = [a and b for a, b in zip(on, evaluate_mask(mask, leaves, spec))]
             if is_off(value):
                 on = [False] * len(leaves)
+            if value.declaration.requires is not None:
+                for path, p, yes in zip(spec.paths(), leaves, on):
+                    if yes:
+                        value.declaration.requires(tree.quote(path), p)
             each = [fresh_state(value, p) if yes else (None,) * len(fields.names) for p, yes in zip(leaves, on)]
             columns: list[list[Any]] = [list(c) for c in zip(*each)] if each else [[] for _ in fields.names]
             for f, scalar in enumerate(fields.scalars):
@@ -119,7 +126,14 @@ class Transform:
         return self._join(states)
 
     def update(
-        self, grads: PyTree, state: Any, params: PyTree, *, donate: bool = False, executor: Executor | None = None
+        self,
+        grads: PyTree,
+        state: Any,
+        params: PyTree,
+        *,
+        donate: bool = False,
+        executor: Executor | None = None,
+        **extras: Any,
     ) -> tuple[Any, Any]:
         """The updates (add them to the parameters) and the new state. Changes nothing it is given.
 
@@ -132,28 +146,47 @@ class Transform:
             executor: how the leaf functions are run. By default the fastest way that fits; ``"leaf"`` runs them one
                 parameter at a time, so that an error appears on its author's line; ``"foreach"`` runs all parameters at
                 once; ``"fused"`` insists on one of torch's fused kernels.
+            **extras: what some transforms ask for at each update, such as ``value_and_grad=``, a function from parameters to
+                `(value, gradients)`, for `lbfgs`.
 
         Raises:
             ValueError: the structure, shape, dtype or device of a gradient or state is not its parameter's; the error
                 names the first path.
-            TypeError: the state belongs to another transform, or a parameter cannot be optimized.
+            TypeError: the state belongs to another transform, a parameter cannot be optimized, or an extra argument is
+                missing or unknown.
         """
-        return self._advance(grads, state, params, False, donate, executor)
+        return self._advance(grads, state, params, False, donate, executor, extras)
 
     def step(
-        self, grads: PyTree, state: Any, params: PyTree, *, donate: bool = False, executor: Executor | None = None
+        self,
+        grads: PyTree,
+        state: Any,
+        params: PyTree,
+        *,
+        donate: bool = False,
+        executor: Executor | None = None,
+        **extras: Any,
     ) -> tuple[Any, Any]:
         """The new parameters and the new state: `update` and `apply_updates` at once.
 
         With ``donate=True`` the memory of both `state` and `params` is given away and reused in place. All else is as in
         `update`.
         """
-        return self._advance(grads, state, params, True, donate, executor)
+        return self._advance(grads, state, params, True, donate, executor, extras)
 
     def _advance(
-        self, grads: PyTree, state: Any, params: PyTree, apply: bool, donate: bool, executor: Executor | None
+        self,
+        grads: PyTree,
+        state: Any,
+        params: PyTree,
+        apply: bool,
+        donate: bool,
+        executor: Executor | None,
+        extras: dict[str, Any],
     ) -> tuple[Any, Any]:
         plan = self.plan
+        if extras or plan.extras:
+            check_extras(plan, extras)
         leaves, spec = tree.flatten(params)
         gradients = tree.flatten_like(grads, spec, "grads")
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
@@ -173,8 +206,20 @@ class Transform:
             return pick(evaluate_mask(m, leaves, spec), rows)
 
         kept = [list(s) for s in states]
-        call = Call(live, given, chosen, mask, mode, apply=apply, donate=donate, alone=rows is None, executor=executor)
-        out, news = call.run([Group(plan, range(len(given)))])
+        groups = [Group(plan, range(len(given)))]
+        touched = None
+        if not all([g.layout is torch.strided for g in live]):
+            touched = Touched(live, given, chosen, groups, lambda k: pick(spec.paths(), rows)[k])
+            live, given, chosen = touched.grads, touched.params, touched.states
+        if "value_and_grad" in extras:
+            extras["value_and_grad"] = on_lists(extras["value_and_grad"], leaves, rows, spec)
+        call = Call(
+            live, given, chosen, mask, mode,
+            apply=apply, donate=donate, alone=rows is None, executor=executor, extras=extras,
+        )  # fmt: skip
+        out, news = call.run(groups)
+        if touched is not None:
+            out, news = touched.scatter(out, news, apply, donate)
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)
             for olds, new, info in zip(states, news, plan.fields):
@@ -432,13 +477,15 @@ scale_by_learning_rate(0.1))
 
 @overload
 def leafwise(
-    state: type[S], *, off: str | None = None, name: str = ""
+    state: type[S], *, off: str | None = None, requires: Requires = None, sparse: Sparse = None, name: str = ""
 ) -> Callable[[Callable[Concatenate[Tensor, S, Tensor, P], tuple[Tensor, S]]], Callable[P, Transform]]: ...
 @overload
 def leafwise(
-    state: None = None, *, off: str | None = None, name: str = ""
+    state: None = None, *, off: str | None = None, requires: Requires = None, sparse: Sparse = None, name: str = ""
 ) -> Callable[[Callable[Concatenate[Tensor, Tensor, P], Tensor]], Callable[P, Transform]]: ...
-def leafwise(state: Any = None, *, off: str | None = None, name: str = "") -> Any:
+def leafwise(
+    state: Any = None, *, off: str | None = None, requires: Requires = None, sparse: Sparse = None, name: str = ""
+) -> Any:
     """Declare a leafwise transform: a function of one parameter becomes a factory of transforms.
 
     The function takes the gradient (or the update so far) `g`, the parameter's state `s` and the parameter `p`, then the
@@ -450,6 +497,10 @@ def leafwise(state: Any = None, *, off: str | None = None, name: str = "") -> An
         state: a `NamedTuple` with a classmethod `init(p, ...)`, which may ask for hyperparameters by name. A field
             annotated `Scalar` holds one number per parameter, and one called `step` counts the updates.
         off: a hyperparameter. Where it is the plain number 0, the transform does nothing and has no state.
+        requires: a function `(path, param)` that raises an error for a parameter that cannot be treated. It is called
+            when the state is made, before anything has changed.
+        sparse: what a sparse gradient means: ``"rows"``, that only the rows it has are changed, by the same function on
+            these rows; ``"dense"``, that all rows change, so it is made dense first. By default it is refused.
         name: what the transform is called where it is printed; by default the function's name.
 
     >>> import torch, purestep as ps
@@ -466,12 +517,15 @@ def leafwise(state: Any = None, *, off: str | None = None, name: str = "") -> An
         )
 
     def declare(function: Any) -> Any:
-        return factory_of(LinkDeclaration(function, state, off=off, name=name), Leafwise)
+        declaration = LinkDeclaration(function, state, off=off, requires=requires, sparse=sparse, name=name)
+        if declaration.extras:
+            raise TypeError(f"{declaration.name} is leafwise, so it cannot take extra arguments; declare it with whole().")
+        return factory_of(declaration, Leafwise)
 
     return declare
 
 
-def whole(state: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Transform]]:
+def whole(state: Any = None, *, sparse: Sparse = None) -> Callable[[Callable[..., Any]], Callable[..., Transform]]:
     """Declare a whole transform: a function of all parameters together becomes a factory of transforms.
 
     The function takes the list of gradients, its state and the list of parameters, `(gs, s, ps, ...)`, then the transform's
@@ -482,6 +536,7 @@ def whole(state: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Tra
         state: a `NamedTuple` with a classmethod `init(params)`, which is given the list of all parameters. A field annotated
             `list[Tensor]` has an entry per parameter, any other is the transform's own; one called `step` counts the
             updates, which the function does itself. Without a state the function is handed an `EmptyState` to return.
+        sparse: as in `leafwise`; with ``"rows"`` the function is given these rows alone.
 
     >>> import torch, purestep as ps
     >>> @ps.whole()
@@ -495,7 +550,7 @@ def whole(state: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Tra
         raise TypeError(f"whole takes a state (a NamedTuple with a classmethod init(params)) or nothing, but got {state!r}.")
 
     def declare(function: Callable[..., Any]) -> Any:
-        return factory_of(LinkDeclaration(function, state, whole=True), Whole)
+        return factory_of(LinkDeclaration(function, state, whole=True, sparse=sparse), Whole)
 
     return declare
 
@@ -537,7 +592,7 @@ def check_params(leaves: list[Any], spec: tree.Spec) -> None:
 
 
 def check_gradients(grads: list[Any], params: list[Any], shapes: list[Any], spec: tree.Spec) -> None:
-    """Refuse gradients whose shape, dtype, device or layout is not their parameter's."""
+    """Refuse gradients whose shape, dtype or device is not their parameter's."""
     if type(None) not in set(map(type, grads)):
         try:
             if (
@@ -547,7 +602,6 @@ def check_gradients(grads: list[Any], params: list[Any], shapes: list[Any], spec
                     [g.is_cpu for g in grads] == [p.is_cpu for p in params] == [True] * len(grads)
                     or devices(grads) == devices(params)
                 )
-                and all([g.layout is torch.strided for g in grads])
             ):
                 return
         except AttributeError:
@@ -559,11 +613,6 @@ def check_gradients(grads: list[Any], params: list[Any], shapes: list[Any], spec
             raise ValueError(f"grads have a gradient at {tree.quote(path)}, where params have None.")
         if not isinstance(g, Tensor):
             raise TypeError(f"Gradients must be tensors or None, but {tree.quote(path)} is a {type(g).__name__}: {g!r}.")
-        if g.layout is not torch.strided:
-            raise RuntimeError(
-                f"The gradient of {tree.quote(path)} is sparse ({g.layout}), and this transform needs dense gradients. Make it "
-                "dense with .to_dense(), or create the embedding with sparse=False."
-            )
         for what in ("shape", "dtype", "device"):
             of_g, of_p = getattr(g, what), getattr(p, what)
             if of_g != of_p:
@@ -592,6 +641,37 @@ def check_states(links: Sequence[Link], states: list[Any], params: list[Any], sh
                     )
 
 
+def check_extras(plan: Plan, extras: dict[str, Any]) -> None:
+    """Refuse missing and unknown extra arguments."""
+    for link in plan.links:
+        for name in link.transform.declaration.extras:
+            if name not in extras:
+                raise TypeError(
+                    f"{link.transform.declaration.name} needs {name}: give it to each update, step(grads, state, params, "
+                    f"{name}=...). An optimizer of purestep.optim takes it from the closure, step(closure)."
+                )
+    unknown = sorted(extras.keys() - plan.extras)
+    if unknown:
+        known = f"it asks for {_either(sorted(plan.extras))}" if plan.extras else "it asks for no extra arguments"
+        raise TypeError(f"This transform has no use for {_either(unknown)}: {known}.")
+
+
+def on_lists(function: Callable[[PyTree], Any], leaves: list[Any], rows: list[int] | None, spec: tree.Spec) -> Any:
+    """`value_and_grad` as a function of the list of the parameters that have a gradient; the others are held fixed."""
+
+    def listed(params: list[Tensor]) -> tuple[Any, list[Any]]:
+        whole = params if rows is None else put(leaves, rows, params)
+        result = function(tree.unflatten(whole, spec))
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor) or result[0].dim():
+            raise TypeError(
+                f"value_and_grad must return (value, gradients), the value a 0-d tensor, but it returned {result!r}. "
+                "torch.func.grad_and_value returns them the other way around: lambda p: grad_and_value(loss)(p)[::-1]."
+            )
+        return result[0], pick(tree.flatten_like(result[1], spec, "the gradients of value_and_grad"), rows)
+
+    return listed
+
+
 def _either(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names))
 
@@ -609,6 +689,31 @@ def apply_updates(params: PyTree, updates: PyTree) -> Any:
     leaves, spec = tree.flatten(params)
     given = tree.flatten_like(updates, spec, "updates")
     return tree.unflatten([p if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, given)], spec)
+
+
+def eval_params(state: Any, params: PyTree) -> Any:
+    """The parameters to evaluate a model with, where an algorithm keeps an average of them in its state; else `params`.
+
+    A pure reader: nothing is switched or swapped. A parameter that was never updated is returned as it is.
+
+    >>> import torch, purestep as ps
+    >>> opt, p = ps.asgd(lr=0.1, lambd=0.0, t0=0), torch.tensor([0.0])
+    >>> state = opt.init_state(p)
+    >>> for _ in range(3):
+    ...     p, state = opt.step(torch.ones(1), state, p)
+    >>> p, ps.eval_params(state, p)
+    (tensor([-0.3000]), tensor([-0.2500]))
+    """
+    leaves, spec = tree.flatten(params)
+    for s in state if type(state) is tuple else (state,):
+        if type(s) is tuple:
+            params = eval_params(s, params)
+        elif hasattr(s, "averaged"):
+            averages = tree.flatten_like(s.averaged(), spec, "state")
+            steps = tree.flatten_like(s.step, spec, "state")
+            chosen = [p if a is None else maths.where(t == 0, p, a) for p, a, t in zip(leaves, averages, steps)]
+            return tree.unflatten(chosen, spec)
+    return params
 
 
 def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> T:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from purestep.hyper import UNBOUNDED, Interval, Steps, check, check_steps, interval_of
+from purestep.hyper import UNBOUNDED, Extra, Interval, Steps, check, check_steps, interval_of
 
 V = TypeVar("V", bound="Value")
 
@@ -32,6 +32,8 @@ class Declaration:
         """`given` positional arguments of `function` are supplied by the library when it runs, the rest by the user."""
         hints = typing.get_type_hints(function, include_extras=True)
         parameters = list(inspect.signature(function).parameters.values())[given:]
+        self.extras = tuple(p.name for p in parameters if hints.get(p.name) == Extra)
+        parameters = [p for p in parameters if p.name not in self.extras]
         self.function = function
         self.name = name or function.__name__
         self.signature = inspect.Signature(parameters)

@@ -12,7 +12,7 @@ from purestep.maths import global_norm, maximum, minimum, multiply
 from purestep.transform import leafwise, whole
 
 
-@leafwise()
+@leafwise(sparse="rows")
 def clip(u: Tensor, p: Tensor, max_value: NonNegative) -> Tensor:
     r"""Clip every element: :math:`u \leftarrow \max(-c, \min(u, c))`.
 
@@ -26,7 +26,7 @@ def clip(u: Tensor, p: Tensor, max_value: NonNegative) -> Tensor:
     return minimum(maximum(u, -max_value), max_value)
 
 
-@whole()
+@whole(sparse="rows")
 def clip_by_global_norm(us: list[Tensor], s: EmptyState, ps: list[Tensor], max_norm: NonNegative) -> tuple[Any, EmptyState]:
     r"""Scale all updates together so that their norm, as one vector, is at most `max_norm`.
 

@@ -23,7 +23,7 @@ class TraceState(NamedTuple):
         return cls(counter(p), zeros_like(p))
 
 
-@leafwise(TraceState, off="momentum")
+@leafwise(TraceState, off="momentum", sparse="dense")
 def trace(
     g: Tensor, s: TraceState, p: Tensor, momentum: NonNegative, *, dampening: Hyper = 0.0, nesterov: bool = False
 ) -> tuple[Tensor, TraceState]:

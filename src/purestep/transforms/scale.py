@@ -8,7 +8,7 @@ from purestep.hyper import Hyper, NonNegative
 from purestep.transform import Transform, chain, leafwise
 
 
-@leafwise()
+@leafwise(sparse="rows")
 def scale(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
     r"""Multiply the updates by a number: :math:`u \leftarrow c\,u`.
 
@@ -21,7 +21,7 @@ def scale(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
     return u * factor
 
 
-@leafwise()
+@leafwise(sparse="rows")
 def scale_by_learning_rate(u: Tensor, p: Tensor, lr: NonNegative) -> Tensor:
     r"""Multiply the updates by the negative learning rate, :math:`u \leftarrow -\eta\,u`: a step *down* the gradient.
 
@@ -39,7 +39,7 @@ def scale_by_learning_rate(u: Tensor, p: Tensor, lr: NonNegative) -> Tensor:
     return u * -lr
 
 
-@leafwise()
+@leafwise(sparse="rows")
 def maximize(u: Tensor, p: Tensor) -> Tensor:
     r"""Turn the gradients around, :math:`u \leftarrow -u`, so that the rest of the chain climbs.
 

@@ -115,7 +115,9 @@ class Optimizer(torch.optim.Optimizer):
         self._made: list[tuple[list[Any], Transform]] = []
         self._ready = False
         self._trust: dict[int, Trust] = {}  # per group; see there
-        self._untouched: set[Tensor] = set()  # parameters that have made no step since their state was made
+        self._untouched: dict[
+            Tensor, Any
+        ] = {}  # parameters that have made no step, and what they were when their state was made
         self._check({**options, **flags})
         super().__init__(params, {**options, **flags})
         self._ready = True
@@ -197,7 +199,7 @@ class Optimizer(torch.optim.Optimizer):
         """State exists from the beginning; parameters that are frozen have none until they get a gradient."""
         for group in groups:
             begun = [p for p in group["params"] if p.requires_grad and not is_lazy(p)]
-            self._untouched.update(begun)
+            self._untouched.update((p, kind(p)) for p in begun)
             self._fill(begun, self._transform(group))
 
     # -- state
@@ -394,12 +396,8 @@ class Optimizer(torch.optim.Optimizer):
     def _touch(self, params: list[Tensor]) -> None:
         """Before a parameter's first step: its state is made anew if the parameter was cast or moved in the meantime."""
         for p in params:
-            if p in self._untouched:
-                own = self.state[p].values()
-                moved = [x.dim() and (x.dtype, x.device, x.stride()) != (p.dtype, p.device, p.stride()) for x in own]
-                if any(moved) or any([x.device != p.device for x in own]):
-                    del self.state[p]
-        self._untouched.difference_update(params)
+            if self._untouched.pop(p, kind(p)) != kind(p):
+                del self.state[p]
 
     def _gather(self, states: list[dict[str, Any]], groups: list[Group], keys: list[tuple[str, ...]]) -> list[Any]:
         """The state of these parameters as the engine takes it: per link, per field, a list."""
@@ -435,6 +433,9 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, purestep's or torch's; see `torch.optim.Optimizer.load_state_dict`.
 
+        As in torch, the state is cast to the dtypes of the parameters, but for one case: bfloat16 and float16 parameters
+        keep a float32 state.
+
         Raises:
             ValueError: the groups or the shapes in it are not this optimizer's; nothing is changed then.
         """
@@ -448,6 +449,17 @@ class Optimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             self._optimizer_load_state_dict_pre_hooks = hooks
+        self._keep_precision(state_dict)
+
+    def _keep_precision(self, state_dict: dict[str, Any]) -> None:
+        """Half-precision parameters keep a state of higher precision; torch has just cast it to theirs."""
+        for old, group in zip(state_dict["param_groups"], self.param_groups):
+            for key, p in zip(old["params"], group["params"]):
+                if p.dtype not in (torch.bfloat16, torch.float16):
+                    continue
+                for name, x in state_dict["state"].get(key, {}).items():
+                    if isinstance(x, Tensor) and x.dtype == torch.float32 and x.dim():
+                        self.state[p][name] = x.to(p.device)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get("param_groups", [])
@@ -487,7 +499,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._made, self._trust = [], {}
-        self._untouched = state.get("_untouched", set())
+        self._untouched = state.get("_untouched", {})
         for group in self.param_groups:
             for name, default in self._fallback().items():
                 group.setdefault(name, default)
@@ -535,6 +547,11 @@ def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
         return begin  # type: ignore[return-value]
 
     return decorate
+
+
+def kind(p: Tensor) -> Any:
+    """What a parameter's state is made like."""
+    return p.dtype, p.device, p.stride()
 
 
 def unchanged(a: Any, b: Any) -> bool:

@@ -23,7 +23,7 @@ ROOT = SOURCE.parent.parent
 TYPES_AND_TOOLS = {  # public names that are no transforms, and the test file that is theirs
     "Betas", "EmptyState", "Extra", "Fraction", "Hyper", "NonNegative", "Positive", "Scalar", "ScheduleState", "Transform", "UnitInterval", "apply_updates",
     "counter", "eval_params", "filled", "fused", "global_norm", "in_dims", "leafwise", "lerp", "maximum", "minimum", "multiply", "operation", "optim",
-    "root", "schedules", "tensors", "where", "whole",
+    "root", "rounded", "schedules", "tensors", "where", "whole",
 }  # fmt: skip
 
 

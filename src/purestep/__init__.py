@@ -56,6 +56,7 @@ from purestep.maths import minimum as minimum
 from purestep.maths import multiply as multiply
 from purestep.maths import operation as operation
 from purestep.maths import root as root
+from purestep.maths import rounded as rounded
 from purestep.maths import where as where
 from purestep.transform import Transform as Transform
 from purestep.transform import apply_updates as apply_updates

@@ -225,6 +225,7 @@ class Plan:
         self.off = [is_off(link.transform) for link in links]
         self.fields = [fields_of(link.transform) for link in links]
         self.keys = qualified([info.names for info in self.fields])
+        self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
         self.optional = [off or bool(link.masks) for off, link in zip(self.off, links)]
         self.tensors = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
         self.segments: dict[tuple[int, ...], Segment] = {}

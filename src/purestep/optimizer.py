@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain as chained
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, ClassVar, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -88,6 +88,11 @@ class Optimizer(torch.optim.Optimizer):
     (0.0003, ['exp_avg', 'exp_avg_sq', 'step'])
     """
 
+    _constants: ClassVar[Mapping[str, Any]] = {}
+    """What torch keeps in the groups, though it never changes."""
+    _before: ClassVar[Mapping[str, Any]] = {}
+    """Options that a checkpoint may be too old to have, with the values they had before they existed."""
+
     def __init__(
         self,
         params: Params,
@@ -111,7 +116,7 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if flags.get("fused") and flags.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
-        self._recipe, self._options, self._first = recipe, tuple(options), dict(options)
+        self._recipe, self._options, self._first, self._flags = recipe, tuple(options), dict(options), tuple(flags)
         self._made: list[tuple[list[Any], Transform]] = []
         self._ready = False
         self._trust: dict[int, Trust] = {}  # per group; see there
@@ -119,7 +124,7 @@ class Optimizer(torch.optim.Optimizer):
             Tensor, Any
         ] = {}  # parameters that have made no step, and what they were when their state was made
         self._check({**options, **flags})
-        super().__init__(params, {**options, **flags})
+        super().__init__(params, {**options, **flags, **self._constants})
         self._ready = True
         self._refuse(self.param_groups)
         self._begin_state(self.param_groups)
@@ -344,7 +349,8 @@ class Optimizer(torch.optim.Optimizer):
         self._accept(grads, params)
         if self._untouched:
             self._touch(params)
-        states = list(map(self.state.__getitem__, params))
+        stateless = all([g.plan.stateless for g in together])
+        states: list[dict[str, Any]] = [{}] * len(params) if stateless else list(map(self.state.__getitem__, params))
         keys = together[0].plan.keys
         try:
             columns = self._gather(states, together, keys)
@@ -443,6 +449,11 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = state_dict.copy()
         for hook in hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        # torch.distributed.checkpoint leaves an empty dict where it was asked for a field that it does not have
+        state_dict["state"] = {
+            k: {n: x for n, x in v.items() if x is not None and x != {}} if isinstance(v, dict) else v
+            for k, v in state_dict.get("state", {}).items()
+        }
         self._check_state(state_dict)
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
@@ -452,13 +463,13 @@ class Optimizer(torch.optim.Optimizer):
         self._keep_precision(state_dict)
 
     def _keep_precision(self, state_dict: dict[str, Any]) -> None:
-        """Half-precision parameters keep a state of higher precision; torch has just cast it to theirs."""
-        for old, group in zip(state_dict["param_groups"], self.param_groups):
+        """Counters, and the float32 state of half-precision parameters, as they were saved; torch has just cast them."""
+        for old, group, transform in zip(state_dict["param_groups"], self.param_groups, self._transforms()):
+            scalars = scalars_of(transform)
             for key, p in zip(old["params"], group["params"]):
-                if p.dtype not in (torch.bfloat16, torch.float16):
-                    continue
+                half = p.dtype in (torch.bfloat16, torch.float16)
                 for name, x in state_dict["state"].get(key, {}).items():
-                    if isinstance(x, Tensor) and x.dtype == torch.float32 and x.dim():
+                    if isinstance(x, Tensor) and (name in scalars or (half and x.dtype == torch.float32)):
                         self.state[p][name] = x.to(p.device)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
@@ -471,18 +482,23 @@ class Optimizer(torch.optim.Optimizer):
                     raise ValueError(
                         f"The loaded state has no option {name!r}, which {type(self).__name__} needs: it is another's."
                     )
-        for old, group, transform in zip(saved, self.param_groups, self._transforms()):
+        for old, group in zip(saved, self.param_groups):
+            transform = self._transform({**self._fallback(), **old})
             names = group.get("param_names", old["params"])
             like = [
-                (name, link.transform.declaration.name)
-                for link, keys in zip(transform.links, transform.plan.keys)
+                (name, link.transform.declaration.name, not optional)
+                for link, keys, optional in zip(transform.links, transform.plan.keys, transform.plan.optional)
                 for name, yes in zip(keys, fields_of(link.transform).like)
-                if yes
+                if yes and not link.transform.declaration.whole
             ]
             for key, p, path in zip(old["params"], group["params"], names):
                 state = state_dict["state"].get(key, {})
-                for name, owner in like:
+                for name, owner, needed in like:
                     x = state.get(name)
+                    if x is None and needed and state:
+                        raise ValueError(
+                            f"The loaded state has no {name!r} for {path!r}, which {owner} needs: it is another algorithm's."
+                        )
                     if isinstance(x, Tensor) and x.shape != p.shape:
                         raise ValueError(
                             f"The loaded state has {name!r} of shape {tuple(x.shape)} for {path!r}, but {owner} needs the "
@@ -493,7 +509,7 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            **{name: self.__dict__[name] for name in ("_recipe", "_options", "_first", "_ready", "_untouched")},
+            **{name: self.__dict__[name] for name in ("_recipe", "_options", "_first", "_flags", "_ready", "_untouched")},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -507,18 +523,14 @@ class Optimizer(torch.optim.Optimizer):
             self._share(group, transform)
 
     def _fallback(self) -> dict[str, Any]:
-        """The switches and flags that a checkpoint may be too old to know, with the values they had before they existed."""
-        off: dict[str, Any] = {name: None for name in ("foreach", "fused") if name in self.defaults}
-        return off | {name: False for name, x in self.defaults.items() if isinstance(x, bool)}
+        """The options and flags that a checkpoint may be too old to know, with the values they had before they existed."""
+        switches = {name: False for name in self._options if isinstance(self._first[name], bool)}
+        flags = {name: None if name in ("foreach", "fused") else False for name in self._flags}
+        return {**switches, **flags, **self._before}
 
     def _share(self, group: dict[str, Any], transform: Transform) -> None:
         """Let the parameters of a group that have made as many updates share their counters again."""
-        names = {
-            name
-            for link, keys in zip(transform.links, transform.plan.keys)
-            for name, scalar in zip(keys, fields_of(link.transform).scalars)
-            if scalar
-        }
+        names = scalars_of(transform)
         shared: dict[Any, Tensor] = {}
         for p in group["params"]:
             state = self.state.get(p, {})
@@ -547,6 +559,16 @@ def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
         return begin  # type: ignore[return-value]
 
     return decorate
+
+
+def scalars_of(transform: Transform) -> set[str]:
+    """The names of the fields that hold one number per parameter."""
+    return {
+        name
+        for link, keys in zip(transform.links, transform.plan.keys)
+        for name, scalar in zip(keys, fields_of(link.transform).scalars)
+        if scalar
+    }
 
 
 def kind(p: Tensor) -> Any:

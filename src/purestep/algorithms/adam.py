@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, zeros_like
@@ -177,6 +178,8 @@ class Adam(Optimizer):
 
 class AdamW(Optimizer):
     """`torch.optim.AdamW`: same signature, same numbers, same state. The mathematics is `purestep.adamw`'s."""
+
+    _constants = MappingProxyType({"decoupled_weight_decay": True})
 
     @over(adamw)
     def __init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from purestep.algorithms.adam import AdamState, moments
@@ -97,3 +99,9 @@ class SparseAdam(Optimizer):
                     f"SparseAdam needs sparse gradients, but that of {self._paths()[p]!r} is dense. Use Adam for it, or create "
                     "the embedding with sparse=True."
                 )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as torch's, whose counters are whole numbers here."""
+        saved = super().state_dict()
+        saved["state"] = {key: {**own, "step": int(own["step"])} for key, own in saved["state"].items()}
+        return saved

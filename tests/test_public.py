@@ -102,7 +102,7 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 
 FLOORS = [
-    {"tree", "hyper", "maths", "foreach"},
+    {"tree", "hyper", "maths", "foreach", "packing"},
     {"value"},
     {"program", "schedules"},
     {"engine"},

@@ -31,7 +31,8 @@ from torch.utils import _pytree as pytree
 
 from purestep import maths
 from purestep.maths import Scalar
-from purestep.program import call, runner
+from purestep.packing import Scratch, small, unflatten
+from purestep.program import call, program, runner
 from purestep.tree import Spec, flatten_like, quote
 from purestep.value import Declaration, Schedule, Value
 
@@ -286,6 +287,7 @@ class Segment:
         self.details: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
         self.hypers = arguments_of(values)
+        self.scratch: list[Scratch] = []  # taken out while in use
         self.kernel: Kernel | None = None
         self.head = self.tail = self
         for kernel in KERNELS:
@@ -496,7 +498,8 @@ class Call:
             fields = [[c if scalar else real(c) for c, scalar in zip(own, scalars)] for own, scalars in zip(fields, kinds)]
         if self.mode == "program":
             with torch._C._AutoDispatchBelowAutograd():  # nothing requires grad; to ask each tensor costs a tenth of a step
-                updates, news = self.program(segment, grads, params, fields, apply)
+                packed = self.packed(segment, grads, params, fields, apply) if self.executor is None else None
+                updates, news = packed or self.program(segment, grads, params, fields, apply)
             if self.donate:  # what was written in place, below autograd's sight
                 written = list(params) if apply else []
                 if self.trust is None:
@@ -542,6 +545,62 @@ class Call:
         return out, news
 
     # -- mode: program
+
+    def packed(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any] | None:
+        """Many small tensors as one, if that is possible."""
+        if not (small(params) and small(grads)):
+            return None
+        absent = tuple([tuple([c[0] is None for c in own]) for own in fields])
+        recipe = program(details(segment, absent), False, True, self.donate, *segment.declarations)
+        columns = [(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.tensors if fields[j][f][0] is not None]
+        if not recipe.elementwise or not recipe.recipe.parts:
+            return None
+        lists = [grads, params, *[fields[j][f] for j, f in columns]]
+        dtype, shapes = params[0].dtype, [p.shape for p in params]
+        if not all([[x.dtype for x in xs].count(dtype) == len(shapes) and [x.shape for x in xs] == shapes for xs in lists]):
+            return None
+        scratch = segment.scratch.pop() if segment.scratch else None
+        if scratch is None or scratch.shapes != shapes or scratch.dtype != dtype:
+            scratch = Scratch(params)
+        try:
+            return self.on_scratch(segment, scratch, grads, params, fields, columns, apply, recipe.reads_params)
+        finally:
+            segment.scratch.append(scratch)
+
+    def on_scratch(
+        self, segment: Segment, scratch: Scratch, grads: Any, params: Any, fields: Any, columns: Any, apply: bool, reads: bool
+    ) -> tuple[Any, Any]:
+        """The same, in memory that was made for it."""
+        flats: list[list[Any]] = [[c[:1] for c in own] for own in fields]
+        given = [list(own) for own in fields]
+        for j, f in columns:
+            flat = scratch.joined(given[j][f])
+            if flat is None:
+                given[j][f], flat = scratch.join(given[j][f])
+            flats[j][f] = pieces(flat)
+        torch._foreach_copy_(scratch.grads, grads)
+        kernel = apply and segment.kernel is not None and segment.kernel.copies
+        add = apply and not reads and not kernel  # the updates to the parameters where these are
+        if reads or kernel:
+            torch._foreach_copy_(scratch.params, params)
+        own, self.own, trust, self.trust = self.own, True, self.trust, None
+        out, news = self.program(segment, pieces(scratch.grad), pieces(scratch.param), flats, apply and not add)
+        self.own, self.trust = own, trust
+        for j, f in columns:
+            if news[j][f][0] is flats[j][f][0]:
+                news[j][f] = given[j][f]
+            else:
+                news[j][f] = list(unflatten(torch.cat(news[j][f]), params))
+        if add:
+            overwrite(pieces(scratch.grad), out)
+            if self.donate:
+                torch._foreach_add_(params, scratch.grads)
+                return params, news
+            return list(torch._foreach_add(params, scratch.grads)), news
+        if apply and self.donate:
+            torch._foreach_copy_(params, scratch.params)
+            return params, news
+        return list(unflatten(torch.cat(out), params)), news
 
     def program(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """All parameters at once: the tail of the chain as a fused kernel if there is one, the rest as a program."""
@@ -894,6 +953,11 @@ def chunks(params: list[Tensor]) -> list[slice] | None:
             start, size = k, 0
         size += n
     return [*cuts, slice(start, len(params))]
+
+
+def pieces(flat: Tensor) -> list[Tensor]:
+    """One long tensor in pieces that fit the cache."""
+    return list(flat.split(CHUNK))
 
 
 def evaluate_mask(mask: Any, params: list[Any], spec: Spec) -> list[bool]:

@@ -89,6 +89,8 @@ class Program:
     name: str
     source: str
     run: Callable[..., tuple[Any, ...]] = field(repr=False)
+    elementwise: bool = False  # every number of the result depends on the numbers in its own place only
+    reads_params: bool = True  # other than to add the updates to them
 
     def __str__(self) -> str:
         return self.source
@@ -265,7 +267,8 @@ class Writer:
         file = f"<purestep {name}: {'+'.join(p.declaration.name for p in self.recipe.parts)}>"
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks and debuggers show it
         exec(builtins.compile(source, file, "exec"), self.space)
-        return Program(self.recipe, name, source, self.space["program"])
+        elementwise = all(self.shaped[x] for x, kind in self.kinds.items() if kind == "list" and (x in self.shaped))
+        return Program(self.recipe, name, source, self.space["program"], elementwise, self.uses.get(self.inputs[1].node, 0) > 0)
 
     # -- 1. kinds
 

@@ -1,0 +1,65 @@
+"""Many small tensors as one.
+
+On a CPU a small tensor costs what a call costs, about a microsecond for every operation, and not what its numbers cost. So a
+program of elementwise operations is run on one long tensor instead. Gradients and parameters are copied into it and back;
+the tensors of a state are made consecutive pieces of one piece of memory, once, and recognised as such afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors as unflatten
+
+COUNT = 16
+"""From this many tensors on."""
+
+SIZE = 4096
+"""Up to this many elements in the average tensor; beyond that the copies cost more than the calls they save."""
+
+
+class Scratch:
+    """One long tensor, and its pieces in the shapes of some tensors."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.shapes = [x.shape for x in like]
+        self.dtype = like[0].dtype
+        sizes = [x.numel() for x in like]
+        self.size = sum(sizes)
+        self.starts = [0, *accumulate(sizes[:-1])]
+        self.grads, self.grad = self.make(like)
+        self.params, self.param = self.make(like)
+
+    def make(self, like: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        flat = like[0].new_empty(self.size)
+        return list(unflatten(flat, like)), flat
+
+    def joined(self, xs: Sequence[Tensor]) -> Tensor | None:
+        """The one tensor that these are the consecutive pieces of, if there is one."""
+        first = xs[0]
+        width, start = first.element_size(), first.data_ptr()
+        if list(map(Tensor.data_ptr, xs)) != [start + width * k for k in self.starts]:
+            return None
+        memory = first.untyped_storage()
+        if start + width * self.size > memory.data_ptr() + memory.nbytes():
+            return None
+        return first.as_strided((self.size,), (1,))
+
+    def join(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The same numbers as pieces of one new tensor."""
+        pieces, flat = self.make(xs)
+        torch._foreach_copy_(pieces, list(xs))
+        return pieces, flat
+
+
+def small(xs: Sequence[Tensor]) -> bool:
+    """Whether these are many small tensors, each in one piece."""
+    return (
+        len(xs) >= COUNT
+        and xs[0].is_cpu
+        and sum(map(Tensor.numel, xs)) <= SIZE * len(xs)
+        and all(map(Tensor.is_contiguous, xs))
+    )

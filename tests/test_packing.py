@@ -1,0 +1,203 @@
+"""Many small tensors run as one long one: the same numbers, and no one can tell but by the clock."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import purestep as ps
+import purestep.engine
+from purestep import optim
+from tests.cases import Case, Options, each_options
+from tests.problems import clone, difference
+
+SHAPES = [(3, 4), (5,), (2, 2, 2), (1,), ()] * 8
+STEPS = 4
+
+
+def draw(seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each bucket that was run as one tensor."""
+    counted: list[int] = []
+    original = purestep.engine.Call.on_scratch
+
+    def on_scratch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counted.append(len(args[2]))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(purestep.engine.Call, "on_scratch", on_scratch)
+    return counted
+
+
+def train(t: ps.Transform, steps: int = STEPS, dtype: torch.dtype = torch.float64, **how: Any) -> Any:
+    params = draw(0, dtype)
+    state = t.init_state(params)
+    for k in range(steps):
+        params, state = t.step(draw(k + 1, dtype), state, params, **how)
+    return params, state
+
+
+@each_options()
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+def test_the_numbers_are_those_of_a_loop(case: Case, options: Options, donate: bool) -> None:
+    t = case.transform(options)
+    assert difference(train(t, donate=donate), train(t, executor="leaf")) <= 1e-12
+
+
+@each_options()
+def test_updates(case: Case, options: Options) -> None:
+    t = case.transform(options)
+    params, state = train(t)
+    expected = t.update(draw(9), state, params, executor="leaf")
+    updates, after = t.update(draw(9), state, params)
+    assert difference((updates, after), expected) <= 1e-12
+    t.update(draw(10), state, params)  # must not write on what the first has returned
+    assert difference((updates, after), expected) <= 1e-12
+
+
+@each_options()
+def test_nothing_given_is_changed(case: Case, options: Options) -> None:
+    t = case.transform(options)
+    params, state = train(t)
+    given = (draw(9), state, params)
+    copied = clone(given)
+    tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+    versions = [x._version for x in tensors]
+    t.step(*given)
+    t.update(*given)
+    assert [x._version for x in tensors] == versions
+    assert all(a is b or torch.equal(a, b) for a, b in zip(pytree.tree_leaves(given), pytree.tree_leaves(copied)))
+
+
+@pytest.mark.parametrize("make", [ps.adamw, ps.nadam, lambda lr: ps.sgd(lr, momentum=0.9)], ids=["kernel", "program", "added"])
+def test_this_is_what_runs(make: Any, calls: list[int]) -> None:
+    train(make(0.1))
+    train(make(0.1), donate=True)
+    assert calls == [len(SHAPES)] * 2 * STEPS
+
+
+@pytest.mark.parametrize(
+    ("reason", "params"),
+    [
+        ("too few", draw(0)[:15]),
+        ("too large", [torch.zeros(5000) for _ in range(20)]),
+        ("not in one piece", [torch.zeros(3, 2).T for _ in range(20)]),
+    ],
+    ids=["too few", "too large", "not in one piece"],
+)
+def test_this_is_when_it_does_not(reason: str, params: list[Tensor], calls: list[int]) -> None:
+    t = ps.adamw(0.1)
+    t.step([torch.ones_like(p) for p in params], t.init_state(params), params)
+    assert not calls, reason
+
+
+def test_what_is_not_elementwise_is_run_parameter_by_parameter(calls: list[int]) -> None:
+    @ps.operation
+    def norm(x: Tensor) -> Tensor:
+        return x.norm()
+
+    @ps.leafwise()
+    def normalize(g: Tensor, p: Tensor) -> Tensor:
+        return g / norm(g)
+
+    t = normalize()
+    params = draw(0)
+    updates, _ = t.update(draw(1), t.init_state(params), params)
+    assert all(abs(u.norm() - 1) < 1e-12 for u in updates)
+    assert not calls
+
+
+def test_mixed_dtypes_and_missing_gradients(calls: list[int]) -> None:
+    t = ps.adamw(0.1, weight_decay=0.1)
+    params = [p.to(torch.float32) if k % 2 else p for k, p in enumerate(draw(0))]
+    results = []
+    for executor in (None, "leaf"):
+        p, state = clone(params), t.init_state(params)
+        for k in range(6):
+            g = [x.to(q.dtype) for x, q in zip(draw(k + 1), p)]
+            if k in (1, 4):
+                g = [None if j in (3, 17) else x for j, x in enumerate(g)]
+            p, state = t.step(g, state, p, executor=executor, donate=executor is None)
+        results.append((p, state))
+    assert difference(*results) <= 1e-6
+    assert calls
+
+
+def test_the_state_moves_into_one_piece_of_memory_once() -> None:
+    params = [torch.nn.Parameter(p) for p in draw(0)]
+    optimizer = optim.AdamW(params)
+    places = []
+    for k in range(3):
+        for p, g in zip(params, draw(k)):
+            p.grad = g
+        optimizer.step()
+        places.append([optimizer.state[p]["exp_avg"].data_ptr() for p in params])
+    assert places[0] == places[1] == places[2]
+    assert len({optimizer.state[p]["exp_avg"].untyped_storage().data_ptr() for p in params}) == 1
+
+
+@pytest.mark.parametrize("cls", ["AdamW", "NAdam", "SGD"])
+@pytest.mark.parametrize("how", ["deepcopy", "checkpoint", "torch's checkpoint", "replaced by hand"])
+def test_a_state_from_elsewhere(cls: str, how: str) -> None:
+    """The same trajectory as torch's, wherever the state lies in memory."""
+    options: Options = {"lr": 0.1, "weight_decay": 0.1, **({"momentum": 0.9} if cls == "SGD" else {})}
+
+    def begin(namespace: Any) -> Any:
+        return getattr(namespace, cls)([torch.nn.Parameter(p) for p in draw(0)], **options)
+
+    def go_on(optimizer: Any, steps: range) -> None:
+        for k in steps:
+            for p, g in zip(optimizer.param_groups[0]["params"], draw(k + 1)):
+                p.grad = g
+            optimizer.step()
+
+    theirs, ours = begin(torch.optim), begin(optim)
+    go_on(theirs, range(3))
+    go_on(ours, range(3))
+    if how == "deepcopy":
+        ours = copy.deepcopy(ours)
+    elif how == "replaced by hand":
+        for state in ours.state.values():
+            for name, x in state.items():
+                state[name] = x.clone()
+    else:
+        file = io.BytesIO()
+        torch.save((theirs if how == "torch's checkpoint" else ours).state_dict(), file)
+        file.seek(0)
+        fresh = begin(optim)
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        for p, q in zip(fresh.param_groups[0]["params"], ours.param_groups[0]["params"]):
+            p.data.copy_(q)
+        ours = fresh
+    go_on(theirs, range(3, 6))
+    go_on(ours, range(3, 6))
+    a, b = ([p.detach() for p in o.param_groups[0]["params"]] for o in (ours, theirs))
+    assert difference(a, b) <= 1e-8  # NAdam's products are rounded to float32 on the way
+
+
+def test_two_threads_may_step_one_transform() -> None:
+    t = ps.adamw(0.1)
+    expected, _ = train(t, steps=50)
+    results: list[Any] = [None] * 4
+
+    def work(i: int) -> None:
+        results[i], _ = train(t, steps=50)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(difference(r, expected) == 0 for r in results)

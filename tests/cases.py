@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import purestep as ps
+from tests.problems import PROBLEMS
 
 Options = dict[str, Any]
 
@@ -36,6 +37,16 @@ class Case:
     """Capability -> reason."""
     covers: tuple[str, ...] = ()
     """Further public names that this case tests."""
+    problems: tuple[str, ...] = ("mlp", "logistic")
+    """What it is trained on, by its name in PROBLEMS; the first is the one for tests that need only one."""
+    treats: Callable[[Tensor], bool] = lambda p: True
+    """The parameters it can treat."""
+    least: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The least values of hyperparameters that may not be made much smaller."""
+
+    @property
+    def problem(self) -> Callable[..., Any]:
+        return PROBLEMS[self.problems[0]]
 
     def __str__(self) -> str:
         return self.name
@@ -54,6 +65,27 @@ def _adam_options(**more: Any) -> tuple[Options, ...]:
         {"lr": 0.0, **more},
         {"lr": 0.01, "betas": (0.0, 0.0), "eps": 0.1, **more},
     )
+
+
+def _is_matrix(p: Tensor) -> bool:
+    return p.ndim == 2
+
+
+def _muon(params: Any, foreach: bool = False, **options: Any) -> torch.optim.Optimizer:
+    """torch's, which has one implementation and no flag that chooses it."""
+    return torch.optim.Muon(params, **options)
+
+
+_muon.__name__ = "Muon"
+MATRICES: Options = {
+    "problems": ("matrices",),
+    "treats": _is_matrix,
+    "smooth": False,
+    "lacks": {
+        "complex": "orthogonality of complex matrices is another thing, and torch refuses them too",
+        "float32": "a last bit of float32 can turn a rounding to bfloat16, and trajectories part there",
+    },
+}
 
 
 def _decay_matrices(path: str, p: Tensor) -> bool:
@@ -163,6 +195,36 @@ CASES = [
     Case("scale_by_rprop", ps.scale_by_rprop, ({"lr": 0.01},), step=-1.0, smooth=False, covers=("RpropState",)),
     Case("scale_by_asgd", ps.scale_by_asgd, ({"lr": 0.1, "t0": 1.5},), covers=("AsgdState",)),
     Case("scale_by_sparse_adam", ps.scale_by_sparse_adam, ({},), step=-0.01, lacks=NO_COMPLEX),
+    Case(
+        "adafactor",
+        ps.adafactor,
+        (
+            {"lr": 0.01, "eps": (0.1, 1e-3), "d": 1.2, "weight_decay": 0.1},
+            {"lr": 0.01},
+            {"lr": 0.5, "beta2_decay": -0.5, "eps": (1.0, 0.1), "d": 2.0},
+            {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+            {"lr": 0.0},
+        ),
+        twin=torch.optim.Adafactor,
+        lacks={"complex": "torch refuses complex parameters too"},
+        least={"d": 1.0},
+    ),
+    Case("scale_by_adafactor", ps.scale_by_adafactor, ({"eps": (0.1, 1e-3), "d": 1.2}, {}, {"beta2_decay": -0.5, "d": 2.0}), step=-0.01, lacks={"complex": "torch refuses complex parameters too"}, least={"d": 1.0}, covers=("AdafactorState",)),
+    Case("scale_by_relative_step", ps.scale_by_relative_step, ({"lr": 0.1}, {"lr": 0.7, "weight_decay": 0.1}), covers=("RelativeStepState",)),
+    Case(
+        "muon",
+        ps.muon,
+        (
+            {"lr": 0.1},
+            {"lr": 0.1, "nesterov": False, "momentum": 0.8, "weight_decay": 0.0},
+            {"lr": 0.05, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.5},
+            {"lr": 0.1, "ns_steps": 3, "ns_coefficients": (2.0, -1.5, 0.5), "adjust_lr_fn": "original"},
+            {"lr": 0.0, "momentum": 0.0},
+        ),
+        twin=_muon,
+        **MATRICES,
+    ),
+    Case("scale_by_muon", ps.scale_by_muon, ({}, {"momentum": 0.5, "nesterov": False, "eps": 1e-3, "ns_steps": 2}), step=-0.1, covers=("MuonState",), **MATRICES),
     Case("trace", ps.trace, ({"momentum": 0.9}, {"momentum": 0.5, "dampening": 0.2}, {"momentum": 0.5, "nesterov": True}), step=-0.1, covers=("TraceState",)),
     Case("scale_by_adam", ps.scale_by_adam, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("AdamState",)),
     Case("scale_by_amsgrad", ps.scale_by_amsgrad, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("AmsgradState",)),
@@ -221,8 +283,36 @@ def each(capability: str = "", *, smooth: bool = False) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", marks, ids=str)
 
 
-def each_options(cases: list[Case] | None = None) -> pytest.MarkDecorator:
-    """Parametrize over every case under every set of its options."""
+def each_options(cases: list[Case] | None = None, capability: str = "") -> pytest.MarkDecorator:
+    """Parametrize over every case that has this capability under every set of its options."""
     chosen = CASES if cases is None else cases
-    pairs = [(case, options) for case in chosen for options in case.options]
-    return pytest.mark.parametrize(("case", "options"), pairs, ids=[f"{c}-{i}" for c in chosen for i in range(len(c.options))])
+    pairs = [
+        pytest.param(case, options, id=f"{case}-{i}", marks=skipped(case, capability))
+        for case in chosen
+        for i, options in enumerate(case.options)
+    ]
+    return pytest.mark.parametrize(("case", "options"), pairs)
+
+
+def each_problem(cases: list[Case], capability: str = "") -> pytest.MarkDecorator:
+    """Parametrize over every case that has this capability under every set of its options, on every one of its problems."""
+    return pytest.mark.parametrize(
+        ("case", "options", "problem"),
+        [
+            pytest.param(c, o, p, id=f"{p}-{c}-{i}", marks=skipped(c, capability))
+            for c in cases
+            for i, o in enumerate(c.options)
+            for p in c.problems
+        ],
+    )
+
+
+def skipped(case: Case, capability: str) -> Any:
+    """The mark that skips what a case lacks, with its reason."""
+    lacks = case.lacks.get(capability)
+    return pytest.mark.skip(reason=f"{case} lacks {capability}: {lacks}") if lacks else ()
+
+
+def tensor(x: Any) -> Any:
+    """A number as a tensor that can be differentiated with respect to."""
+    return torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x

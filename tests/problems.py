@@ -60,7 +60,23 @@ def complex_regression(dtype: torch.dtype = torch.complex128) -> tuple[Params, L
     return {"z": torch.randn(4, generator=g, dtype=torch.complex128).to(dtype), "scale": torch.ones((), dtype=dtype)}, loss
 
 
-PROBLEMS = {"mlp": mlp, "logistic": logistic, "complex": complex_regression}
+def matrices(dtype: torch.dtype = torch.float64) -> tuple[Params, Loss]:
+    """A two-layer network whose parameters are matrices: a wide, a tall and a square one."""
+    g = torch.Generator().manual_seed(3)
+    shapes = {"wide": (3, 5), "tall": (4, 3), "square": (4, 4)}
+    x, y = (
+        torch.randn(16, 5, generator=g, dtype=torch.float64).to(dtype),
+        torch.randn(16, 4, generator=g, dtype=torch.float64).to(dtype),
+    )
+
+    def loss(p: Params) -> Tensor:
+        h = torch.tanh(torch.tanh(x @ p["wide"].T) @ p["tall"].T)
+        return ((h @ p["square"].T - y) ** 2).mean()
+
+    return {k: torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for k, s in shapes.items()}, loss
+
+
+PROBLEMS = {"mlp": mlp, "logistic": logistic, "complex": complex_regression, "matrices": matrices}
 
 
 def grads(loss: Loss, params: Params) -> Params:

@@ -19,9 +19,9 @@ from tests.problems import clone, difference, grads, mlp
 STEPS = 4
 
 
-def run(t: ps.Transform, step: Any = None, dtype: torch.dtype = torch.float64, **how: Any) -> Any:
+def run(t: ps.Transform, step: Any = None, dtype: torch.dtype = torch.float64, problem: Any = mlp, **how: Any) -> Any:
     """A few steps; `step` replaces the transform's own."""
-    params, loss = mlp(dtype)
+    params, loss = problem(dtype)
     params, state = clone(params), t.init_state(params)
     for _ in range(STEPS):
         params, state = (step or t.step)(grads(loss, params), state, params, **how)
@@ -36,7 +36,7 @@ def run(t: ps.Transform, step: Any = None, dtype: torch.dtype = torch.float64, *
 )  # fmt: skip
 def test_every_mode_agrees(case: Case, options: Options, how: dict[str, Any]) -> None:
     t = case.transform(options)
-    assert difference(run(t, **how), run(t)) <= 1e-13
+    assert difference(run(t, problem=case.problem, **how), run(t, problem=case.problem)) <= 1e-13
 
 
 @each_options()
@@ -47,7 +47,7 @@ def test_update_and_apply_is_step(case: Case, options: Options) -> None:
         updates, state = t.update(g, state, params)
         return ps.apply_updates(params, updates), state
 
-    assert difference(run(t, step), run(t)) <= 1e-13
+    assert difference(run(t, step, problem=case.problem), run(t, problem=case.problem)) <= 1e-13
 
 
 def graphs() -> int:
@@ -59,7 +59,7 @@ def graphs() -> int:
 def test_compiled(case: Case, options: Options) -> None:
     t = case.transform(options)
     step = torch.compile(t.step, fullgraph=True, backend="aot_eager")
-    assert difference(run(t, step), run(t)) <= 1e-12
+    assert difference(run(t, step, problem=case.problem), run(t, problem=case.problem)) <= 1e-12
     assert graphs() == 1
 
 
@@ -90,7 +90,7 @@ def test_no_recompilation_while_lr_changes(kind: str) -> None:
 @each_options()
 def test_make_fx(case: Case, options: Options) -> None:
     t = case.transform(options)
-    params, loss = mlp()
+    params, loss = case.problem()
     state, g = t.init_state(params), grads(loss, params)
     graph = make_fx(lambda *a: t.step(*a))(g, state, params)
     assert difference(graph(g, state, params), t.step(g, state, params)) <= 1e-13
@@ -100,15 +100,16 @@ def test_make_fx(case: Case, options: Options) -> None:
 def test_one_program_while_numbers_change(case: Case, options: Options) -> None:
     """Steps, learning rates and betas are inputs of a program: no change of a number traces again."""
     t = case.transform(options)
-    run(t, executor="foreach")
+    run(t, problem=case.problem, executor="foreach")
     before = len(purestep.program._programs)
     for k in range(2, 5):
         changed = {
-            name: tuple(x * (1 - 0.01 * k) for x in value) if isinstance(value, tuple) else value * (1 - 0.01 * k)
+            name: pytree.tree_map(lambda x, k=k: x and x * (1 - 0.01 * k), value)
             for name, value in t.hyperparams.items()
             if isinstance(value, (float, tuple)) and value != 0.0
         }
-        run(t.replace(**changed), executor="foreach")
+        changed = {name: max(value, case.least[name]) if name in case.least else value for name, value in changed.items()}
+        run(t.replace(**changed), problem=case.problem, executor="foreach")
     assert len(purestep.program._programs) == before
 
 
@@ -121,7 +122,7 @@ def test_one_program_while_numbers_change(case: Case, options: Options) -> None:
 def test_nothing_given_is_changed(case: Case, options: Options, executor: Any, method: str) -> None:
     """Bit for bit, and the version counters too: not even written with the same value."""
     t = case.transform(options)
-    params, loss = mlp()
+    params, loss = case.problem()
     _, state = t.step(grads(loss, params), t.init_state(params), params)
     given = (grads(loss, params), state, params)
     copy = clone(given)
@@ -139,7 +140,7 @@ def test_nothing_given_is_changed(case: Case, options: Options, executor: Any, m
 def test_updates_share_no_memory_with_the_state(case: Case, options: Options) -> None:
     """So that the state's memory can be given away while the updates are still in use."""
     t = case.transform(options)
-    params, loss = mlp()
+    params, loss = case.problem()
     g = grads(loss, params)
     for executor in (None, "leaf", "foreach"):
         updates, state = t.update(g, t.init_state(params), params, executor=executor)
@@ -151,7 +152,7 @@ def test_updates_share_no_memory_with_the_state(case: Case, options: Options) ->
 def test_donated_memory_is_reused(case: Case, options: Options) -> None:
     """With donate=True the new parameters and state are the old tensors; the gradients are untouched."""
     t = case.transform(options)
-    params, loss = mlp()
+    params, loss = case.problem()
     state, g = t.init_state(params), grads(loss, params)
     copy = clone(g)
     new, after = t.step(g, state, params, donate=True)
@@ -163,9 +164,9 @@ def test_donated_memory_is_reused(case: Case, options: Options) -> None:
 
 @each()
 def test_without_fused_kernels_only_the_clock_changes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = run(case.transform())
+    expected = run(case.transform(), problem=case.problem)
     monkeypatch.setattr("purestep.engine.KERNELS", [])
-    assert difference(run(case.transform()), expected) <= 1e-13
+    assert difference(run(case.transform(), problem=case.problem), expected) <= 1e-13
 
 
 # ------------------------------------------------------------------------------------------------------ the program itself

@@ -59,8 +59,8 @@ def test_a_pytree_of_hyperparameters(case: Case, options: Options) -> None:
     t = case.transform(options)
     leaves, spec = pytree.tree_flatten(t)
     assert pytree.tree_unflatten(leaves, spec) == t
-    doubled = pytree.tree_map(lambda x: 2 * x, t)
-    assert pytree.tree_leaves(doubled) == [2 * x for x in leaves]
+    doubled = pytree.tree_map(lambda x: x and 2 * x, t)
+    assert pytree.tree_leaves(doubled) == [x and 2 * x for x in leaves]
     assert pytree.tree_structure(doubled) == pytree.tree_structure(t) == pytree.tree_structure(ps.tensors(t))
     assert pytree.tree_structure(ps.in_dims(t)) == spec
     paths = [path for path, _ in pytree.tree_flatten_with_path(t)[0]]

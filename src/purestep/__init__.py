@@ -6,6 +6,11 @@ from purestep import schedules as schedules
 from purestep.algorithms.adadelta import AdadeltaState as AdadeltaState
 from purestep.algorithms.adadelta import adadelta as adadelta
 from purestep.algorithms.adadelta import scale_by_adadelta as scale_by_adadelta
+from purestep.algorithms.adafactor import AdafactorState as AdafactorState
+from purestep.algorithms.adafactor import RelativeStepState as RelativeStepState
+from purestep.algorithms.adafactor import adafactor as adafactor
+from purestep.algorithms.adafactor import scale_by_adafactor as scale_by_adafactor
+from purestep.algorithms.adafactor import scale_by_relative_step as scale_by_relative_step
 from purestep.algorithms.adagrad import AdagradState as AdagradState
 from purestep.algorithms.adagrad import adagrad as adagrad
 from purestep.algorithms.adagrad import scale_by_adagrad as scale_by_adagrad
@@ -21,6 +26,9 @@ from purestep.algorithms.adamax import scale_by_adamax as scale_by_adamax
 from purestep.algorithms.asgd import AsgdState as AsgdState
 from purestep.algorithms.asgd import asgd as asgd
 from purestep.algorithms.asgd import scale_by_asgd as scale_by_asgd
+from purestep.algorithms.muon import MuonState as MuonState
+from purestep.algorithms.muon import muon as muon
+from purestep.algorithms.muon import scale_by_muon as scale_by_muon
 from purestep.algorithms.nadam import NAdamState as NAdamState
 from purestep.algorithms.nadam import nadam as nadam
 from purestep.algorithms.nadam import scale_by_nadam as scale_by_nadam

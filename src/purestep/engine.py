@@ -59,6 +59,7 @@ class Fields:
     scalars: tuple[bool, ...] = ()  # one number per parameter
     like: tuple[bool, ...] = ()  # the parameter's shape and dtype
     leaves: tuple[bool, ...] = ()  # one entry per parameter
+    optional: bool = False  # whether a parameter may lack some
     step: int = -1  # the position of `step`
 
     @functools.cached_property
@@ -96,7 +97,8 @@ def inspect_state(state: Any, whole: bool) -> Fields:
     scalars = tuple(hints[n] == Scalar for n in names)
     leaves = tuple(typing.get_origin(hints[n]) is list for n in names) if whole else (True,) * len(names)
     like = tuple(hints[n] is Tensor for n in names)
-    return Fields(names, scalars, like, leaves, names.index("step") if "step" in names else -1)
+    optional = any(type(None) in typing.get_args(hints[n]) for n in names)
+    return Fields(names, scalars, like, leaves, optional, names.index("step") if "step" in names else -1)
 
 
 class Primitive(Value):
@@ -172,8 +174,8 @@ def fields_of(value: Primitive) -> Fields:
 
 
 EMPTY = Fields()
-SCHEDULED = Fields(("step",), (True,), (False,), (True,), 0)
-SCHEDULED_WHOLE = Fields(("step",), (True,), (False,), (False,), 0)
+SCHEDULED = Fields(("step",), (True,), (False,), (True,), False, 0)
+SCHEDULED_WHOLE = Fields(("step",), (True,), (False,), (False,), False, 0)
 
 
 def scheduled(value: Primitive) -> bool:
@@ -227,7 +229,7 @@ class Plan:
         self.fields = [fields_of(link.transform) for link in links]
         self.keys = qualified([info.names for info in self.fields])
         self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
-        self.optional = [off or bool(link.masks) for off, link in zip(self.off, links)]
+        self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
         self.tensors = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
         self.segments: dict[tuple[int, ...], Segment] = {}
         self.stages: list[Stage] = []
@@ -309,7 +311,10 @@ def constants(values: Sequence[Primitive]) -> list[float] | None:
             for y in x if isinstance(x, tuple) else (x,):
                 if isinstance(y, float):
                     found.append(y)
-                elif y is not None:
+                elif y is None:
+                    if isinstance(x, tuple):
+                        found.append(y)
+                else:
                     return None
     return found
 
@@ -374,6 +379,7 @@ class Call:
     def run(self, groups: Sequence[Group]) -> tuple[list[Any], list[Any]]:
         """The new parameters (or the updates), and the new states."""
         plan = groups[0].plan
+        self.fields = plan.fields
         last = plan.stages[-1]
         if self.params:
             for n, stage in enumerate(plan.stages):
@@ -510,6 +516,8 @@ class Call:
             updates, news = run(segment, grads, params, fields, apply)
         for (i, _, info), new in zip(segment.items, news):
             for f, (x, scalar) in enumerate(zip(new, info.scalars)):
+                if x is None:
+                    continue  # a field that these parameters do not have
                 if scalar and self.mode != "leaf":
                     self.writes.append((i, f, rows, x))
                     continue
@@ -607,12 +615,12 @@ class Call:
         if apply and segment.kernel is not None and self.executor != "foreach" and self.mode == "program":
             k = segment.first
             pays = self.donate or segment.kernel.copies or self.executor == "fused"
-            if pays and fits(segment.tail, grads, params, fields[k:], self.trust):
-                if not k:
-                    return self.fused(segment, grads, params, fields)
+            if pays and k:
                 grads, before = self.foreach(segment.head, grads, params, fields[:k], False)
-                params, after = self.fused(segment.tail, grads, params, fields[k:])
+                params, after = self.program(segment.tail, grads, params, fields[k:], apply)
                 return params, before + after
+            if pays and fits(segment, grads, params, fields, self.trust):
+                return self.fused(segment, grads, params, fields)
         return self.foreach(segment, grads, params, fields, apply)
 
     def foreach(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
@@ -671,7 +679,7 @@ class Call:
             for f, scalar in enumerate(info.scalars):
                 if scalar:
                     new[f] = new[f][0]
-                elif self.donate:
+                elif self.donate and old[f][0] is not None:
                     new[f] = overwrite(old[f], new[f])
         return overwrite(params, updates) if apply and self.donate else updates, news
 
@@ -741,10 +749,13 @@ class Call:
                 counter.copy_(x) if isinstance(x, Tensor) else counter.fill_(x)
             return
         made: dict[Any, Tensor] = {}
-        for i, f, rows, x in self.writes:
+        olds = [self.states[i][f][0 if rows is None else rows[0]] for i, f, rows, _ in self.writes]
+        for (i, f, rows, x), old, place in zip(self.writes, olds, first_places(olds)):
             column = self.states[i][f]
-            old = column[0 if rows is None else rows[0]]
-            key = (id(x) if isinstance(x, Tensor) else x, f, old.dtype, old.device)
+            value: Any = x
+            if isinstance(x, Tensor):  # buckets of the same counter count to the same number
+                value = ("step", place) if f == self.fields[i].step else id(x)
+            key = (value, f, old.dtype, old.device)
             new = made.get(key)
             if new is None:
                 new = made[key] = stored(old, x)

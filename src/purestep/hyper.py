@@ -108,7 +108,9 @@ def interval_of(annotation: Any) -> Interval | tuple[Interval, ...] | None:
     return None
 
 
-UNBOUNDED = Interval()
+def anywhere(interval: Interval) -> Interval:
+    """The same kind of hyperparameter, with any number."""
+    return Interval(optional=interval.optional)
 
 
 def check(value: Any, interval: Interval | tuple[Interval, ...], name: str, schedule: Callable[[Any], Any]) -> Any:

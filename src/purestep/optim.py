@@ -4,11 +4,13 @@ from torch.optim import lr_scheduler as lr_scheduler
 from torch.optim import swa_utils as swa_utils
 
 from purestep.algorithms.adadelta import Adadelta as Adadelta
+from purestep.algorithms.adafactor import Adafactor as Adafactor
 from purestep.algorithms.adagrad import Adagrad as Adagrad
 from purestep.algorithms.adam import Adam as Adam
 from purestep.algorithms.adam import AdamW as AdamW
 from purestep.algorithms.adamax import Adamax as Adamax
 from purestep.algorithms.asgd import ASGD as ASGD
+from purestep.algorithms.muon import Muon as Muon
 from purestep.algorithms.nadam import NAdam as NAdam
 from purestep.algorithms.radam import RAdam as RAdam
 from purestep.algorithms.rmsprop import RMSprop as RMSprop

@@ -155,12 +155,14 @@ class Optimizer(torch.optim.Optimizer):
     def _check(self, group: Mapping[str, Any]) -> None:
         """Refuse options that are out of their range; a tensor must be one number, and is read once, here."""
 
-        def number(x: Any) -> Any:
+        def number(name: str, x: Any) -> Any:
+            if isinstance(x, (tuple, list)):
+                return tuple([number(f"{name}[{i}]", y) for i, y in enumerate(x)])
             if isinstance(x, Tensor) and x.numel() != 1:
-                raise ValueError(f"An option must be one number, but got a tensor of shape {tuple(x.shape)}.")
+                raise ValueError(f"{name} must be one number, but got a tensor of shape {tuple(x.shape)}.")
             return x.item() if isinstance(x, Tensor) else x
 
-        read = {n: tuple(map(number, x)) if isinstance(x := group[n], (tuple, list)) else number(x) for n in self._options}
+        read = {name: number(name, group[name]) for name in self._options}
         self._transform({**group, **read}, strict=True)
 
     def _transforms(self) -> list[Transform]:
@@ -485,25 +487,36 @@ class Optimizer(torch.optim.Optimizer):
         for old, group in zip(saved, self.param_groups):
             transform = self._transform({**self._fallback(), **old})
             names = group.get("param_names", old["params"])
-            like = [
-                (name, link.transform.declaration.name, not optional)
+            links = [
+                (link.transform, keys, not optional)
                 for link, keys, optional in zip(transform.links, transform.plan.keys, transform.plan.optional)
-                for name, yes in zip(keys, fields_of(link.transform).like)
-                if yes and not link.transform.declaration.whole
+                if keys and not link.transform.declaration.whole
             ]
             for key, p, path in zip(old["params"], group["params"], names):
                 state = state_dict["state"].get(key, {})
-                for name, owner, needed in like:
+                fields = (
+                    []
+                    if is_lazy(p)
+                    else [
+                        (name, value.declaration.name, needed and like, new)
+                        for value, keys, needed in links
+                        for name, like, scalar, new in zip(
+                            keys, fields_of(value).like, fields_of(value).scalars, fresh_state(value, p.detach().to("meta"))
+                        )
+                        if not scalar
+                    ]
+                )
+                for name, owner, needed, new in fields:
                     x = state.get(name)
                     if x is None and needed and state:
                         raise ValueError(
                             f"The loaded state has no {name!r} for {path!r}, which {owner} needs: it is another algorithm's."
                         )
-                    if isinstance(x, Tensor) and x.shape != p.shape:
+                    if isinstance(x, Tensor) and (new is None or x.shape != new.shape):
                         raise ValueError(
-                            f"The loaded state has {name!r} of shape {tuple(x.shape)} for {path!r}, but {owner} needs the "
-                            f"parameter's shape, {tuple(p.shape)}. Load a checkpoint of the same model, with its parameters "
-                            "in the same order."
+                            f"The loaded state has {name!r} of shape {tuple(x.shape)} for {path!r}, but {owner} needs "
+                            f"{'none' if new is None else tuple(new.shape)} for a parameter of shape {tuple(p.shape)}. Load a "
+                            "checkpoint of the same model, with its parameters in the same order."
                         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -536,6 +549,9 @@ class Optimizer(torch.optim.Optimizer):
             state = self.state.get(p, {})
             for name in names & state.keys():
                 x = state[name]
+                if isinstance(x, dict):  # torch's distributed checkpoints: no such entry
+                    del state[name]
+                    continue
                 if not isinstance(x, Tensor):  # as torch saved it before 1.12
                     x = torch.tensor(float(x), dtype=torch.float32)
                 state[name] = shared.setdefault((name, x.item(), x.dtype, x.device), x)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from purestep.hyper import UNBOUNDED, Extra, Interval, Steps, check, check_steps, interval_of
+from purestep.hyper import Extra, Interval, Steps, anywhere, check, check_steps, interval_of
 
 V = TypeVar("V", bound="Value")
 
@@ -66,7 +66,7 @@ class Declaration:
             return check_steps(value, f"{self.name}: {name}")
         interval = self.intervals.get(name)
         if not strict and interval is not None:
-            interval = (UNBOUNDED,) * len(interval) if isinstance(interval, tuple) else UNBOUNDED
+            interval = tuple(map(anywhere, interval)) if isinstance(interval, tuple) else anywhere(interval)
         return value if interval is None else check(value, interval, f"{self.name}: {name}", as_schedule)
 
     def __repr__(self) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, zeros_like
 
@@ -179,7 +178,7 @@ class Adam(Optimizer):
 class AdamW(Optimizer):
     """`torch.optim.AdamW`: same signature, same numbers, same state. The mathematics is `purestep.adamw`'s."""
 
-    _constants = MappingProxyType({"decoupled_weight_decay": True})
+    _constants: ClassVar = {"decoupled_weight_decay": True}
 
     @over(adamw)
     def __init__(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, zeros_like
 
@@ -137,7 +136,7 @@ def rmsprop(
 class RMSprop(Optimizer):
     """`torch.optim.RMSprop`: same signature, same numbers, same state. The mathematics is `purestep.rmsprop`'s."""
 
-    _before = MappingProxyType({"momentum": 0.0})
+    _before: ClassVar = {"momentum": 0.0}
 
     @over(rmsprop)
     def __init__(

@@ -1,7 +1,12 @@
 """Time and memory of one optimizer step: purestep beside torch.optim and torchopt.
 
     python -m benchmarks.step
+    python -m benchmarks.step --algorithms all --summary
     python -m benchmarks.step --sets mlp many --algorithms adamw --modes "torch fused" wrapper --rounds 50 --json step.json
+
+Without arguments AdamW, Adam and SGD are measured, for as many rounds as give steady medians. "all" are all the algorithms of
+torch.optim that purestep has, each on what it takes and in the modes that its classes have flags for; there a table is given
+some seconds, and a slow algorithm gets fewer rounds.
 
 All modes of a table are measured in one process. In each round every mode takes one step, in an order that is shuffled
 anew, so that whatever else happens on the machine happens to all of them. The figures are medians and interquartile
@@ -14,6 +19,9 @@ an estimate still: a fused kernel on a large set can come out some percent below
 
 *Memory* is the peak, during one step more, of what was allocated beyond what was there when it began. A pure step counts
 its results, three times the parameters with Adam, because the old ones live until it has returned.
+
+The *summary* compares defaults, the classes without any flags, which is what changing the import changes; the fastest of
+purestep's wrapper modes with the fastest of torch's; and single modes with their closest relatives. Below 1 is faster.
 """
 
 from __future__ import annotations
@@ -24,8 +32,9 @@ import json
 import os
 import platform
 import random
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import accumulate
@@ -42,18 +51,31 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.modes import ALGORITHMS, MODES, SETS, TORCH, Algorithm, ParameterSet, Run
+from benchmarks.modes import (
+    ALGORITHMS,
+    MEASURABLE,
+    MODES,
+    SETS,
+    TORCH,
+    WRAPPER,
+    Algorithm,
+    ParameterSet,
+    Run,
+    modes_of,
+    numbers,
+)
 
 try:
     from tqdm import tqdm
 except ImportError:
     tqdm = None
 
+USUAL, ALL = ("adamw", "adam", "sgd"), "all"
 COPY, UPDATE = "copy", "update"  # timed among the modes
 WARM_UP = 3  # steps: the first traces programs and makes states, the second finds them made
+SECONDS, FEWEST = 6.0, 5  # for the rounds of a table of "all", and the rounds it has at least; two warm-up steps do there
 COPY_WORDS, UPDATE_WORDS = 2, 3  # numbers read or written per element by `Traffic.copy` and `Traffic.update`
 BUFFER_LIMIT = 2**28  # bytes; beyond the caches the speed of memory no longer depends on how much is moved
-TOLERANCE = 1e-4  # between the parameters of different modes after all steps: rounding adds up to about 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------- results
@@ -91,23 +113,29 @@ class Table:
     parameter_set: str
     tensors: int
     parameters: int
+    note: str
     rounds: int
     floor: Floor
     rows: list[Row]
 
-    def over(self, mode: str, others: Sequence[str]) -> float | None:
-        """The median time of a mode over that of the fastest of the others; None if they were not run."""
-        times = {row.mode: row.median_ms for row in self.rows}
-        known = [times[other] for other in others if other in times]
-        return times[mode] / min(known) if mode in times and known else None
+    def fastest(self, modes: Sequence[str]) -> float | None:
+        """The least median time of these modes; None if none of them was run."""
+        return min([row.median_ms for row in self.rows if row.mode in modes], default=None)
+
+    def over(self, modes: Sequence[str], others: Sequence[str]) -> float | None:
+        """The median time of the fastest of these modes over that of the fastest of the others; None if they were not run."""
+        ours, theirs = self.fastest(modes), self.fastest(others)
+        return ours / theirs if ours and theirs else None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The three comparisons that purestep promises something about."""
+    """The comparisons that purestep promises something about. None: a mode was not run, or the algorithm does not have it."""
 
     algorithm: str
     parameter_set: str
+    default_to_default: float | None
+    best_to_best: float | None
     wrapper_to_torch: float | None
     donated_to_torch: float | None
     pure_to_torchopt: float | None
@@ -115,11 +143,15 @@ class Summary:
 
 @dataclass(frozen=True)
 class Mean:
-    """Geometric means over all algorithms and sets."""
+    """Geometric means over all algorithms and sets in which a mode was run."""
 
     mode: str
+    tables: int
     to_torch: float | None
     to_floor: float
+
+
+RATIOS = [field.name for field in fields(Summary) if "_to_" in field.name]
 
 
 def summarize(table: Table) -> Summary:
@@ -127,21 +159,34 @@ def summarize(table: Table) -> Summary:
     return Summary(
         table.algorithm,
         table.parameter_set,
-        wrapper_to_torch=table.over("wrapper", TORCH),
-        donated_to_torch=table.over("donated", TORCH),
-        pure_to_torchopt=table.over("pure", ["torchopt"]),
+        default_to_default=table.over(["wrapper"], ["torch default"]),
+        best_to_best=table.over(WRAPPER, TORCH),
+        wrapper_to_torch=table.over(["wrapper"], TORCH),
+        donated_to_torch=table.over(["donated"], TORCH),
+        pure_to_torchopt=table.over(["pure"], ["torchopt"]),
     )
+
+
+def overall(summaries: list[Summary]) -> dict[str, float | None]:
+    """The geometric mean of each comparison, over the tables that have it."""
+    return {name: mean([getattr(summary, name) for summary in summaries]) for name in RATIOS}
 
 
 def means(tables: list[Table]) -> list[Mean]:
     """The geometric mean of each mode's ratios."""
     found = []
-    for mode in [row.mode for row in tables[0].rows]:
+    for mode in MODES:
         rows = [row for table in tables for row in table.rows if row.mode == mode]
-        to_torch = [row.to_torch for row in rows if row.to_torch is not None]
-        to_floor = geometric_mean([row.to_floor for row in rows])
-        found.append(Mean(mode, geometric_mean(to_torch) if to_torch else None, to_floor))
+        if rows:
+            to_floor = geometric_mean([row.to_floor for row in rows])
+            found.append(Mean(mode, len(rows), mean([row.to_torch for row in rows]), to_floor))
     return found
+
+
+def mean(ratios: Iterable[float | None]) -> float | None:
+    """The geometric mean of those that there are."""
+    known = [x for x in ratios if x is not None]
+    return geometric_mean(known) if known else None
 
 
 # ------------------------------------------------------------------------------------------------------------ measurement
@@ -173,22 +218,29 @@ class Traffic:
         return Floor(self.size, copy_speed, update_speed, median_ms=scale * median(times), iqr_ms=scale * spread(times))
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int, label: str) -> dict[str, list[float]]:
-    """The milliseconds of every step in every round."""
-    for step in steps.values():
-        for _ in range(WARM_UP):
-            step()
+def measure(steps: dict[str, Callable[[], None]], rounds: int, seconds: float | None, label: str) -> dict[str, list[float]]:
+    """The milliseconds of every step in every round. A limit in seconds makes it fewer rounds where they are slow."""
+    last = dict.fromkeys(steps, 0.0)
+    for name, step in steps.items():
+        for _ in range(WARM_UP if seconds is None else 2):
+            last[name] = timed(step)
+    if seconds is not None:
+        rounds = min(rounds, max(FEWEST, int(1e3 * seconds / sum(last.values()))))
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle
     for _ in progress(range(rounds), label):
         shuffle(order)
         for name in order:
-            step = steps[name]
-            begin = perf_counter()
-            step()
-            milliseconds[name].append(1e3 * (perf_counter() - begin))
+            milliseconds[name].append(timed(steps[name]))
     return milliseconds
+
+
+def timed(step: Callable[[], None]) -> float:
+    """The milliseconds that one step takes."""
+    begin = perf_counter()
+    step()
+    return 1e3 * (perf_counter() - begin)
 
 
 def progress(rounds: Iterable[int], label: str) -> Iterable[int]:
@@ -222,27 +274,43 @@ def clones(tensors: list[Tensor]) -> list[Tensor]:
     return [x.clone() for x in tensors]
 
 
-def check(runs: dict[str, Run], grads: list[Tensor], given: list[Tensor]) -> None:
+class DisagreementError(RuntimeError):
+    """Modes did not compute the same thing: there is nothing to compare."""
+
+
+def check(algorithm: Algorithm, runs: dict[str, Run], begin: list[Tensor], grads: list[Tensor], given: list[Tensor]) -> None:
     """Refuse to compare modes that did not compute the same thing."""
-    if not all(map(torch.equal, grads, given)):
-        raise RuntimeError("A mode has written to the gradients, which all modes share.")
+    if not all(torch.equal(numbers(g), numbers(h)) for g, h in zip(grads, given)):
+        raise DisagreementError("A mode has written to the gradients, which all modes share.")
     (first, reference), *others = [(name, run.parameters()) for name, run in runs.items()]
+    moved = farthest(reference, begin)
     for name, params in others:
-        difference = max((p - q).abs().max().item() for p, q in zip(reference, params))
-        if not difference <= TOLERANCE:
-            raise RuntimeError(f"After the same steps, the parameters of {name!r} and {first!r} differ by {difference:.1e}.")
+        difference = farthest(reference, params)
+        if not difference <= algorithm.tolerance * moved:
+            raise DisagreementError(
+                f"After the same steps, by which they moved up to {moved:.1e}, the parameters of {name!r} and {first!r} differ "
+                f"by {difference:.1e}."
+            )
 
 
-def compare(algorithm: Algorithm, parameter_set: ParameterSet, modes: Sequence[str], rounds: int) -> Table:
+def farthest(xs: list[Tensor], ys: list[Tensor]) -> float:
+    """The largest difference between elements."""
+    return max((x - y).abs().max().item() for x, y in zip(xs, ys))
+
+
+def compare(
+    algorithm: Algorithm, parameter_set: ParameterSet, modes: Sequence[str], rounds: int, seconds: float | None
+) -> Table:
     """Measure these modes against each other."""
-    params, grads = parameter_set.draw(seed=0), parameter_set.draw(seed=1)
+    parameter_set = parameter_set.of(algorithm)
+    params, grads = parameter_set.draw(seed=0), parameter_set.draw(seed=1, gradient=algorithm.gradient)
     given = clones(grads)
-    runs = {mode: MODES[mode](algorithm, clones(params), grads) for mode in modes}
-    traffic = Traffic(algorithm.words * parameter_set.bytes)
+    runs = {mode: MODES[mode].start(algorithm, clones(params), grads) for mode in modes}
+    traffic = Traffic(algorithm.words * 4 * sum(numbers(g).numel() for g in grads))
     steps = {mode: run.step for mode, run in runs.items()} | {COPY: traffic.copy, UPDATE: traffic.update}
-    milliseconds = measure(steps, rounds, f"{algorithm.name} on {parameter_set.name}")
+    milliseconds = measure(steps, rounds, seconds, f"{algorithm.name} on {parameter_set.name}")
     peaks = {mode: peak_memory(run) for mode, run in runs.items()}
-    check(runs, grads, given)
+    check(algorithm, runs, params, grads, given)
 
     medians = {name: median(times) for name, times in milliseconds.items()}
     floor = traffic.floor(milliseconds[COPY], milliseconds[UPDATE])
@@ -264,7 +332,8 @@ def compare(algorithm: Algorithm, parameter_set: ParameterSet, modes: Sequence[s
         parameter_set.name,
         tensors=len(parameter_set.shapes),
         parameters=parameter_set.parameters,
-        rounds=rounds,
+        note=algorithm.note,
+        rounds=len(milliseconds[COPY]),
         floor=floor,
         rows=rows,
     )
@@ -314,8 +383,9 @@ def ratio(x: float | None) -> str:
 def show(table: Table) -> str:
     """The table of one algorithm and set of parameters, under a line that says what it is of."""
     floor = table.floor
+    note = f" ({table.note})" if table.note else ""
     title = (
-        f"{table.algorithm} on {table.parameter_set}: {table.tensors} tensors, {table.parameters / 1e6:.2f} M parameters, "
+        f"{table.algorithm} on {table.parameter_set}{note}: {table.tensors} tensors, {table.parameters / 1e6:.2f} M parameters, "
         f"{table.rounds} rounds; a copy moves {floor.copy_speed:.1f} GB/s, an update in place {floor.update_speed:.1f} GB/s"
     )
     header = ("mode", "median ms", "IQR ms", "/ torch's best", "/ floor", "peak MB", "/ parameters")
@@ -335,20 +405,21 @@ def show(table: Table) -> str:
     return f"{title}\n\n{render(header, lines)}\n"
 
 
-def show_summary(summaries: Iterable[Summary]) -> str:
-    """The comparisons that matter, of all tables."""
-    header = ("algorithm, set", "wrapper / torch's best", "donated / torch's best", "pure / torchopt")
-    lines = [
-        (f"{s.algorithm}, {s.parameter_set}", ratio(s.wrapper_to_torch), ratio(s.donated_to_torch), ratio(s.pure_to_torchopt))
-        for s in summaries
-    ]
+def show_summary(summaries: list[Summary]) -> str:
+    """The comparisons that matter, of all tables, and their geometric means."""
+    header = (
+        "algorithm, set", "wrapper / torch default", "wrapper's best / torch's best", "wrapper / torch's best",
+        "donated / torch's best", "pure / torchopt",
+    )  # fmt: skip
+    lines = [(f"{s.algorithm}, {s.parameter_set}", *[ratio(getattr(s, name)) for name in RATIOS]) for s in summaries]
+    lines.append(("geometric mean", *map(ratio, overall(summaries).values())))
     return f"Summary\n\n{render(header, lines)}\n"
 
 
 def show_means(found: Iterable[Mean]) -> str:
     """The geometric means, of all modes."""
-    lines = [(mean.mode, ratio(mean.to_torch), ratio(mean.to_floor)) for mean in found]
-    table = render(("mode", "/ torch's best", "/ floor"), lines)
+    lines = [(mean.mode, str(mean.tables), ratio(mean.to_torch), ratio(mean.to_floor)) for mean in found]
+    table = render(("mode", "tables", "/ torch's best", "/ floor"), lines)
     return f"Geometric means of the ratios\n\n{table}\n"
 
 
@@ -362,14 +433,32 @@ def positive(text: str) -> int:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description="Time and memory of one optimizer step.")
-    for name, choices in (("--algorithms", ALGORITHMS), ("--sets", SETS), ("--modes", MODES)):
-        known = list(choices)
-        text = f"of {', '.join(map(repr, known))}; all by default"
-        parser.add_argument(name, nargs="+", choices=known, default=known, metavar="NAME", help=text)
+    choices: list[tuple[str, Iterable[str], Iterable[str], str]] = [
+        ("--algorithms", [*ALGORITHMS, ALL], USUAL, f"{', '.join(map(repr, USUAL))} by default, and {ALL!r} for all of them"),
+        ("--sets", SETS, SETS, "all by default"),
+        ("--modes", MODES, MODES, "all that an algorithm has by default"),
+    ]
+    for name, known, default, text in choices:
+        text = f"of {', '.join(map(repr, known))}; {text}"
+        parser.add_argument(name, nargs="+", choices=list(known), default=list(default), metavar="NAME", help=text)
     usual = ", ".join(f"{s.rounds} for {s.name!r}" for s in SETS.values())
     parser.add_argument("--rounds", type=positive, metavar="N", help=f"steps that are timed of each mode; by default {usual}")
+    text = (
+        f"fewer rounds, but at least {FEWEST}, where a table's take longer; {SECONDS:g} by default for {ALL!r}, else no limit"
+    )
+    parser.add_argument("--seconds", type=float, metavar="S", help=text)
+    parser.add_argument("--summary", action="store_true", help="print the summary, and not the tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it, and facts about the machine, to this file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if ALL in options.algorithms:
+        options.algorithms = MEASURABLE
+        options.seconds = options.seconds or SECONDS
+    lacking = [ALGORITHMS[key].name for key in options.algorithms if key not in MEASURABLE]
+    if lacking:
+        parser.error(f"purestep.optim has no {' and no '.join(lacking)} yet; it has {', '.join(MEASURABLE)}.")
+    if options.rounds:
+        options.seconds = None
+    return options
 
 
 def main() -> None:
@@ -379,24 +468,46 @@ def main() -> None:
         options.json.touch()  # a path that cannot be written is better known now than in a few minutes
     facts = machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()), end="\n\n")
-    tables = []
-    for algorithm in options.algorithms:
+    later = [algorithm.name for key, algorithm in ALGORITHMS.items() if key not in MEASURABLE]
+    if later:
+        print(f"Not measured, because purestep.optim has no such class yet: {', '.join(later)}\n")
+    tables, failures = [], []
+    for algorithm in [ALGORITHMS[key] for key in options.algorithms]:
+        modes = [mode for mode in modes_of(algorithm) if mode in options.modes]
+        if not modes:
+            print(f"{algorithm.name} has none of the modes {', '.join(options.modes)}.\n")
+            continue
+        for mode, reason in algorithm.without.items():
+            if mode in options.modes:
+                print(f"{algorithm.name} without {mode}: {reason}\n")
         for name in options.sets:
-            table = compare(ALGORITHMS[algorithm], SETS[name], options.modes, options.rounds or SETS[name].rounds)
-            gc.collect()  # what a set needs is several GB; an optimizer may hold itself in a cycle
+            try:
+                table = compare(algorithm, SETS[name], modes, options.rounds or SETS[name].rounds, options.seconds)
+            except DisagreementError as error:  # the other tables are good
+                failures.append(f"{algorithm.name} on {name}: {error}")
+                print(failures[-1], end="\n\n", flush=True)
+                continue
+            finally:
+                gc.collect()  # what a set needs is several GB; an optimizer may hold itself in a cycle
             tables.append(table)
-            print(show(table), flush=True)
+            if not options.summary:
+                print(show(table), flush=True)
     summaries, averages = [summarize(table) for table in tables], means(tables)
     print(show_summary(summaries))
-    print(show_means(averages))
+    if not options.summary:
+        print(show_means(averages))
     if options.json:
         results = {
             "machine": facts,
             "tables": [asdict(table) for table in tables],
             "summary": [asdict(summary) for summary in summaries],
-            "geometric_means": [asdict(mean) for mean in averages],
+            "summary_geometric_means": overall(summaries),
+            "geometric_means": [asdict(average) for average in averages],
+            "failures": failures,
         }
         options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

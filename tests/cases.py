@@ -194,7 +194,7 @@ CASES = [
     Case("scale_by_stddev", ps.scale_by_stddev, ({"alpha": 0.9, "eps": 0.1},), step=-0.01, covers=("StddevState",)),
     Case("scale_by_rprop", ps.scale_by_rprop, ({"lr": 0.01},), step=-1.0, smooth=False, covers=("RpropState",)),
     Case("scale_by_asgd", ps.scale_by_asgd, ({"lr": 0.1, "t0": 1.5},), covers=("AsgdState",)),
-    Case("scale_by_sparse_adam", ps.scale_by_sparse_adam, ({},), step=-0.01, lacks=NO_COMPLEX),
+    Case("scale_by_sparse_adam", ps.scale_by_sparse_adam, ({},), step=-0.01, lacks=NO_COMPLEX, covers=("SparseAdamState",)),
     Case(
         "adafactor",
         ps.adafactor,

@@ -43,6 +43,7 @@ from purestep.algorithms.rprop import RpropState as RpropState
 from purestep.algorithms.rprop import rprop as rprop
 from purestep.algorithms.rprop import scale_by_rprop as scale_by_rprop
 from purestep.algorithms.sgd import sgd as sgd
+from purestep.algorithms.sparse_adam import SparseAdamState as SparseAdamState
 from purestep.algorithms.sparse_adam import scale_by_sparse_adam as scale_by_sparse_adam
 from purestep.algorithms.sparse_adam import sparse_adam as sparse_adam
 from purestep.engine import EmptyState as EmptyState

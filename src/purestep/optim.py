@@ -2,6 +2,7 @@
 
 from torch.optim import lr_scheduler as lr_scheduler
 from torch.optim import swa_utils as swa_utils
+from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
 
 from purestep.algorithms.adadelta import Adadelta as Adadelta
 from purestep.algorithms.adafactor import Adafactor as Adafactor

@@ -207,7 +207,8 @@ class Optimizer(torch.optim.Optimizer):
         for group in groups:
             begun = [p for p in group["params"] if p.requires_grad and not is_lazy(p)]
             self._untouched.update((p, kind(p)) for p in begun)
-            self._fill(begun, self._transform(group))
+            with torch.no_grad():
+                self._fill(begun, self._transform(group))
 
     # -- state
 
@@ -215,26 +216,25 @@ class Optimizer(torch.optim.Optimizer):
         """Give these parameters whatever of their state is missing; their counters begin as one tensor."""
         keys = transform.plan.keys
         counters: dict[Any, Tensor] = {}
-        with torch.no_grad():
-            for k, link in enumerate(transform.links):
-                value, names = link.transform, keys[k]
-                if is_off(value) or not names:
+        for k, link in enumerate(transform.links):
+            value, names = link.transform, keys[k]
+            if is_off(value) or not names:
+                continue
+            if value.declaration.whole:
+                self._fill_whole(value, names)
+                continue
+            on = self._mask_all(link, params)
+            for p, yes in zip(params, on):
+                state = self.state[p]
+                if not yes or all([name in state for name in names]):
                     continue
-                if value.declaration.whole:
-                    self._fill_whole(value, names)
-                    continue
-                on = self._mask_all(link, params)
-                for p, yes in zip(params, on):
-                    state = self.state[p]
-                    if not yes or all([name in state for name in names]):
-                        continue
-                    fields = fresh_state(value, p)
-                    resumed = len(names) > 1 and "step" not in state and any([name in state for name in names])
-                    for name, scalar, x in zip(names, fields_of(value).scalars, fields):
-                        if name not in state and x is not None:
-                            if resumed and name == "step":
-                                x += 1  # a checkpoint of torch's that does not count steps, but has made some
-                            state[name] = counters.setdefault((name, p.device, resumed), x) if scalar else x
+                fields = fresh_state(value, p)
+                resumed = len(names) > 1 and "step" not in state and any([name in state for name in names])
+                for name, scalar, x in zip(names, fields_of(value).scalars, fields):
+                    if name not in state and x is not None:
+                        if resumed and name == "step":
+                            x += 1  # a checkpoint of torch's that does not count steps, but has made some
+                        state[name] = counters.setdefault((name, p.device, resumed), x) if scalar else x
 
     def _fill_whole(self, value: Primitive, names: tuple[str, ...]) -> None:
         """The same for a whole transform, which begins with all parameters: its own fields are kept under one key."""
@@ -350,7 +350,7 @@ class Optimizer(torch.optim.Optimizer):
             return
         self._accept(grads, params)
         if self._untouched:
-            self._touch(params)
+            self._touch(params, any([begins_from_options(t) for _, t in groups]))
         stateless = all([g.plan.stateless for g in together])
         states: list[dict[str, Any]] = [{}] * len(params) if stateless else list(map(self.state.__getitem__, params))
         keys = together[0].plan.keys
@@ -401,10 +401,10 @@ class Optimizer(torch.optim.Optimizer):
     def _accept(self, grads: list[Tensor], params: list[Tensor]) -> None:
         """For a class to refuse gradients, before anything has changed."""
 
-    def _touch(self, params: list[Tensor]) -> None:
-        """Before a parameter's first step: its state is made anew if the parameter was cast or moved in the meantime."""
+    def _touch(self, params: list[Tensor], anew: bool) -> None:
+        """Before a parameter's first step: its state is made anew if that depends on options, or the parameter has changed."""
         for p in params:
-            if self._untouched.pop(p, kind(p)) != kind(p):
+            if p in self._untouched and (self._untouched.pop(p) != kind(p) or anew):
                 del self.state[p]
 
     def _gather(self, states: list[dict[str, Any]], groups: list[Group], keys: list[tuple[str, ...]]) -> list[Any]:
@@ -447,9 +447,9 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups or the shapes in it are not this optimizer's; nothing is changed then.
         """
-        hooks = self._optimizer_load_state_dict_pre_hooks
+        before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         state_dict = state_dict.copy()
-        for hook in hooks.values():
+        for hook in before.values():
             state_dict = hook(self, state_dict) or state_dict
         # torch.distributed.checkpoint leaves an empty dict where it was asked for a field that it does not have
         state_dict["state"] = {
@@ -459,10 +459,16 @@ class Optimizer(torch.optim.Optimizer):
         self._check_state(state_dict)
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
+            self._optimizer_load_state_dict_post_hooks = OrderedDict()  # they will
             super().load_state_dict(state_dict)
         finally:
-            self._optimizer_load_state_dict_pre_hooks = hooks
+            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = before, after
         self._keep_precision(state_dict)
+        for group, transform in zip(self.param_groups, self._transforms()):
+            if begins_from_options(transform):  # a state that has made no step is none
+                self._untouched.update((p, kind(p)) for p in group["params"] if self.state.get(p, {}).get("step") == 0)
+        for hook in after.values():
+            hook(self)
 
     def _keep_precision(self, state_dict: dict[str, Any]) -> None:
         """Counters, and the float32 state of half-precision parameters, as they were saved; torch has just cast them."""
@@ -532,6 +538,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, default in self._fallback().items():
                 group.setdefault(name, default)
+            group.update(self._constants)
         for group, transform in zip(self.param_groups, self._transforms()):
             self._share(group, transform)
 
@@ -575,6 +582,11 @@ def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
         return begin  # type: ignore[return-value]
 
     return decorate
+
+
+def begins_from_options(transform: Transform) -> bool:
+    """Whether its first state depends on its hyperparameters."""
+    return any([link.transform.declaration.init_names for link in transform.links])
 
 
 def scalars_of(transform: Transform) -> set[str]:

@@ -41,7 +41,7 @@ class AmsgradState(NamedTuple):
         return cls(counter(p), zeros_like(p), zeros_like(p), zeros_like(p))
 
 
-def moments(g: Tensor, s: AdamState | AmsgradState, betas: Any) -> AdamState:
+def moments(g: Tensor, s: Any, betas: Any) -> AdamState:
     """One step of the counter and of the running means."""
     b1, b2 = betas
     return AdamState(s.step + 1, lerp(s.exp_avg, g, 1 - b1), b2 * s.exp_avg_sq + (1 - b2) * (g * g))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, zeros_like
 
-from purestep.algorithms.adam import AdamState, moments
+from purestep.algorithms.adam import moments
 from purestep.hyper import Betas, Hyper, Positive
-from purestep.maths import root
+from purestep.maths import Scalar, counter, precise, root
 from purestep.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.scale import direction, scale_by_learning_rate
@@ -22,10 +22,23 @@ def dense_and_real(path: str, p: Tensor) -> None:
         raise ValueError(f"sparse_adam cannot treat complex parameters, but {path} is {p.dtype}. Use sgd or adagrad there.")
 
 
-@leafwise(AdamState, sparse="rows", requires=dense_and_real)
+class SparseAdamState(NamedTuple):
+    """The state of `scale_by_sparse_adam`."""
+
+    step: Scalar  # t: updates so far, in float64: torch, which counts in int, goes on with it exactly
+    exp_avg: Tensor  # m: running mean of the gradient
+    exp_avg_sq: Tensor  # v: running mean of its square
+
+    @classmethod
+    def init(cls, p: Tensor) -> SparseAdamState:
+        """Before the first update."""
+        return cls(counter(p).to(precise(p.device)), zeros_like(p), zeros_like(p))
+
+
+@leafwise(SparseAdamState, sparse="rows", requires=dense_and_real)
 def scale_by_sparse_adam(
-    g: Tensor, s: AdamState, p: Tensor, *, betas: Betas = (0.9, 0.999), eps: Positive = 1e-8
-) -> tuple[Tensor, AdamState]:
+    g: Tensor, s: SparseAdamState, p: Tensor, *, betas: Betas = (0.9, 0.999), eps: Positive = 1e-8
+) -> tuple[Tensor, SparseAdamState]:
     r"""`scale_by_adam`, lazily: rows that a sparse gradient does not have keep their moments.
 
     .. math::
@@ -49,7 +62,7 @@ def scale_by_sparse_adam(
     Reference: Kingma & Ba, `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_, 2015.
     """
     b1, b2 = betas
-    s = moments(g, s, betas)
+    s = SparseAdamState(*moments(g, s, betas))
     return root(1 - b2**s.step) / (1 - b1**s.step) * s.exp_avg / (root(s.exp_avg_sq) + eps), s
 
 
@@ -99,9 +112,3 @@ class SparseAdam(Optimizer):
                     f"SparseAdam needs sparse gradients, but that of {self._paths()[p]!r} is dense. Use Adam for it, or create "
                     "the embedding with sparse=True."
                 )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state, as torch's, whose counters are whole numbers here."""
-        saved = super().state_dict()
-        saved["state"] = {key: {**own, "step": int(own["step"])} for key, own in saved["state"].items()}
-        return saved

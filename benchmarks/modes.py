@@ -93,7 +93,8 @@ ALGORITHMS = {
         Algorithm("asgd", "ASGD", {"lr": 1e-2}, words=4),  # reads p, g; writes p and, until t0 with the same, its average
         # Reads p, g; writes p. A row and a column of state are next to nothing. That g has to be known as a whole before
         # any of it is used, and the update before it is clipped, is not counted: small tensors stay in the cache.
-        Algorithm("adafactor", "Adafactor", {"lr": 1e-3}, words=3),
+        # torch.norm, with which torch's takes root mean squares, gives 0.24 % too little for the 38.6 M of the token embedding.
+        Algorithm("adafactor", "Adafactor", {"lr": 1e-3}, words=3, tolerance=5e-3),
         # Reads p, g, b; writes p, b. What takes the time is the matrix products, of which the floor knows nothing.
         Algorithm("muon", "Muon", {"lr": 1e-3}, words=5, takes=hidden, note="the matrices without the token embedding"),
         Algorithm(

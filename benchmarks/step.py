@@ -73,7 +73,7 @@ except ImportError:
 USUAL, ALL = ("adamw", "adam", "sgd"), "all"
 COPY, UPDATE = "copy", "update"  # timed among the modes
 WARM_UP = 3  # steps: the first traces programs and makes states, the second finds them made
-SECONDS, FEWEST = 6.0, 5  # for the rounds of a table of "all", and the rounds it has at least; two warm-up steps do there
+SECONDS, FEWEST = 6.0, 4  # of the rounds of a table of "all", and the rounds it has at least; two warm-up steps do there
 COPY_WORDS, UPDATE_WORDS = 2, 3  # numbers read or written per element by `Traffic.copy` and `Traffic.update`
 BUFFER_LIMIT = 2**28  # bytes; beyond the caches the speed of memory no longer depends on how much is moved
 
@@ -383,9 +383,9 @@ def ratio(x: float | None) -> str:
 def show(table: Table) -> str:
     """The table of one algorithm and set of parameters, under a line that says what it is of."""
     floor = table.floor
-    note = f" ({table.note})" if table.note else ""
+    name = f"{table.algorithm} on {table.parameter_set}" + (f" ({table.note})" if table.note else "")
     title = (
-        f"{table.algorithm} on {table.parameter_set}{note}: {table.tensors} tensors, {table.parameters / 1e6:.2f} M parameters, "
+        f"{name}: {table.tensors} tensors, {table.parameters / 1e6:.2f} M parameters, "
         f"{table.rounds} rounds; a copy moves {floor.copy_speed:.1f} GB/s, an update in place {floor.update_speed:.1f} GB/s"
     )
     header = ("mode", "median ms", "IQR ms", "/ torch's best", "/ floor", "peak MB", "/ parameters")

@@ -100,7 +100,7 @@ OPTIONS: dict[str, Options] = {
     "7 evaluations": {"max_eval": 7},
     "1 evaluation": {"max_eval": 1, "max_iter": 3},
     "many of both": {"max_iter": 60, "max_eval": 1000},
-    "half": {"lr": 0.5},
+    "half": {"lr": 0.4},
     "loose gradient": {"tolerance_grad": 1e-3},
     "loose change": {"tolerance_change": 1e-4},
 }

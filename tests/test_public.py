@@ -33,9 +33,12 @@ def names(module: types.ModuleType) -> list[str]:
     return [a.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names if a.asname == a.name]
 
 
+OWN_FILE = {"lbfgs", "LBFGSState"}  # it needs a function at every update, which no other test gives: tests/test_lbfgs.py
+
+
 def test_every_transform_has_a_case() -> None:
     covered = {case.name for case in CASES} | {name for case in CASES for name in case.covers}
-    assert set(names(ps)) - covered == TYPES_AND_TOOLS
+    assert set(names(ps)) - covered - OWN_FILE == TYPES_AND_TOOLS
 
 
 @pytest.mark.parametrize("name", names(ps))

@@ -26,6 +26,8 @@ from purestep.algorithms.adamax import scale_by_adamax as scale_by_adamax
 from purestep.algorithms.asgd import AsgdState as AsgdState
 from purestep.algorithms.asgd import asgd as asgd
 from purestep.algorithms.asgd import scale_by_asgd as scale_by_asgd
+from purestep.algorithms.lbfgs import LBFGSState as LBFGSState
+from purestep.algorithms.lbfgs import lbfgs as lbfgs
 from purestep.algorithms.muon import MuonState as MuonState
 from purestep.algorithms.muon import muon as muon
 from purestep.algorithms.muon import scale_by_muon as scale_by_muon

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from purestep import maths
 from purestep.maths import Scalar
-from purestep.packing import Scratch, small, unflatten
+from purestep.packing import Scratch, small, split
 from purestep.program import call, program, runner
 from purestep.tree import Spec, flatten_like, quote
 from purestep.value import Declaration, Schedule, Value
@@ -78,12 +78,14 @@ class LinkDeclaration(Declaration):
         *,
         off: str | None = None,
         whole: bool = False,
+        moves: bool = False,
         requires: Callable[[str, Tensor], None] | None = None,
         sparse: Sparse = None,
         name: str = "",
     ) -> None:
         super().__init__(function, given=3 if state is not None or whole else 2, name=name)
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
+        self.moves = moves  # a whole transform that returns new parameters instead of updates
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()
         if state is not None and not whole:
@@ -224,6 +226,7 @@ class Plan:
     def __init__(self, links: tuple[Link, ...]) -> None:
         self.links = links
         self.whole = any([link.transform.declaration.whole for link in links])
+        self.moves = bool(links) and links[-1].transform.declaration.moves and not links[-1].masks
         self.extras = frozenset([name for link in links for name in link.transform.declaration.extras])
         self.off = [is_off(link.transform) for link in links]
         self.fields = [fields_of(link.transform) for link in links]
@@ -302,9 +305,9 @@ class Segment:
                 break
 
 
-def constants(values: Sequence[Primitive]) -> list[float] | None:
+def constants(values: Sequence[Primitive]) -> list[Any] | None:
     """All hyperparameters in order as the arguments of a program, or None if one is a tensor or a schedule."""
-    found: list[float] = []
+    found: list[Any] = []
     for value in values:
         for name in value.declaration.hypers:
             x = value.arguments[name]
@@ -379,12 +382,14 @@ class Call:
     def run(self, groups: Sequence[Group]) -> tuple[list[Any], list[Any]]:
         """The new parameters (or the updates), and the new states."""
         plan = groups[0].plan
-        self.fields = plan.fields
+        self.fields, self.last, self.moves = plan.fields, len(plan.links) - 1, plan.moves
         last = plan.stages[-1]
         if self.params:
             for n, stage in enumerate(plan.stages):
                 if stage.whole:
                     self.whole(stage.start, plan.links[stage.start], plan.fields[stage.start])
+                elif self.apply and stage.start == len(plan.links) and plan.moves:
+                    self.grads = overwrite(self.params, self.grads) if self.donate else self.grads
                 elif stage.stop > stage.start or self.apply:
                     self.leafwise(groups, n, self.apply and stage is last)
             if self.writes:
@@ -410,6 +415,8 @@ class Call:
                 self.states[i] = [put(c, rows, x) if leaf else x for c, x, leaf in zip(fields, after, info.leaves)]
         elif count is not None:
             self.states[i] = [count + 1]
+        if d.moves and not (self.apply and self.moves and i == self.last):
+            new = [x - p for x, p in zip(new, pick(self.params, rows))]
         self.grads = list(new) if rows is None else put(self.grads, rows, new)
         self.own = False
 
@@ -598,7 +605,7 @@ class Call:
             if news[j][f][0] is flats[j][f][0]:
                 news[j][f] = given[j][f]
             else:
-                news[j][f] = list(unflatten(torch.cat(news[j][f]), params))
+                news[j][f] = split(torch.cat(news[j][f]), params)
         if add:
             overwrite(pieces(scratch.grad), out)
             if self.donate:
@@ -608,7 +615,7 @@ class Call:
         if apply and self.donate:
             torch._foreach_copy_(params, scratch.params)
             return params, news
-        return list(unflatten(torch.cat(out), params)), news
+        return split(torch.cat(out), params), news
 
     def program(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """All parameters at once: the tail of the chain as a fused kernel if there is one, the rest as a program."""
@@ -968,7 +975,7 @@ def chunks(params: list[Tensor]) -> list[slice] | None:
 
 def pieces(flat: Tensor) -> list[Tensor]:
     """One long tensor in pieces that fit the cache."""
-    return list(flat.split(CHUNK))
+    return list(torch.split(flat, CHUNK))
 
 
 def evaluate_mask(mask: Any, params: list[Any], spec: Spec) -> list[bool]:

@@ -138,6 +138,21 @@ def transforming() -> bool:
     return isinstance(level, functorch.CInterpreter) or torch.autograd.forward_ad._current_level >= 0
 
 
+def some(flag: Any) -> bool:
+    """Whether a flag holds for any member of the batch, or that may be: what a loop over many steps asks before the next.
+
+    This waits for the device, and reads through `torch.func.vmap`. Where operations are only recorded it is always True.
+    """
+    if not isinstance(flag, Tensor):
+        return bool(flag)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    while functorch.is_functorch_wrapped_tensor(flag):
+        flag = functorch.get_unwrapped(flag)
+    with torch._C._DisableFuncTorch():
+        return bool(flag.any())
+
+
 def recorded(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd or a `torch.func` transform follows these tensors, so that foreach operations are out of place."""
     return transforming() or (torch.is_grad_enabled() and any([x.requires_grad for x in tensors]))

@@ -11,6 +11,7 @@ from purestep.algorithms.adam import Adam as Adam
 from purestep.algorithms.adam import AdamW as AdamW
 from purestep.algorithms.adamax import Adamax as Adamax
 from purestep.algorithms.asgd import ASGD as ASGD
+from purestep.algorithms.lbfgs import LBFGS as LBFGS
 from purestep.algorithms.muon import Muon as Muon
 from purestep.algorithms.nadam import NAdam as NAdam
 from purestep.algorithms.radam import RAdam as RAdam

@@ -30,7 +30,6 @@ from purestep.engine import (
     Link,
     Mode,
     Plan,
-    Primitive,
     Trust,
     choose,
     evaluate_mask,
@@ -221,7 +220,7 @@ class Optimizer(torch.optim.Optimizer):
             if is_off(value) or not names:
                 continue
             if value.declaration.whole:
-                self._fill_whole(value, names)
+                self._fill_whole(link, names)
                 continue
             on = self._mask_all(link, params)
             for p, yes in zip(params, on):
@@ -236,9 +235,13 @@ class Optimizer(torch.optim.Optimizer):
                             x += 1  # a checkpoint of torch's that does not count steps, but has made some
                         state[name] = counters.setdefault((name, p.device, resumed), x) if scalar else x
 
-    def _fill_whole(self, value: Primitive, names: tuple[str, ...]) -> None:
+    def _fill_whole(self, link: Link, names: tuple[str, ...]) -> None:
         """The same for a whole transform, which begins with all parameters: its own fields are kept under one key."""
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad and not is_lazy(p)]
+        value = link.transform
+        params = [p for group in self.param_groups for p in group["params"] if not is_lazy(p)]
+        if not value.declaration.extras:  # a function of all parameters is one of the frozen ones, too
+            params = [p for p in params if p.requires_grad]
+        params = [p for p, yes in zip(params, self._mask_all(link, params)) if yes]
         for name, leaf, x in zip(names, fields_of(value).leaves, fresh_whole_state(value, params)):
             if not leaf:
                 self.state[SHARED].setdefault(name, x)
@@ -339,6 +342,8 @@ class Optimizer(torch.optim.Optimizer):
         for group, transform in groups:
             own = group["params"]
             given = [p.grad for p in own]
+            if extras:  # a function of all parameters has a gradient for each
+                given = [torch.zeros_like(p) if g is None else g for p, g in zip(own, given)]
             if type(None) in set(map(type, given)):
                 alone = False
                 own = [p for p, g in zip(own, given) if g is not None]
@@ -370,7 +375,7 @@ class Optimizer(torch.optim.Optimizer):
         mode: Mode = choose(executor, *seen)
         before = list(map(list, columns))
         # where autograd looks on, the graph keeps the old values while the parameters are overwritten
-        given = [p.clone() for p in params] if torch.is_grad_enabled() else params
+        given = [p.clone() for p in params] if torch.is_grad_enabled() or extras else params
         touched = None
         if not all([g.layout is torch.strided for g in grads]):
             touched = Touched(grads, given, columns, together, lambda k: self._paths()[params[k]])
@@ -379,9 +384,14 @@ class Optimizer(torch.optim.Optimizer):
             grads, given, columns, lambda m: self._mask(m, params), mode,
             apply=True, donate=not torch.is_grad_enabled(), alone=alone and not params[0].is_cpu, executor=executor,
             trust=self._trust.setdefault(id(groups[0][0]), Trust()),
-            extras={**extras, "value_and_grad": value_and_grad(params, grads, **extras)} if extras else extras,
+            extras={**extras, "value_and_grad": value_and_grad(given, params, grads, **extras)} if extras else extras,
         )  # fmt: skip
-        out, after = call.run(together)
+        try:
+            out, after = call.run(together)
+        except BaseException:
+            if extras:
+                torch._foreach_copy_(params, given)
+            raise
         if touched is not None:
             out, after = touched.scatter(out, after, True, not torch.is_grad_enabled())
         if out is not params:
@@ -403,9 +413,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def _touch(self, params: list[Tensor], anew: bool) -> None:
         """Before a parameter's first step: its state is made anew if that depends on options, or the parameter has changed."""
+        everything = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        changed = [p for p in params if p in self._untouched and self._untouched[p] != kind(p)]
+        if changed and all([p in self._untouched for p in everything]):
+            self.state.pop(SHARED, None)
         for p in params:
-            if p in self._untouched and (self._untouched.pop(p) != kind(p) or anew):
-                del self.state[p]
+            if self._untouched.pop(p, None) is not None and (anew or p in set(changed)):
+                self.state.pop(p, None)
 
     def _gather(self, states: list[dict[str, Any]], groups: list[Group], keys: list[tuple[str, ...]]) -> list[Any]:
         """The state of these parameters as the engine takes it: per link, per field, a list."""
@@ -416,9 +430,9 @@ class Optimizer(torch.optim.Optimizer):
                 columns.append([])
             elif link.transform.declaration.whole:
                 own = self.state[SHARED]
-                columns.append(
-                    [[s[n] for s in states] if leaf else own[n] for n, leaf in zip(names, groups[0].plan.fields[k].leaves)]
-                )
+                read = dict.get if link.masks else dict.__getitem__
+                leaves = groups[0].plan.fields[k].leaves
+                columns.append([[read(s, n) for s in states] if leaf else own[n] for n, leaf in zip(names, leaves)])
             elif any([g.plan.optional[k] for g in groups]):
                 columns.append([[s.get(n) for s in states] for n in names])
             else:
@@ -467,8 +481,8 @@ class Optimizer(torch.optim.Optimizer):
         for group, transform in zip(self.param_groups, self._transforms()):
             if begins_from_options(transform):  # a state that has made no step is none
                 self._untouched.update((p, kind(p)) for p in group["params"] if self.state.get(p, {}).get("step") == 0)
-        for hook in after.values():
-            hook(self)
+        for report in after.values():
+            report(self)
 
     def _keep_precision(self, state_dict: dict[str, Any]) -> None:
         """Counters, and the float32 state of half-precision parameters, as they were saved; torch has just cast them."""
@@ -632,20 +646,18 @@ def refuse_disagreement(groups: list[Group]) -> None:
             )
 
 
-def value_and_grad(params: list[Tensor], grads: list[Tensor], value: Any, value_and_grad: Callable[[], Any]) -> Any:
-    """A closure as a function of the parameters, which are as they were when it returns; its last value is known already."""
+def value_and_grad(
+    given: list[Tensor], params: list[Tensor], grads: list[Tensor], value: Any, value_and_grad: Callable[[], Any]
+) -> Any:
+    """A closure as a function of the parameters, which it leaves where it was evaluated; at `given` its value is known."""
 
     def evaluate(at: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        if all(map(operator.is_, at, params)):
-            return torch.as_tensor(value), grads
-        kept = [p.clone() for p in params]
+        if all(map(operator.is_, at, given)):
+            return torch.as_tensor(value).detach(), grads
         torch._foreach_copy_(params, at)
-        try:
-            with torch.enable_grad():
-                loss = value_and_grad()
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            return torch.as_tensor(loss).detach(), [g.to_dense() if g.is_sparse else g for g in found]
-        finally:
-            torch._foreach_copy_(params, kept)
+        with torch.enable_grad():
+            loss = value_and_grad()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        return torch.as_tensor(loss).detach(), [g.to_dense() if g.is_sparse else g for g in found]
 
     return evaluate

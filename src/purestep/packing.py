@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors as unflatten
+from torch._utils import _unflatten_dense_tensors
 
 COUNT = 16
 """From this many tensors on."""
@@ -35,7 +35,7 @@ class Scratch:
 
     def make(self, like: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         flat = like[0].new_empty(self.size)
-        return list(unflatten(flat, like)), flat
+        return split(flat, like), flat
 
     def joined(self, xs: Sequence[Tensor]) -> Tensor | None:
         """The one tensor that these are the consecutive pieces of, if there is one."""
@@ -53,6 +53,12 @@ class Scratch:
         pieces, flat = self.make(xs)
         torch._foreach_copy_(pieces, list(xs))
         return pieces, flat
+
+
+def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Consecutive pieces of one long tensor, in the shapes of these."""
+    pieces: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call]
+    return list(pieces)
 
 
 def small(xs: Sequence[Tensor]) -> bool:

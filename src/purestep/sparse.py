@@ -21,7 +21,7 @@ from purestep.tree import quote
 class Row(NamedTuple):
     """One parameter with a sparse gradient."""
 
-    index: tuple[Tensor, ...]  # of the rows, as tensors are indexed
+    at: tuple[Tensor, ...]  # of the rows, as tensors are indexed
     param: Tensor
     states: list[list[Any]]  # per link, per field
 
@@ -63,17 +63,17 @@ class Touched:
         out, states = list(out), [list(s) for s in states]
         for k, row in self.rows.items():
             if apply:
-                out[k] = put(row.param, row.index, out[k])
+                out[k] = put(row.param, row.at, out[k])
             else:
                 out[k] = torch.sparse_coo_tensor(
-                    torch.stack(row.index), out[k], row.param.shape, check_invariants=False, is_coalesced=True
+                    torch.stack(row.at), out[k], row.param.shape, check_invariants=False, is_coalesced=True
                 )
             for columns, fields, old in zip(states, self.plan.fields, row.states):
                 for f in fields.tensors:
                     if columns[f][k] is not None:
                         columns[f] = list(columns[f])
                         whole = old[f] if old[f] is not None else torch.zeros_like(row.param)
-                        columns[f][k] = put(whole, row.index, columns[f][k])
+                        columns[f][k] = put(whole, row.at, columns[f][k])
         return out, states
 
 

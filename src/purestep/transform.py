@@ -100,17 +100,17 @@ class Transform:
         for link in self.links:
             value = link.transform
             fields = fields_of(value)
+            on = [p is not None for p in leaves]
+            for mask in link.masks:
+                on = [a and b for a, b in zip(on, evaluate_mask(mask, leaves, spec))]
             if value.declaration.whole:
-                rows = [k for k, p in enumerate(leaves) if p is not None]
+                rows = [k for k, yes in enumerate(on) if yes]
                 made = [
                     put([None] * len(leaves), rows, c) if leaf else c
                     for c, leaf in zip(fresh_whole_state(value, pick(leaves, rows)), fields.leaves)
                 ]
                 states.append(self._tree(link, made, spec))
                 continue
-            on = [p is not None for p in leaves]
-            for mask in link.masks:
-                on = [a and b for a, b in zip(on, evaluate_mask(mask, leaves, spec))]
             if is_off(value):
                 on = [False] * len(leaves)
             if value.declaration.requires is not None:
@@ -525,7 +525,9 @@ def leafwise(
     return declare
 
 
-def whole(state: Any = None, *, sparse: Sparse = None) -> Callable[[Callable[..., Any]], Callable[..., Transform]]:
+def whole(
+    state: Any = None, *, moves: bool = False, sparse: Sparse = None
+) -> Callable[[Callable[..., Any]], Callable[..., Transform]]:
     """Declare a whole transform: a function of all parameters together becomes a factory of transforms.
 
     The function takes the list of gradients, its state and the list of parameters, `(gs, s, ps, ...)`, then the transform's
@@ -536,6 +538,7 @@ def whole(state: Any = None, *, sparse: Sparse = None) -> Callable[[Callable[...
         state: a `NamedTuple` with a classmethod `init(params)`, which is given the list of all parameters. A field annotated
             `list[Tensor]` has an entry per parameter, any other is the transform's own; one called `step` counts the
             updates, which the function does itself. Without a state the function is handed an `EmptyState` to return.
+        moves: the function returns new parameters instead of updates. What it gives is then kept to the last bit.
         sparse: as in `leafwise`; with ``"rows"`` the function is given these rows alone.
 
     >>> import torch, purestep as ps
@@ -550,7 +553,7 @@ def whole(state: Any = None, *, sparse: Sparse = None) -> Callable[[Callable[...
         raise TypeError(f"whole takes a state (a NamedTuple with a classmethod init(params)) or nothing, but got {state!r}.")
 
     def declare(function: Callable[..., Any]) -> Any:
-        return factory_of(LinkDeclaration(function, state, whole=True, sparse=sparse), Whole)
+        return factory_of(LinkDeclaration(function, state, whole=True, moves=moves, sparse=sparse), Whole)
 
     return declare
 

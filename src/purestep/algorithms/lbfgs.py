@@ -20,11 +20,10 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from purestep.engine import choose
 from purestep.hyper import Extra, Hyper, NonNegative, Steps
-from purestep.maths import counter, maximum, minimum, precise, root, where
+from purestep.maths import counter, maximum, minimum, precise, root, some, where
 from purestep.optimizer import SHARED, Optimizer, Params, over
 from purestep.transform import whole
 
@@ -109,7 +108,7 @@ class Rules(NamedTuple):
     number: Callable[[Any], Number]
 
 
-@whole(LBFGSState)
+@whole(LBFGSState, moves=True)
 def lbfgs(
     gs: list[Tensor],
     s: LBFGSState,
@@ -248,7 +247,7 @@ def lbfgs(
         stored(s.func_evals + m.evaluations, s.func_evals), stored(m.total, s.n_iter), m.d, stored(m.t, s.t),
         y, steps, tuple([stored(x, g) for x in ro]), stored(scale, g), m.g, stored(m.start.f, s.prev_loss),
     )  # fmt: skip
-    return [x - p for x, p in zip(m.x, ps)], state
+    return list(m.x), state
 
 
 def check_line_search(name: str | None) -> None:
@@ -401,18 +400,6 @@ def minimum_of_cubic(a: Point, b: Point, shortest: Number, longest: Number) -> N
 
 
 # ----------------------------------------------------------------------------------------------------- numbers and flags
-
-
-def some(flag: Flag) -> bool:
-    """Whether a flag holds for any member of the batch, or that may be."""
-    if not isinstance(flag, Tensor):
-        return flag
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True  # what is recorded now is run with other values
-    while functorch.is_functorch_wrapped_tensor(flag):
-        flag = functorch.get_unwrapped(flag)
-    with torch._C._DisableFuncTorch():
-        return bool(flag.any())
 
 
 def no(flag: Flag) -> Flag:
@@ -568,7 +555,7 @@ class LBFGS(Optimizer):
         under = self.state.get(params[0], {})
         if "func_evals" not in under:
             return
-        fresh = LBFGSState.init([p for p in params if p.requires_grad])._asdict()
+        fresh = LBFGSState.init(params)._asdict()
         likes = {"old_dirs": fresh["d"], "old_stps": fresh["d"], "ro": fresh["H_diag"]}
 
         def like(x: Any, y: Tensor) -> Tensor:

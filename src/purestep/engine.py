@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from purestep import maths
 from purestep.maths import Scalar
 from purestep.packing import Scratch, small, split
-from purestep.program import call, program, runner
+from purestep.program import Program, call, program, runner
 from purestep.tree import Spec, flatten_like, quote
 from purestep.value import Declaration, Schedule, Value
 
@@ -98,7 +98,7 @@ def inspect_state(state: Any, whole: bool) -> Fields:
     names: tuple[str, ...] = state._fields
     scalars = tuple(hints[n] == Scalar for n in names)
     leaves = tuple(typing.get_origin(hints[n]) is list for n in names) if whole else (True,) * len(names)
-    like = tuple(hints[n] is Tensor for n in names)
+    like = tuple(hints[n] in (Tensor, Tensor | None) for n in names)
     optional = any(type(None) in typing.get_args(hints[n]) for n in names)
     return Fields(names, scalars, like, leaves, optional, names.index("step") if "step" in names else -1)
 
@@ -139,6 +139,7 @@ class Kernel(NamedTuple):
     pattern: tuple[tuple[LinkDeclaration, bool], ...]  # each with whether it may be left out
     run: Callable[..., None]
     copies: bool = True  # whether it pays to copy what was not given away, so that the kernel can write on it
+    tails: bool = True  # whether it pays as the tail of a longer chain, which would be one program without it
 
 
 class Trust:
@@ -297,7 +298,7 @@ class Segment:
         self.head = self.tail = self
         for kernel in KERNELS:
             k = tail(kernel, self.declarations)
-            if k is not None and suits(values[k:]):
+            if k is not None and (k == 0 or kernel.tails) and suits(values[k:]):
                 self.kernel = kernel
                 if k:
                     self.head, self.tail = Segment(positions[:k], values[:k]), Segment(positions[k:], values[k:])
@@ -516,7 +517,8 @@ class Call:
             if self.donate:  # what was written in place, below autograd's sight
                 written = list(params) if apply else []
                 if self.trust is None:
-                    written += [c for (_, _, info), own in zip(segment.items, fields) for f in info.tensors for c in own[f]]
+                    tensors = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]
+                    written += [x for column in tensors for x in column if x is not None]
                 torch.autograd.graph.increment_version(written)
         else:
             run = self.leaf if self.mode == "leaf" else self.program
@@ -549,7 +551,7 @@ class Call:
                 given = [x.to(wide) if like and x is not None else x for x, like in zip(old, info.like)]
                 u, state = leaf_update(value, info, u, given, p)
                 for column, x, y, like in zip(new, state, old, info.like):
-                    column.append(y.copy_(x) if self.write and like else x.to(y.dtype) if like and x is not None else x)
+                    column.append(x if x is None or not like else y.copy_(x) if self.write else x.to(y.dtype))
             if apply:
                 u = p + u
                 if self.write:
@@ -563,8 +565,8 @@ class Call:
 
     def packed(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any] | None:
         """Many small tensors as one, if that is possible."""
-        if not (small(params) and small(grads)):
-            return None
+        if (apply and segment.kernel is not None) or not (small(params) and small(grads)):
+            return None  # on small tensors a kernel costs less than to gather them
         absent = tuple([tuple([c[0] is None for c in own]) for own in fields])
         recipe = program(details(segment, absent), False, True, self.donate, *segment.declarations)
         columns = [(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.tensors if fields[j][f][0] is not None]
@@ -594,9 +596,8 @@ class Call:
                 given[j][f], flat = scratch.join(given[j][f])
             flats[j][f] = pieces(flat)
         torch._foreach_copy_(scratch.grads, grads)
-        kernel = apply and segment.kernel is not None and segment.kernel.copies
-        add = apply and not reads and not kernel  # the updates to the parameters where these are
-        if reads or kernel:
+        add = apply and not reads  # the updates to the parameters where these are
+        if reads:
             torch._foreach_copy_(scratch.params, params)
         own, self.own, trust, self.trust = self.own, True, self.trust, None
         out, news = self.program(segment, pieces(scratch.grad), pieces(scratch.param), flats, apply and not add)
@@ -653,16 +654,22 @@ class Call:
                         return self.promoted(segment, grads, params, fields, apply)
                     columns.append(c)
                 places.append((j, f))
-        run = runner(details(segment, tuple(absent)), apply, self.own, self.donate, *segment.declarations)
+        recipe = details(segment, tuple(absent))
         numbers = segment.numbers if segment.numbers is not None else self.numbers(segment, fields)
         cuts = chunks(params) if self.mode == "program" else None
         if cuts is None:
+            run = runner(recipe, apply, self.own, self.donate, *segment.declarations)
             updates, *results = run(grads, params, *columns, *numbers)
+        elif (
+            blocks := Blocks.of(program(recipe, apply, self.own, True, *segment.declarations), grads, params, columns)
+        ) is not None:
+            updates, *results = blocks.run(numbers, self.donate)
         else:
-            pieces = [
+            run = runner(recipe, apply, self.own, self.donate, *segment.declarations)
+            made = [
                 run(grads[cut], params[cut], *[c[cut] if isinstance(c, list) else c for c in columns], *numbers) for cut in cuts
             ]
-            updates, *results = [list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*pieces)]
+            updates, *results = [list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*made)]
         if any([isinstance(x, Tensor) for x in (*columns, *numbers)]):  # a 0-d parameter is promoted by a 0-d number
             updates, *results = [x if isinstance(x, (Tensor, float)) else cast(x, dtype) for x in (updates, *results)]
         for (j, f), x in zip(places, results):
@@ -767,6 +774,76 @@ class Call:
             if new is None:
                 new = made[key] = stored(old, x)
             self.states[i][f] = [new] * len(column) if rows is None else put(column, rows, [new] * len(rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------- blocks
+
+
+class Blocks(NamedTuple):
+    """An elementwise program, and lists of large tensors, to be run on pieces that fit the cache.
+
+    The program overwrites what it is given. What was not given away is copied first, piece by piece, into memory that is
+    handed out in the end.
+    """
+
+    program: Program
+    grads: list[Tensor]
+    params: list[Tensor]
+    columns: list[Any]  # lists, and numbers
+
+    @classmethod
+    def of(cls, program: Program, grads: list[Tensor], params: list[Tensor], columns: list[Any]) -> Blocks | None:
+        """None if the program must see whole tensors, or they are not each in one piece."""
+        lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
+        if not program.elementwise or not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
+            return None
+        return cls(program, grads, params, columns)
+
+    def run(self, numbers: list[Any], donate: bool) -> tuple[Any, ...]:
+        """What the program returns for the whole."""
+        apply = self.program.recipe.apply
+
+        def room(xs: list[Tensor]) -> list[Tensor]:
+            return [torch.empty_like(x) for x in xs]
+
+        params = room(self.params) if apply and not donate else self.params
+        columns = [room(c) if isinstance(c, list) and not donate else c for c in self.columns]
+        updates = params if apply else room(self.params)
+        sizes = [p.numel() for p in self.params]
+        fresh = [(a, b) for a, b in zip((self.params, *self.columns), (params, *columns)) if a is not b]
+        copies = [(cut(a, sizes), cut(b, sizes)) for a, b in fresh]
+        new = [cut(c, sizes) for c in (params, *columns) if isinstance(c, list)]
+        grads, out = cut(self.grads, sizes), cut(updates, sizes)
+        results: tuple[Any, ...] = ()
+        for block in blocks([x.numel() for x in grads]):
+            for x, y in copies:
+                torch._foreach_copy_(y[block], x[block])
+            pieces = iter(new)
+            p = next(pieces)[block]
+            given = [next(pieces)[block] if isinstance(c, list) else c for c in columns]
+            results = self.program.run(grads[block], p, *given, *numbers)
+            if not apply:
+                torch._foreach_copy_(out[block], list(results[0]))
+        return updates, *[c if isinstance(c, list) else x for c, x in zip(columns, results[1:])]
+
+
+def cut(xs: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """Large tensors in pieces, the others as they are."""
+    pieces: list[Tensor] = []
+    for x, size in zip(xs, sizes):
+        pieces += torch.split(x.view(-1), CHUNK) if size > CHUNK else (x,)
+    return pieces
+
+
+def blocks(sizes: list[int]) -> list[slice]:
+    """Consecutive slices of about `CHUNK` elements each."""
+    cuts, start, size = [], 0, 0
+    for k, n in enumerate(sizes):
+        if size and size + n > CHUNK:
+            cuts.append(slice(start, k))
+            start, size = k, 0
+        size += n
+    return [*cuts, slice(start, len(sizes))]
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
@@ -959,18 +1036,10 @@ def same_layout(tensors: Sequence[Tensor]) -> bool:
 
 def chunks(params: list[Tensor]) -> list[slice] | None:
     """Slices of the parameters of about `CHUNK` elements each; None for all at once, as an accelerator wants it."""
-    if not params[0].is_cpu or len(params) == 1:
+    if not params[0].is_cpu:
         return None
     sizes = [p.numel() for p in params]
-    if sum(sizes) <= 2 * CHUNK:
-        return None
-    cuts, start, size = [], 0, 0
-    for k, n in enumerate(sizes):
-        if size and size + n > CHUNK:
-            cuts.append(slice(start, k))
-            start, size = k, 0
-        size += n
-    return [*cuts, slice(start, len(params))]
+    return None if sum(sizes) <= 2 * CHUNK else blocks(sizes)
 
 
 def pieces(flat: Tensor) -> list[Tensor]:

@@ -52,5 +52,5 @@ for scale, amsgrad in ((scale_by_adam, False), (scale_by_amsgrad, True)):
     KERNELS.append(Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), _adam(torch._fused_adam_, amsgrad)))
     KERNELS.append(Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), _adam(torch._fused_adamw_, amsgrad)))
 KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_adagrad, scale_by_learning_rate), _adagrad))
-KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd, copies=False))
-KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd, copies=False))
+KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd, copies=False, tails=False))
+KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd, copies=False, tails=False))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -25,16 +25,26 @@ Its first value must not depend on the parameter: parameters share one tensor fo
 """
 
 
-def operation(function: F) -> F:
+@overload
+def operation(function: F) -> F: ...
+@overload
+def operation(*, like: bool) -> Callable[[F], F]: ...
+def operation(function: Any = None, *, like: bool = False) -> Any:
     """Make `function` one operation of a leaf function: the tracer records the call and does not look inside.
 
     Whatever torch can do to one tensor can be written this way: branches on a shape, loops, a matrix decomposition. All
     arguments are positional; the program calls `function` once per parameter.
 
+    Args:
+        function: what to call.
+        like: promises that the result is a new tensor of the parameter's shape and dtype, whose memory may be reused.
+
     >>> @operation
     ... def spectral_norm(x: Tensor) -> Tensor:
     ...     return torch.linalg.matrix_norm(x, 2)
     """
+    if function is None:
+        return functools.partial(operation, like=like)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -43,7 +53,8 @@ def operation(function: F) -> F:
                 return x.tracer.create_proxy("call_function", call, args, {})
         return function(*args)
 
-    return call  # type: ignore[return-value]
+    call.like = like  # type: ignore[attr-defined]
+    return call
 
 
 @operation

@@ -192,10 +192,29 @@ def trace(recipe: Recipe) -> tuple[fx.Graph, list[Input], list[fx.Node]]:
         update, new = result
         outputs += [x for x, absent in zip(new, part.absent) if not absent]
     outputs.insert(0, p + update if recipe.apply else update)
-    nodes = [x.node if isinstance(x, fx.Proxy) else x for x in outputs]
+    same = repeated(graph)
+    nodes = [same.get(x.node, x.node) if isinstance(x, fx.Proxy) else x for x in outputs]
     graph.output(tuple(nodes))
     graph.eliminate_dead_code()
     return graph, inputs, nodes
+
+
+def repeated(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Nodes that compute what an earlier one has computed, each with the earlier one, which takes its place."""
+    first: dict[Any, fx.Node] = {}
+    same: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and (node.target in NAMES or node.target in INFIX) and not node.kwargs:
+            found = first.setdefault((node.target, *map(identity, node.args)), node)
+            if found is not node:
+                node.replace_all_uses_with(found)
+                same[node] = found
+    return same
+
+
+def identity(x: Any) -> Any:
+    """What makes two arguments the same: numbers of equal value may differ, as 1 and True or 0.0 and -0.0 do."""
+    return x if isinstance(x, fx.Node) else (type(x), repr(x))
 
 
 def call(d: LeafDeclaration, g: Any, s: Any, p: Any, arguments: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
@@ -267,7 +286,8 @@ class Writer:
         file = f"<purestep {name}: {'+'.join(p.declaration.name for p in self.recipe.parts)}>"
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks and debuggers show it
         exec(builtins.compile(source, file, "exec"), self.space)
-        elementwise = all(self.shaped[x] for x, kind in self.kinds.items() if kind == "list" and (x in self.shaped))
+        elementwise = all(self.shaped[i.node] for i in self.inputs if not i.number)
+        elementwise &= all(op.name != "loop" and self.shaped[op.out] for op in ops)
         return Program(self.recipe, name, source, self.space["program"], elementwise, self.uses.get(self.inputs[1].node, 0) > 0)
 
     # -- 1. kinds
@@ -322,6 +342,9 @@ class Writer:
             lists = op.lists(self.kinds)
             self.shaped[op.out] = bool(op.targets or op.name in ("where", "compare")) and all(self.shaped[x] for x in lists)
             values = lists if op.name != "where" else [x for x in op.args[1:] if self.is_list(x)]
+            if getattr(op.out.target, "like", False):
+                op.fresh = self.shaped[op.out] = self.like[op.out] = True
+                continue
             self.like[op.out] = (
                 self.shaped[op.out] and op.name != "compare" and bool(values) and all(self.like[x] for x in values)
             )
@@ -386,6 +409,9 @@ class Writer:
             inner = self.product(args[0]) or Product([], [args[0]], "mul", set())
             return Product([*inner.numbers, -1.0], inner.lists, inner.name, inner.absorbed | {node})
         if name == "div" and all(map(self.is_list, args)):
+            top = self.product(args[0])
+            if top is not None and top.numbers and len(top.lists) == 1 and top.lists[0] is not args[1]:
+                return Product(top.numbers, [*top.lists, args[1]], "div", top.absorbed | {node})
             return Product([], list(args), "div", {node})
         if name == "div" and self.is_list(args[0]):
             return None  # (y * z) / k stays a division: multiplying by 1/k would round differently

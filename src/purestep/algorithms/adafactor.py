@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from purestep.hyper import Hyper, Interval, NonNegative
 from purestep.maths import Scalar, counter, lerp, maximum, minimum, operation, root
@@ -15,6 +17,7 @@ from purestep.transforms.scale import direction
 
 Floors: TypeAlias = tuple[Annotated[Any, Interval(low=0.0, optional=True)], NonNegative]
 NonPositive: TypeAlias = Annotated[Any, Interval(high=0.0)]
+Factor: TypeAlias = Annotated[Tensor, "a row or a column"]
 AtLeastOne: TypeAlias = Annotated[Any, Interval(low=1.0)]
 
 
@@ -22,8 +25,8 @@ class AdafactorState(NamedTuple):
     """The state of `scale_by_adafactor`. What a parameter does not have is None."""
 
     step: Scalar  # t: updates so far
-    row_var: Tensor | None  # R: running mean of the squared gradient over the last dimension, which it has with size 1
-    col_var: Tensor | None  # C: the same over the last dimension but one
+    row_var: Factor | None  # R: running mean of the squared gradient over the last dimension, which it has with size 1
+    col_var: Factor | None  # C: the same over the last dimension but one
     variance: Tensor | None  # V: running mean of the squared gradient, of parameters with less than two dimensions
 
     @classmethod
@@ -63,14 +66,13 @@ def floor(eps1: Any, x: Tensor) -> Any:
 @operation
 def rms(x: Tensor) -> Tensor:
     """The root mean square of all elements, in float32 at least: in float16 the square of 256 is infinite."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return root((x * x).mean())
+    return vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) / math.sqrt(max(x.numel(), 1))
 
 
 @operation
 def mean_square(g: Tensor, dim: int) -> Tensor:
     """The mean of the squares along one dimension."""
-    return (g * g).mean(dim, keepdim=True)
+    return vector_norm(g, dim=dim, keepdim=True) ** 2 / max(g.shape[dim], 1)
 
 
 @operation
@@ -79,10 +81,12 @@ def product(r: Tensor, c: Tensor, eps1: Any) -> Tensor:
     return r / maximum(r.mean(-2, keepdim=True), floor(eps1, r)) @ c
 
 
-@operation
-def normalized(g: Tensor, v: Tensor, eps1: Any) -> Tensor:
-    """The gradient over its root mean square."""
-    return g * maximum(v, floor(eps1, v) ** 2).rsqrt()
+@operation(like=True)
+def relative(g: Tensor, v: Tensor, p: Tensor, eps: Any, d: Any) -> Tensor:
+    """The gradient over its root mean square, clipped, and relative to the size of the parameter."""
+    eps1, eps2 = eps
+    u = g * maximum(v, floor(eps1, v) ** 2).rsqrt()
+    return (u * (maximum(rms(p), eps2) / maximum(rms(u) / d, 1.0))).to(g.dtype)
 
 
 @leafwise(AdafactorState, requires=real)
@@ -133,17 +137,16 @@ def scale_by_adafactor(
     Reference: Shazeer & Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
     <https://arxiv.org/abs/1804.04235>`_, 2018.
     """
-    t, (eps1, eps2) = s.step + 1, eps
+    t = s.step + 1
     rate = t**beta2_decay
     if s.variance is None:
         r = lerp(s.row_var, mean_square(g, -1), rate)
         c = lerp(s.col_var, mean_square(g, -2), rate)
-        s, v = AdafactorState(t, r, c, None), product(r, c, eps1)
+        s, v = AdafactorState(t, r, c, None), product(r, c, eps[0])
     else:
         v = lerp(s.variance, g * g, rate)
         s = AdafactorState(t, None, None, v)
-    u = normalized(g, v, eps1)
-    return u * (maximum(rms(p), eps2) / maximum(rms(u) / d, 1.0)), s
+    return relative(g, v, p, eps, d), s
 
 
 @leafwise(RelativeStepState)

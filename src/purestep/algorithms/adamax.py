@@ -56,7 +56,7 @@ def scale_by_adamax(
     t = s.step + 1
     m = lerp(s.exp_avg, g, 1 - b1)
     v = maximum(b2 * s.exp_inf, abs(g) + eps)
-    return m / ((1 - b1**t) * v), AdamaxState(t, m, v)
+    return 1 / (1 - b1**t) * m / v, AdamaxState(t, m, v)
 
 
 def adamax(

@@ -49,7 +49,7 @@ def scale_by_radam(
     rectification = root((rho - 4) * (rho - 2) * most / ((most - 4) * (most - 2) * rho) * (1 - b2**t))
     on = where(length > 5, 1.0, 0.0)
     factor = where(length > 5, rectification, 1.0) / (1 - b1**t)
-    return factor * s.exp_avg / (on * (root(s.exp_avg_sq) + eps) + (1 - on)), s
+    return factor * s.exp_avg / (on * root(s.exp_avg_sq) + (on * eps + 1 - on)), s
 
 
 def radam(

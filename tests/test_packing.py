@@ -1,4 +1,4 @@
-"""Many small tensors run as one long one: the same numbers, and no one can tell but by the clock."""
+"""Many small tensors run as one long one, large ones in blocks: the same numbers, and no one can tell but by the clock."""
 
 from __future__ import annotations
 
@@ -209,3 +209,42 @@ def test_two_threads_may_step_one_transform() -> None:
     for thread in threads:
         thread.join()
     assert all(difference(r, expected) == 0 for r in results)
+
+
+@each_options()
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+def test_blocks(case: Case, options: Options, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of 12, 30 and 1 elements in blocks of 7; nothing given is changed unless it was given away."""
+    monkeypatch.setattr(purestep.engine, "CHUNK", 7)
+    shapes = [s for s in ((3, 4), (30,), (5, 3), ()) if case.treats(torch.zeros(s))]
+
+    def drawn(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+    t = case.transform(options)
+    results = []
+    for how in ({"donate": donate}, {"executor": "leaf"}):
+        params, state = drawn(0), t.init_state(drawn(0))
+        for k in range(STEPS):
+            given = (drawn(k + 1), state, params)
+            copied = clone(given)
+            params, state = t.step(*given, **how)  # type: ignore[arg-type]
+            assert difference(given[0], copied[0]) == 0
+            if not donate:
+                assert difference(given, copied) == 0
+            elif "donate" in how:
+                assert all(a is b for a, b in zip(params, given[2]))
+        updates, after = t.update(drawn(9), state, params)
+        results.append((params, state, updates, after))
+    assert difference(*results) <= 1e-12
+
+
+def test_blocks_are_what_runs_on_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = purestep.engine.blocks
+    monkeypatch.setattr(purestep.engine, "CHUNK", 8)
+    monkeypatch.setattr(purestep.engine, "blocks", lambda given: sizes.append(max(given)) or original(given))
+    t, p = ps.nadam(0.1), torch.zeros(100)
+    t.step(torch.ones(100), t.init_state(p), p)
+    assert sizes[-1] == 8

@@ -27,6 +27,7 @@ purestep's wrapper modes with the fastest of torch's; and single modes with thei
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -294,8 +295,8 @@ def check(algorithm: Algorithm, runs: dict[str, Run], begin: list[Tensor], grads
 
 
 def farthest(xs: list[Tensor], ys: list[Tensor]) -> float:
-    """The largest difference between elements."""
-    return max((x - y).abs().max().item() for x, y in zip(xs, ys))
+    """The largest difference between elements; NaN if there is one."""
+    return torch.stack([(x - y).abs().max() for x, y in zip(xs, ys)]).max().item()
 
 
 def compare(
@@ -423,6 +424,13 @@ def show_means(found: Iterable[Mean]) -> str:
     return f"Geometric means of the ratios\n\n{table}\n"
 
 
+def release() -> None:
+    """Give memory back to the system: what a table needs is several GB, and an optimizer may hold itself in a cycle."""
+    gc.collect()
+    if sys.platform == "linux":  # glibc keeps what is freed in pieces, which do not fit the next table's tensors
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+
+
 def positive(text: str) -> int:
     """A whole number above 0, from the command line."""
     if int(text) < 1:
@@ -488,7 +496,7 @@ def main() -> None:
                 print(failures[-1], end="\n\n", flush=True)
                 continue
             finally:
-                gc.collect()  # what a set needs is several GB; an optimizer may hold itself in a cycle
+                release()
             tables.append(table)
             if not options.summary:
                 print(show(table), flush=True)

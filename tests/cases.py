@@ -5,8 +5,6 @@ Adding a case here puts it under every test in this folder. What an algorithm la
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,46 +12,8 @@ import torch
 from torch import Tensor
 
 import purestep as ps
-from tests.problems import PROBLEMS
-
-Options = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One transform, with options under which it is tested."""
-
-    name: str
-    make: Callable[..., ps.Transform]
-    options: tuple[Options, ...]
-    """Several sets of options; the first is the one for tests that need only one."""
-    twin: Callable[..., torch.optim.Optimizer] | None = None
-    """What computes the same: called with parameters and the same options."""
-    step: float | None = None
-    """For a transform that gives updates, not steps: what to multiply them with in a training loop."""
-    smooth: bool = True
-    """Whether finite differences are meaningful at random points."""
-    lacks: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Capability -> reason."""
-    covers: tuple[str, ...] = ()
-    """Further public names that this case tests."""
-    problems: tuple[str, ...] = ("mlp", "logistic")
-    """What it is trained on, by its name in PROBLEMS; the first is the one for tests that need only one."""
-    treats: Callable[[Tensor], bool] = lambda p: True
-    """The parameters it can treat."""
-    least: dict[str, float] = dataclasses.field(default_factory=dict)
-    """The least values of hyperparameters that may not be made much smaller."""
-
-    @property
-    def problem(self) -> Callable[..., Any]:
-        return PROBLEMS[self.problems[0]]
-
-    def __str__(self) -> str:
-        return self.name
-
-    def transform(self, options: Options | None = None) -> ps.Transform:
-        t = self.make(**(self.options[0] if options is None else options))
-        return t if self.step is None else ps.chain(t, ps.scale(self.step))
+from tests import cases_blocks, cases_methods, cases_modern
+from tests.case import Case, Options
 
 
 def _adam_options(**more: Any) -> tuple[Options, ...]:
@@ -264,6 +224,8 @@ CLASSES = tuple(
     and hasattr(ps.optim, name)
 )
 """The classes of torch.optim that purestep.optim has under the same name."""
+
+CASES += [*cases_blocks.CASES, *cases_modern.CASES, *cases_methods.CASES]
 
 ALL = [(case, options) for case in CASES for options in case.options]
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import purestep as ps
 import purestep.engine
-from purestep import optim
+from purestep import fused, optim
 from tests.cases import Case, Options, each_options
 from tests.problems import clone, difference
 
@@ -216,6 +216,7 @@ def test_two_threads_may_step_one_transform() -> None:
 def test_blocks(case: Case, options: Options, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of 12, 30 and 1 elements in blocks of 7; nothing given is changed unless it was given away."""
     monkeypatch.setattr(purestep.engine, "CHUNK", 7)
+    monkeypatch.setattr(purestep.engine, "SIZE", 0)
     shapes = [s for s in ((3, 4), (30,), (5, 3), ()) if case.treats(torch.zeros(s))]
 
     def drawn(seed: int) -> list[Tensor]:
@@ -244,7 +245,34 @@ def test_blocks_are_what_runs_on_large_tensors(monkeypatch: pytest.MonkeyPatch) 
     sizes: list[int] = []
     original = purestep.engine.blocks
     monkeypatch.setattr(purestep.engine, "CHUNK", 8)
+    monkeypatch.setattr(purestep.engine, "SIZE", 0)
     monkeypatch.setattr(purestep.engine, "blocks", lambda given: sizes.append(max(given)) or original(given))
     t, p = ps.nadam(0.1), torch.zeros(100)
     t.step(torch.ones(100), t.init_state(p), p)
     assert sizes[-1] == 8
+
+
+def test_small_tensors_on_one_thread_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is called for small tensors with one thread, and the number of threads is what it was afterwards."""
+    threads = torch.get_num_threads()
+    seen: list[tuple[int, int]] = []
+    original = torch._fused_adamw_
+
+    def spy(params: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append((len(params), torch.get_num_threads()))
+        original(params, *args, **kwargs)
+
+    adamw = fused._adam(spy, amsgrad=False)
+    sizes = [3] * 10 + [5000] * 2
+    lists = [[torch.randn(n, generator=torch.Generator().manual_seed(k)) for n in sizes] for k in range(4)]
+    results = []
+    for serial in (fused.SERIAL, 0):
+        monkeypatch.setattr(fused, "SERIAL", serial)
+        p, g, m, v = [[x.clone() for x in xs] for xs in lists]
+        state = {"exp_avg": m, "exp_avg_sq": [x.abs() for x in v], "step": lambda: torch.tensor(3.0)}
+        adamw(p, g, state, {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}, 2)
+        results.append([*p, *m])
+    assert difference(*results) == 0
+    assert torch.get_num_threads() == threads
+    if threads > 1 and fused.OPENMP:
+        assert seen == [(2, threads), (10, 1), (12, threads)]

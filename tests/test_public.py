@@ -107,7 +107,7 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 FLOORS = [
     {"tree", "hyper", "maths", "foreach", "packing"},
-    {"value"},
+    {"value", "masks"},
     {"program", "schedules"},
     {"engine"},
     {"sparse"},

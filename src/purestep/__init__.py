@@ -57,6 +57,9 @@ from purestep.hyper import Hyper as Hyper
 from purestep.hyper import NonNegative as NonNegative
 from purestep.hyper import Positive as Positive
 from purestep.hyper import UnitInterval as UnitInterval
+from purestep.masks import by_module as by_module
+from purestep.masks import by_ndim as by_ndim
+from purestep.masks import by_path as by_path
 from purestep.maths import Scalar as Scalar
 from purestep.maths import counter as counter
 from purestep.maths import filled as filled
@@ -80,7 +83,10 @@ from purestep.transform import whole as whole
 from purestep.transforms.clip import clip as clip
 from purestep.transforms.clip import clip_by_global_norm as clip_by_global_norm
 from purestep.transforms.decay import add_decayed_weights as add_decayed_weights
+from purestep.transforms.mask import freeze as freeze
 from purestep.transforms.mask import masked as masked
+from purestep.transforms.mask import partition as partition
+from purestep.transforms.mask import set_to_zero as set_to_zero
 from purestep.transforms.momentum import TraceState as TraceState
 from purestep.transforms.momentum import trace as trace
 from purestep.transforms.scale import maximize as maximize

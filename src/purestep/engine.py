@@ -30,10 +30,10 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils import _pytree as pytree
 
 from purestep import maths
+from purestep.masks import Label
 from purestep.maths import Scalar
-from purestep.packing import Scratch, small, split
+from purestep.packing import SIZE, Scratch, small, split
 from purestep.program import Program, call, program, runner
-from purestep.tree import Spec, flatten_like, quote
 from purestep.value import Declaration, Schedule, Value
 
 Executor: TypeAlias = Literal["leaf", "foreach", "fused"]
@@ -82,8 +82,9 @@ class LinkDeclaration(Declaration):
         requires: Callable[[str, Tensor], None] | None = None,
         sparse: Sparse = None,
         name: str = "",
+        nested: bool = False,
     ) -> None:
-        super().__init__(function, given=3 if state is not None or whole else 2, name=name)
+        super().__init__(function, given=3 if state is not None or whole else 2, name=name, inner=Inner if nested else None)
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
         self.moves = moves  # a whole transform that returns new parameters instead of updates
         self.fields = Fields() if state is None else inspect_state(state, whole)
@@ -95,7 +96,7 @@ class LinkDeclaration(Declaration):
 def inspect_state(state: Any, whole: bool) -> Fields:
     """Read the fields of a state off its annotations."""
     hints = typing.get_type_hints(state, include_extras=True)
-    names: tuple[str, ...] = state._fields
+    names: tuple[str, ...] = tuple(n for n in state._fields if n != "inner")  # which is the states of other links
     scalars = tuple(hints[n] == Scalar for n in names)
     leaves = tuple(typing.get_origin(hints[n]) is list for n in names) if whole else (True,) * len(names)
     like = tuple(hints[n] in (Tensor, Tensor | None) for n in names)
@@ -120,10 +121,11 @@ class Primitive(Value):
 
 
 class Link(NamedTuple):
-    """One transform of a chain, and the masks it stands under."""
+    """One transform of a chain, and the masks it stands under, the outermost last."""
 
     transform: Primitive
     masks: tuple[Any, ...] = ()
+    span: int = 0  # how many of the links that follow it is put around
 
 
 class Group(NamedTuple):
@@ -146,12 +148,68 @@ class Trust:
     """The state tensors that a kernel was last given, and need not be looked at again while they are the same objects."""
 
     def __init__(self) -> None:
+        self.dtype: torch.dtype | None = None
         self.sizes: list[int] = []
         self.states: list[list[Tensor]] = []
 
 
+class Solo(NamedTuple):
+    """A plan that is one call of a kernel, with plain numbers."""
+
+    kernel: Kernel
+    hypers: dict[str, Any]
+    fields: tuple[str, ...]  # of the state, as the kernel knows them
+    keys: tuple[str, ...]  # the same, as the chain's state calls them
+    step: str  # the key of the counter; empty if there is none
+
+    @classmethod
+    def of(cls, plan: Plan) -> Solo | None:
+        """None if there is more to a plan."""
+        stage = plan.stages[0]
+        segment = plan.segment(stage.positions) if len(plan.stages) == 1 and stage.positions and not stage.masked else None
+        if segment is None or segment.kernel is None or segment.first or segment.numbers is None:
+            return None
+        named = [(info.names[f], plan.keys[i][f]) for i, _, info in segment.items for f in info.tensors]
+        step = "step" if any([info.step >= 0 for _, _, info in segment.items]) else ""
+        return cls(segment.kernel, segment.hypers, tuple([n for n, _ in named]), tuple([k for _, k in named]), step)
+
+    def again(self, trust: Trust, grads: list[Any], params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
+        """The update that a kernel made last, with new gradients and numbers, and nothing on the way to it.
+
+        Nothing has changed if it is False: then more is new than those, and it takes a `Call` to look at it.
+        """
+        if len(trust.states) != len(self.keys) or choose(None) != "program":
+            return False
+        for key, column in zip(self.keys, trust.states):
+            if not all(map(operator.is_, [s.get(key) for s in states], column)):
+                return False
+        for xs in (grads, params):
+            if not (
+                set(map(type, xs)) <= PLAIN
+                and all([x.layout is torch.strided and x.is_cpu and x.dtype is trust.dtype for x in xs])
+                and list(map(Tensor.numel, xs)) == trust.sizes
+                and all(map(Tensor.is_contiguous, xs))
+            ):
+                return False
+        counters = [s.get(self.step) for s in states] if self.step else [torch.zeros(())]
+        if not one(counters, "program") or not isinstance(counters[0], Tensor) or not counters[0].is_cpu:
+            return False
+        before = counters[0].item()
+        after = stored(counters[0], before + 1)
+        given = {**dict(zip(self.fields, trust.states)), "step": lambda: after}
+        with torch._C._AutoDispatchBelowAutograd():
+            self.kernel.run(params, grads, given, self.hypers, before)
+        torch.autograd.graph.increment_version(params)
+        for s in states if self.step else ():
+            s[self.step] = after  # type: ignore[index]
+        return True
+
+
 KERNELS: list[Kernel] = []
 """Filled by `purestep.fused`; the first whose pattern is the tail of a chain is used."""
+
+SHORT = 4
+"""A program of so many operations costs less without blocks, where there is nothing that may be overwritten."""
 
 CHUNK = 2**18
 """On a CPU a program works on this many elements at a time: its temporaries stay small, and in the cache."""
@@ -204,7 +262,7 @@ def fresh_whole_state(value: Primitive, params: list[Tensor]) -> Sequence[Any]:
     """The state of a whole transform before its first update, with lists for what it keeps per parameter."""
     d = value.declaration
     if d.state is not None:
-        state: Sequence[Any] = d.state.init(params)
+        state: Sequence[Any] = d.state.init(params, None)[:-1] if d.inner else d.state.init(params)
         return state
     return [maths.counter(params[0] if params else torch.zeros(()))] if scheduled(value) else []
 
@@ -227,11 +285,10 @@ class Plan:
     def __init__(self, links: tuple[Link, ...]) -> None:
         self.links = links
         self.whole = any([link.transform.declaration.whole for link in links])
-        self.moves = bool(links) and links[-1].transform.declaration.moves and not links[-1].masks
         self.extras = frozenset([name for link in links for name in link.transform.declaration.extras])
         self.off = [is_off(link.transform) for link in links]
         self.fields = [fields_of(link.transform) for link in links]
-        self.keys = qualified([info.names for info in self.fields])
+        self.keys = qualified([info.names for info in self.fields], links)
         self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
         self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
         self.tensors = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
@@ -241,6 +298,13 @@ class Plan:
             self.stages.append(Stage(self, start, stop, whole))
         if not self.stages or self.stages[-1].whole:
             self.stages.append(Stage(self, len(links), len(links), False))  # where the updates are applied
+        final = links[self.stages[-2].start] if self.stages[-1].start == len(links) > 0 else None
+        self.moves = final is not None and final.transform.declaration.moves and not final.masks
+
+    @functools.cached_property
+    def solo(self) -> Solo | None:
+        """This plan as one call of a kernel, if it is one."""
+        return Solo.of(self)
 
     def segment(self, positions: tuple[int, ...]) -> Segment:
         """The links at these positions, run one after the other."""
@@ -251,10 +315,12 @@ class Plan:
 
 
 class Stage:
-    """A run of consecutive leafwise links, or one whole link."""
+    """A run of consecutive leafwise links, or one whole link with the links it is put around."""
 
     def __init__(self, plan: Plan, start: int, stop: int, whole: bool) -> None:
         self.start, self.stop, self.whole = start, stop, whole
+        nested = whole and bool(plan.links[start].transform.declaration.inner)
+        self.inner = Plan(plan.links[start + 1 : stop]) if nested else None
         on = [i for i in range(start, stop) if not plan.off[i]]
         self.masked = any([plan.links[i].masks for i in on])
         self.positions = tuple(on)
@@ -263,24 +329,55 @@ class Stage:
 
 
 def runs(links: Sequence[Link]) -> list[tuple[int, int, bool]]:
-    """Runs of consecutive leafwise links, and each whole link by itself: (start, stop, is whole)."""
+    """Runs of consecutive leafwise links, and each whole link with what it is put around: (start, stop, is whole)."""
     result: list[tuple[int, int, bool]] = []
-    for i, link in enumerate(links):
-        whole = link.transform.declaration.whole
+    i = 0
+    while i < len(links):
+        whole, stop = links[i].transform.declaration.whole, i + 1 + links[i].span
         if not whole and result and not result[-1][2]:
-            result[-1] = (result[-1][0], i + 1, False)
+            result[-1] = (result[-1][0], stop, False)
         else:
-            result.append((i, i + 1, whole))
+            result.append((i, stop, whole))
+        i = stop
     return result
 
 
-def qualified(names: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def qualified(names: list[tuple[str, ...]], links: Sequence[Link]) -> list[tuple[str, ...]]:
     """Per link, the names of its fields in one namespace: qualified by the link's number where two links share a name.
 
-    All links of a chain count the same updates, so there is one `step`.
+    All links of a chain count the same updates, so there is one `step`; those inside another transform count its, so where
+    there is a `step` outside, theirs is qualified by that transform's number. Links that no parameter has in common share
+    names, but for whole ones, which may have fields of their own.
     """
-    every = [n for own in names for n in own if n != "step"]
-    return [tuple([n if n == "step" or every.count(n) == 1 else f"{i}.{n}" for n in own]) for i, own in enumerate(names)]
+    around = surrounding(links)
+
+    def alone(i: int, name: str) -> bool:
+        return not any([j != i and name in own and meet(links[i], links[j]) for j, own in enumerate(names)])
+
+    def step(i: int) -> str:
+        whole = links[i].transform.declaration.whole  # such a counter is kept elsewhere
+        others = [j for j, own in enumerate(names) if "step" in own and links[j].transform.declaration.whole == whole]
+        return f"{around[i]}.step" if any([around[j] < around[i] and meet(links[i], links[j]) for j in others]) else "step"
+
+    return [
+        tuple([step(i) if n == "step" else n if alone(i, n) else f"{i}.{n}" for n in own]) for i, own in enumerate(names)
+    ]
+
+
+def surrounding(links: Sequence[Link]) -> list[int]:
+    """For each link, the one that is put around it, the innermost if there are several; -1 for none."""
+    found = [-1] * len(links)
+    for i, link in enumerate(links):
+        found[i + 1 : i + 1 + link.span] = [i] * link.span
+    return found
+
+
+def meet(a: Link, b: Link) -> bool:
+    """Whether two links may act on the same parameter."""
+    if a.transform.declaration.whole and b.transform.declaration.whole:
+        return True
+    labels = {id(m.labels): m.label for m in a.masks if isinstance(m, Label)}
+    return all([labels.get(id(m.labels), m.label) == m.label for m in b.masks if isinstance(m, Label)])
 
 
 class Segment:
@@ -352,7 +449,8 @@ class Call:
 
     `params` and `grads` are lists; `states` holds, per link, a list of its state's fields, and a field is a list over the
     parameters (or, in a whole transform, also a value of its own). Every parameter has a gradient: the others never get
-    here. `mask` evaluates a mask on these parameters. `alone` says that no one else holds their counters. With `trust` the
+    here. `mask` says which of these parameters some masks select.
+    `alone` says that no one else holds their counters. With `trust` the
     state is the caller's own: no one looks at its version counters, and it is inspected once. `extras` are the arguments
     that some whole transforms ask for at each update.
     """
@@ -362,7 +460,7 @@ class Call:
         grads: list[Any],
         params: list[Any],
         states: list[Any],
-        mask: Callable[[Any], list[bool]],
+        mask: Callable[[tuple[Any, ...]], list[bool]],
         mode: Mode,
         *,
         apply: bool,
@@ -383,12 +481,12 @@ class Call:
     def run(self, groups: Sequence[Group]) -> tuple[list[Any], list[Any]]:
         """The new parameters (or the updates), and the new states."""
         plan = groups[0].plan
-        self.fields, self.last, self.moves = plan.fields, len(plan.links) - 1, plan.moves
+        self.fields = plan.fields
         last = plan.stages[-1]
         if self.params:
             for n, stage in enumerate(plan.stages):
                 if stage.whole:
-                    self.whole(stage.start, plan.links[stage.start], plan.fields[stage.start])
+                    self.whole(groups, n)
                 elif self.apply and stage.start == len(plan.links) and plan.moves:
                     self.grads = overwrite(self.params, self.grads) if self.donate else self.grads
                 elif stage.stop > stage.start or self.apply:
@@ -399,27 +497,54 @@ class Call:
 
     # -- whole transforms
 
-    def whole(self, i: int, link: Link, info: Fields) -> None:
-        value, fields = link.transform, self.states[i]
+    def whole(self, groups: Sequence[Group], n: int) -> None:
+        """The `n`-th stage, a whole transform, with those it is put around."""
+        plan = groups[0].plan
+        stage = plan.stages[n]
+        i = stage.start
+        link, info, fields = plan.links[i], plan.fields[i], self.states[i]
+        value = link.transform
         d = value.declaration
         on = self.selected(link)
         rows = None if on is None else [k for k, yes in enumerate(on) if yes]
         count = fields[info.step] if info.step >= 0 else None
-        hypers = {n: self.lower(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
-        given = [pick(c, rows) if leaf else c for c, leaf in zip(fields, info.leaves)]
+        arguments = {n: self.lower(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
+        arguments |= {n: self.extra(n, rows) for n in d.extras}
+        given: list[Any] = [pick(c, rows) if leaf else c for c, leaf in zip(fields, info.leaves)]
+        if stage.inner is not None:
+            arguments[d.inner] = inner = Inner(self, [Group(typing.cast(Plan, g.plan.stages[n].inner), g.rows) for g in groups], rows)
+            given.append(inner.state(self.states[i + 1 : stage.stop]))
         state = EmptyState() if d.state is None else d.state(*given)
-        extras = {n: self.extra(n, rows) for n in d.extras}
-        new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **hypers, **extras)
+        new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **arguments)
+        if stage.inner is not None:
+            check_nested(d, after, stage.inner)
+            self.states[i + 1 : stage.stop] = inner.put(self.states[i + 1 : stage.stop], after.inner)
+            after = self.reused(state, after, info)
         if d.state is not None:
             self.states[i] = [list(x) if leaf else x for x, leaf in zip(after, info.leaves)]
             if rows is not None:
                 self.states[i] = [put(c, rows, x) if leaf else x for c, x, leaf in zip(fields, after, info.leaves)]
         elif count is not None:
             self.states[i] = [count + 1]
-        if d.moves and not (self.apply and self.moves and i == self.last):
+        if d.moves and not (self.apply and plan.moves and n == len(plan.stages) - 2):
             new = [x - p for x, p in zip(new, pick(self.params, rows))]
         self.grads = list(new) if rows is None else put(self.grads, rows, new)
         self.own = False
+
+    def reused(self, olds: Sequence[Any], news: Sequence[Any], info: Fields) -> list[Any]:
+        """New fields in the memory of the old ones, if that was given away, and where the new are not made of it."""
+        if not self.donate or self.mode != "program":
+            return list(news)
+        held = {id(x) for old in olds[: len(info.names)] for x in (old if isinstance(old, list) else [old])}
+        result: list[Any] = []
+        for old, new, leaf in zip(olds, news, info.leaves):
+            fresh = not any([id(x) in held for x in (new if leaf else [new])])
+            if fresh and leaf and new:
+                new = overwrite(old, list(new))
+            elif fresh and not leaf and self.alone and isinstance(new, Tensor):
+                new = old.copy_(new)
+            result.append(new)
+        return result
 
     def extra(self, name: str, rows: list[int] | None) -> Any:
         """An extra argument, for some of the parameters: a function of all is one of these, the others held fixed."""
@@ -487,8 +612,7 @@ class Call:
 
     def selected(self, link: Link) -> list[bool] | None:
         """Whether a link acts on each parameter; None if it acts on all."""
-        columns = [self.mask(m) for m in link.masks]
-        return [all(on) for on in zip(*columns)] if columns else None
+        return self.mask(link.masks) if link.masks else None
 
     # -- one bucket
 
@@ -661,7 +785,9 @@ class Call:
             run = runner(recipe, apply, self.own, self.donate, *segment.declarations)
             updates, *results = run(grads, params, *columns, *numbers)
         elif (
-            blocks := Blocks.of(program(recipe, apply, self.own, True, *segment.declarations), grads, params, columns)
+            blocks := Blocks.of(
+                program(recipe, apply, self.own, True, *segment.declarations), grads, params, columns, self.donate
+            )
         ) is not None:
             updates, *results = blocks.run(numbers, self.donate)
         else:
@@ -714,7 +840,7 @@ class Call:
                 number = self.number(count)
                 new[info.step] = number + 1
                 if value.declaration.state is not None:
-                    before, state["step"] = number, lambda c=count, n=number: [stored(c, n + 1)] * len(params)
+                    before, state["step"] = number, lambda c=count, n=number: stored(c, n + 1)
             news.append(new)
         if segment.numbers is None:
             hypers = dict(hypers)
@@ -776,6 +902,96 @@ class Call:
             self.states[i][f] = [new] * len(column) if rows is None else put(column, rows, [new] * len(rows))
 
 
+# ----------------------------------------------------------------------------------------------------------------- nesting
+
+
+class Inner:
+    """A transform inside another, as the function of that one sees it.
+
+    It is pure, as a `Transform` is, but takes and returns lists over the parameters; its state is a value to be passed on.
+    Extra arguments and masks are seen to.
+    """
+
+    def __init__(self, call: Call, groups: Sequence[Group], rows: list[int] | None) -> None:
+        self._call, self._rows = call, rows
+        self._groups, self._fields = groups, groups[0].plan.fields
+        if rows is not None:
+            below = [len([k for k in rows if k < g.rows.start]) for g in groups] + [len(rows)]
+            self._groups = [Group(g.plan, range(*ends)) for g, *ends in zip(groups, below, below[1:])]
+
+    def update(self, gs: list[Tensor], state: Any, params: list[Tensor], *, donate: bool = False) -> tuple[list[Tensor], Any]:
+        """The updates and the new state.
+
+        Args:
+            gs: the gradients.
+            state: what the field `inner` of the state holds, or what the last update returned.
+            params: the parameters.
+            donate: promises that `state` will not be looked at again, so that its memory can be reused if the user gave it
+                away.
+        """
+        call, rows = self._call, self._rows
+        made = Call(
+            list(gs), list(params), [list(s) for s in state], lambda masks: pick(call.mask(masks), rows), call.mode,
+            apply=False, donate=donate and call.donate, alone=call.alone and rows is None, executor=call.executor,
+            extras={name: call.extra(name, rows) for name in call.extras},
+        )  # fmt: skip
+        return made.run(self._groups)
+
+    def when(
+        self, flag: Any, gs: list[Tensor], state: Any, params: list[Tensor], otherwise: list[Tensor] | None = None
+    ) -> tuple[list[Tensor], Any]:
+        """`update` where `flag` holds; elsewhere the updates are `otherwise`, and the state stays as it is.
+
+        Where the flag can be read (on a CPU, outside `torch.func`), what is not wanted is not computed. `state` must not be
+        looked at again.
+
+        Args:
+            flag: a bool, or a 0-d tensor of one, which may differ in each member of a batch.
+            gs: the gradients.
+            state: as in `update`.
+            params: the parameters.
+            otherwise: by default nothing, so that the parameters keep every bit.
+        """
+        call = self._call
+        if isinstance(flag, Tensor) and call.mode == "program" and flag.is_cpu:
+            flag = bool(flag)
+        if flag is True:
+            return self.update(gs, state, params, donate=True)
+        if otherwise is None:
+            otherwise = [torch.zeros_like(g).neg() for g in gs]  # minus zero: adding zero would make 0 of -0
+        if flag is False:
+            return otherwise, state
+        if call.mode != "program":  # the derivative of what is not taken must be finite, too
+            gs = maths.select(flag, gs, [torch.zeros_like(g) for g in gs])
+        us, new = self.update(gs, state, params)
+        after = maths.select(flag, new, state)
+        return maths.select(flag, us, otherwise), [
+            call.reused(old, x, f) if all(f.leaves) else x for old, x, f in zip(state, after, self._fields)
+        ]
+
+    def state(self, states: Sequence[Any]) -> list[Any]:
+        """The state of these links, of the parameters that there are."""
+        return [[pick(c, self._rows) if leaf else c for c, leaf in zip(s, f.leaves)] for s, f in zip(states, self._fields)]
+
+    def put(self, olds: Sequence[Any], news: Sequence[Any]) -> list[Any]:
+        """The new state, with that of the other parameters as it was."""
+        if self._rows is None:
+            return [list(s) for s in news]
+        return [
+            [put(x, self._rows, y) if leaf else y for x, y, leaf in zip(old, new, f.leaves)]
+            for old, new, f in zip(olds, news, self._fields)
+        ]
+
+
+def check_nested(d: LinkDeclaration, after: Any, inner: Plan) -> None:
+    """Refuse what a nested transform returned in place of its state."""
+    if not isinstance(after, d.state) or not isinstance(after.inner, list) or len(after.inner) != len(inner.links):  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{d.name} must return (updates, {d.state.__name__}) with the state of the inner transform in its field 'inner', "
+            f"but its second value is {type(after).__name__}."
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------- blocks
 
 
@@ -792,8 +1008,12 @@ class Blocks(NamedTuple):
     columns: list[Any]  # lists, and numbers
 
     @classmethod
-    def of(cls, program: Program, grads: list[Tensor], params: list[Tensor], columns: list[Any]) -> Blocks | None:
-        """None if the program must see whole tensors, or they are not each in one piece."""
+    def of(
+        cls, program: Program, grads: list[Tensor], params: list[Tensor], columns: list[Any], donate: bool
+    ) -> Blocks | None:
+        """None if the program must see whole tensors, they are not each in one piece, or to copy them costs more than it."""
+        if not donate and program.length <= SHORT:
+            return None
         lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
         if not program.elementwise or not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
             return None
@@ -956,7 +1176,7 @@ def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: An
     if trust is not None:
         if trust.sizes == sizes and len(trust.states) == len(states):
             lists = [grads, params, *[x for x, y in zip(states, trust.states) if not all(map(operator.is_, x, y))]]
-        trust.sizes, trust.states = [], []
+        trust.dtype, trust.sizes, trust.states = p.dtype, [], []
     for x in lists:
         if x[0].dtype is not p.dtype or not set(map(type, x)) <= PLAIN or list(map(Tensor.numel, x)) != sizes:
             return False
@@ -984,7 +1204,7 @@ def alike(values: list[Any]) -> bool:
 
 
 def clones(xs: list[Tensor]) -> list[Tensor]:
-    return [x.clone() for x in xs]
+    return list(torch._foreach_clone(xs))
 
 
 def first_places(values: Sequence[Any]) -> list[int]:
@@ -1035,35 +1255,13 @@ def same_layout(tensors: Sequence[Tensor]) -> bool:
 
 
 def chunks(params: list[Tensor]) -> list[slice] | None:
-    """Slices of the parameters of about `CHUNK` elements each; None for all at once, as an accelerator wants it."""
+    """Slices of the parameters of about `CHUNK` elements each; None for all at once: for small ones, and on accelerators."""
     if not params[0].is_cpu:
         return None
     sizes = [p.numel() for p in params]
-    return None if sum(sizes) <= 2 * CHUNK else blocks(sizes)
+    return None if sum(sizes) <= max(2 * CHUNK, SIZE * len(sizes)) else blocks(sizes)
 
 
 def pieces(flat: Tensor) -> list[Tensor]:
     """One long tensor in pieces that fit the cache."""
     return list(torch.split(flat, CHUNK))
-
-
-def evaluate_mask(mask: Any, params: list[Any], spec: Spec) -> list[bool]:
-    """A mask, a function of path and parameter or a pytree of bools, as one bool per parameter.
-
-    Raises:
-        TypeError: if it answers with anything but a bool, with the path it did so for.
-    """
-    if isinstance(mask, bool):
-        return [mask] * len(params)
-    paths = spec.paths()
-    if callable(mask):
-        values: list[Any] = [p is not None and mask(path, p) for path, p in zip(paths, params)]
-    else:
-        values = flatten_like(mask, spec, "mask")
-    for path, x, p in zip(paths, values, params):
-        if not isinstance(x, bool) and p is not None:
-            raise TypeError(
-                f"A mask must be True or False for every parameter, but for {quote(path)} it is {x!r} "
-                f"({type(x).__name__}). Give (path, param) -> bool, or a pytree of bools shaped like params."
-            )
-    return values

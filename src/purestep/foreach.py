@@ -109,7 +109,12 @@ def lerp(x: Lists, y: Lists, k: Any) -> Lists:
 
 
 def lerp_(x: Lists, y: Lists, k: Any) -> None:
-    axpy_(x, torch._foreach_sub(y, x), k) if isinstance(k, Tensor) else torch._foreach_lerp_(x, y, k)
+    if isinstance(k, Tensor):
+        axpy_(x, torch._foreach_sub(y, x), k)
+    elif k == 1:
+        torch._foreach_copy_(x, y)
+    else:
+        torch._foreach_lerp_(x, y, k)
 
 
 def axpy(x: Lists, y: Any, k: Any) -> Lists:
@@ -122,7 +127,7 @@ def axpy(x: Lists, y: Any, k: Any) -> Lists:
 def axpy_(x: Lists, y: Any, k: Any) -> None:
     if isinstance(k, Tensor):
         torch._foreach_add_(x, torch._foreach_mul(y, k))
-    else:
+    elif k != 0:  # as torch, which leaves decay out where there is none
         torch._foreach_add_(x, y, alpha=k)
 
 

@@ -14,7 +14,7 @@ import math
 import numbers
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeAlias
 
 import torch
@@ -23,13 +23,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Interval:
-    """The numbers a hyperparameter may be: from `low` (excluded if `above`) to `high` (excluded if `below`)."""
+    """The numbers a hyperparameter may be: from `low` (excluded if `above`) to `high` (excluded if `below`).
+
+    It may be None if `optional`, and is a tuple of any length if `several`.
+    """
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
     below: bool = False
     optional: bool = False
+    several: bool = False
 
     def __contains__(self, x: object) -> bool:
         if not isinstance(x, (int, float)):
@@ -74,25 +78,52 @@ Extra: TypeAlias = Annotated[Any, Given()]
 
 @dataclass(frozen=True)
 class Whole:
-    """A number of steps: a whole number of at least 0, and part of a value's structure."""
+    """A number of steps: a whole number of at least `low`, and part of a value's structure.
+
+    It may be None if `optional`, and is a tuple of them, each above the one before, if `rising`.
+    """
+
+    low: int = 0
+    optional: bool = False
+    rising: bool = False
 
 
 Steps: TypeAlias = Annotated[int, Whole()]
 """A number of steps."""
 
+Period: TypeAlias = Annotated[int, Whole(low=1)]
+"""A number of steps, one at least."""
 
-def check_steps(value: Any, name: str) -> int:
+Boundaries: TypeAlias = Annotated[tuple[int, ...], Whole(rising=True)]
+"""Numbers of steps, each above the one before."""
+
+
+def check_steps(value: Any, name: str, whole: Whole) -> Any:
     """`value` as a number of steps.
 
     Raises:
-        ValueError: it is negative.
-        TypeError: it is not a whole number.
+        ValueError: it is too small, or several do not rise.
+        TypeError: it is not a whole number, or not several.
     """
+    if value is None and whole.optional:
+        return None
+    if whole.rising:
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f"{name} must be a tuple of whole numbers, but got {value!r}.")
+        steps = tuple(check_steps(x, f"{name}[{k}]", Whole(whole.low)) for k, x in enumerate(value))
+        if any(x >= y for x, y in zip(steps, steps[1:])):
+            raise ValueError(f"{name} must rise from each to the next, but got {value!r}.")
+        return steps
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number of at least 0, but got {value!r}.")
-    if value < 0:
-        raise ValueError(f"{name} must be a whole number of at least 0, but got {value!r}.")
+        raise TypeError(f"{name} must be a whole number of at least {whole.low}, but got {value!r}.")
+    if value < whole.low:
+        raise ValueError(f"{name} must be a whole number of at least {whole.low}, but got {value!r}.")
     return int(value)
+
+
+def whole_of(annotation: Any) -> Whole | None:
+    """What an annotation asks of a number of steps, or None if it is for something else."""
+    return next((x for x in getattr(annotation, "__metadata__", ()) if isinstance(x, Whole)), None)
 
 
 def interval_of(annotation: Any) -> Interval | tuple[Interval, ...] | None:
@@ -102,6 +133,10 @@ def interval_of(annotation: Any) -> Interval | tuple[Interval, ...] | None:
     if typing.get_origin(annotation) is Annotated:
         return next((x for x in typing.get_args(annotation) if isinstance(x, Interval)), None)
     if typing.get_origin(annotation) is tuple:
+        first, *others = typing.get_args(annotation)
+        if others == [...]:
+            several = interval_of(first)
+            return replace(several, several=True) if isinstance(several, Interval) else None
         parts = [interval_of(x) for x in typing.get_args(annotation)]
         if parts and all(isinstance(x, Interval) for x in parts):
             return tuple(typing.cast("list[Interval]", parts))
@@ -110,7 +145,7 @@ def interval_of(annotation: Any) -> Interval | tuple[Interval, ...] | None:
 
 def anywhere(interval: Interval) -> Interval:
     """The same kind of hyperparameter, with any number."""
-    return Interval(optional=interval.optional)
+    return Interval(optional=interval.optional, several=interval.several)
 
 
 def check(value: Any, interval: Interval | tuple[Interval, ...], name: str, schedule: Callable[[Any], Any]) -> Any:
@@ -124,6 +159,10 @@ def check(value: Any, interval: Interval | tuple[Interval, ...], name: str, sche
         if not isinstance(value, (tuple, list)) or len(value) != len(interval):
             raise ValueError(f"{name} must be {len(interval)} numbers, but got {value!r}.")
         return tuple(check(x, i, f"{name}[{k}]", schedule) for k, (x, i) in enumerate(zip(value, interval)))
+    if interval.several:
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f"{name} must be a tuple, but got {value!r}.")
+        return tuple(check(x, replace(interval, several=False), f"{name}[{k}]", schedule) for k, x in enumerate(value))
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be {interval}, but got a tensor of dtype {value.dtype}.")

@@ -28,8 +28,8 @@ Its first value must not depend on the parameter: parameters share one tensor fo
 @overload
 def operation(function: F) -> F: ...
 @overload
-def operation(*, like: bool) -> Callable[[F], F]: ...
-def operation(function: Any = None, *, like: bool = False) -> Any:
+def operation(*, like: bool = False, single: bool = False) -> Callable[[F], F]: ...
+def operation(function: Any = None, *, like: bool = False, single: bool = False) -> Any:
     """Make `function` one operation of a leaf function: the tracer records the call and does not look inside.
 
     Whatever torch can do to one tensor can be written this way: branches on a shape, loops, a matrix decomposition. All
@@ -38,13 +38,15 @@ def operation(function: Any = None, *, like: bool = False) -> Any:
     Args:
         function: what to call.
         like: promises that the result is a new tensor of the parameter's shape and dtype, whose memory may be reused.
+        single: promises that it is a number for each parameter, a new 0-d tensor or a float: what it is combined with keeps
+            its shape and dtype.
 
     >>> @operation
     ... def spectral_norm(x: Tensor) -> Tensor:
     ...     return torch.linalg.matrix_norm(x, 2)
     """
     if function is None:
-        return functools.partial(operation, like=like)
+        return functools.partial(operation, like=like, single=single)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -53,7 +55,7 @@ def operation(function: Any = None, *, like: bool = False) -> Any:
                 return x.tracer.create_proxy("call_function", call, args, {})
         return function(*args)
 
-    call.like = like  # type: ignore[attr-defined]
+    call.like, call.single = like, single  # type: ignore[attr-defined]
     return call
 
 
@@ -81,6 +83,43 @@ def where(condition: Any, x: Any, y: Any) -> Any:
     if not isinstance(x, Tensor) and not isinstance(y, Tensor):
         x = torch.tensor(x, dtype=precise(condition.device), device=condition.device)
     return torch.where(condition, x, y)
+
+
+def select(condition: Any, x: Any, y: Any) -> Any:
+    """`where` on lists and states: `x` where `condition` holds, else `y`, which has the same structure.
+
+    What is one tensor in several places, as counters are, is one in the result.
+
+    Raises:
+        ValueError: the structures differ.
+
+    >>> select(torch.tensor(False), [torch.tensor(1.0), None], [torch.tensor(2.0), None])
+    [tensor(2.), None]
+    """
+    if not isinstance(condition, Tensor):
+        return x if condition else y
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x if x is y else torch.where(condition.to(x.device), x, y)
+    if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)) and len(x) == len(y):
+        made: list[Any] = []
+        for k, (a, b) in enumerate(zip(x, y)):
+            same = next((j for j in range(k) if x[j] is a and y[j] is b), None) if a is x[0] else None
+            made.append(select(condition, a, b) if same is None else made[same])
+        return type(x)(*made) if hasattr(x, "_fields") else type(x)(made)
+    if isinstance(x, dict) and isinstance(y, dict) and x.keys() == y.keys():
+        return {k: select(condition, a, y[k]) for k, a in x.items()}
+    if isinstance(x, (Tensor, list, tuple, dict)) or isinstance(y, (Tensor, list, tuple, dict)):
+        raise ValueError(f"select takes two values of the same structure, but got {type(x).__name__} and {type(y).__name__}.")
+    if x != y:
+        raise ValueError(f"select cannot choose between {x!r} and {y!r} by a tensor.")
+    return x
+
+
+def finite(tensors: list[Tensor]) -> Any:
+    """Whether all numbers of all tensors are finite: a 0-d tensor on the first one's device, or True for no tensors."""
+    if not tensors:
+        return True
+    return torch.stack([x.isfinite().all().to(tensors[0].device) for x in tensors]).all()
 
 
 @operation
@@ -115,10 +154,11 @@ def cos(x: Any) -> Any:
     return x.cos() if isinstance(x, Tensor) else math.cos(x)
 
 
-def counter(p: Tensor) -> Scalar:
-    """Zero, to count this parameter's updates: float32, or float64 where that is torch's default dtype."""
+def counter(p: Tensor | list[Tensor]) -> Scalar:
+    """Zero, to count this parameter's updates (or those of all): float32, or float64 where that is torch's default dtype."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype, device=p.device)
+    first = p if isinstance(p, Tensor) else p[0] if p else None
+    return torch.zeros((), dtype=dtype, device=None if first is None else first.device)
 
 
 @operation
@@ -147,6 +187,16 @@ def transforming() -> bool:
     """Whether a `torch.func` transform, or forward-mode differentiation, is running."""
     level = functorch.peek_interpreter_stack()
     return isinstance(level, functorch.CInterpreter) or torch.autograd.forward_ad._current_level >= 0
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of `x` can be had as Python's numbers: nothing records what is done to it, or has to be waited for."""
+    return x.is_cpu and not (
+        transforming()
+        or (torch.is_grad_enabled() and x.requires_grad)
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def some(flag: Any) -> bool:
@@ -183,4 +233,4 @@ def multiply(tensors: list[Tensor], k: Tensor) -> list[Tensor]:
     """Every tensor times one 0-d tensor."""
     if recorded([*tensors, k]) or not all([x.device == k.device for x in tensors]):
         return [(x * k.to(x.device)).to(x.dtype) for x in tensors]
-    return list(torch._foreach_mul(tensors, k))
+    return [y.to(x.dtype) for x, y in zip(tensors, torch._foreach_mul(tensors, k))]  # a 0-d tensor is promoted by `k`

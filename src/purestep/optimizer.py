@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain as chained
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeAlias, TypeVar, overload
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -32,14 +32,16 @@ from purestep.engine import (
     Plan,
     Trust,
     choose,
-    evaluate_mask,
+    clones,
     fields_of,
     fresh_state,
     fresh_whole_state,
     is_off,
 )
+from purestep.masks import Label, Memo, Not, refuse_unused, route, select
 from purestep.sparse import Touched
 from purestep.transform import Transform, chain
+from purestep.transforms.mask import masked
 from purestep.transforms.scale import maximize as ascend
 from purestep.tree import Spec, quote
 from purestep.value import same
@@ -54,6 +56,17 @@ SHARED: Any = "shared"
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 FLAGS = ("foreach", "capturable", "differentiable", "fused")
+
+KEPT = ("_recipe", "_options", "_first", "_flags", "_ready", "_routes")
+"""What an optimizer is made of, but for parameters and state."""
+
+
+class Route(NamedTuple):
+    """What the parameters with one label are optimized with."""
+
+    transform: Transform  # the part of the whole that acts on them
+    first: dict[str, Any]  # its hyperparameters: the options of their groups
+    names: dict[str, str]  # what these are called in the whole
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -107,7 +120,7 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"Optimizer takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.")
         flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "capturable": capturable}
         flags |= {"differentiable": differentiable, "fused": fused}
-        self._begin(params, transform, transform.hyperparams, flags)
+        self._begin(params, transform, {} if routed(transform) else transform.hyperparams, flags)
 
     def _begin(self, params: Params, recipe: Any, options: Mapping[str, Any], flags: dict[str, Any]) -> None:
         """`recipe` is the transform, or the factory that makes it from a group's options."""
@@ -119,10 +132,14 @@ class Optimizer(torch.optim.Optimizer):
         self._made: list[tuple[list[Any], Transform]] = []
         self._ready = False
         self._trust: dict[int, Trust] = {}  # per group; see there
-        self._untouched: dict[
-            Tensor, Any
-        ] = {}  # parameters that have made no step, and what they were when their state was made
-        self._check({**options, **flags})
+        self._known: dict[Any, dict[Tensor, bool]] = {}  # which parameters masks select
+        self._routes: dict[str, Route] = {}  # by label, where a transform routes parameters
+        # parameters that have made no step, and what they were when their state was made
+        self._untouched: dict[Tensor, Any] = {}
+        if isinstance(recipe, Transform) and routed(recipe):
+            params = self._split(list(params))
+        else:
+            self._check({**options, **flags})
         super().__init__(params, {**options, **flags, **self._constants})
         self._ready = True
         self._refuse(self.param_groups)
@@ -135,6 +152,9 @@ class Optimizer(torch.optim.Optimizer):
 
         Only `strict` asks that numbers are within their ranges; a scheduler may leave them by a rounding error.
         """
+        if self._routes:
+            transform = self._routed(group, strict)
+            return chain(ascend(), transform) if group["maximize"] else transform
         options = {name: group[name] for name in self._options}
         changes = {name: x for name, x in options.items() if not unchanged(self._first[name], x)}
         transform = self._base
@@ -161,33 +181,114 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be one number, but got a tensor of shape {tuple(x.shape)}.")
             return x.item() if isinstance(x, Tensor) else x
 
-        read = {name: number(name, group[name]) for name in self._options}
+        read = {name: number(name, group[name]) for name in self._names(group)}
         self._transform({**group, **read}, strict=True)
+
+    def _names(self, group: Mapping[str, Any]) -> Iterable[str]:
+        """The names of a group's options."""
+        return self._routes[group["label"]].first if self._routes else self._options
 
     def _transforms(self) -> list[Transform]:
         """Each group's transform; made anew only where an option has changed."""
         made = self._made
         if len(made) != len(self.param_groups):
             made[:] = [([], chain())] * len(self.param_groups)
+        together = bool(self._routes) and self._recipe.plan.whole
         for i, group in enumerate(self.param_groups):
-            options = [tuple(x) if type(x := group[name]) is list else x for name in self._options]
+            sources = self.param_groups if together else (group,)
+            options = [tuple(x) if type(x := g[name]) is list else x for g in sources for name in self._names(g)]
             old = made[i][0]
             if not old or (not all(map(operator.is_, old, options)) and not all(map(unchanged, old, options))):
                 made[i] = (options, self._transform(group))
         return [t for _, t in made]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with options of its own; see `torch.optim.Optimizer.add_param_group`."""
-        if isinstance(param_group, dict) and self._ready:
-            self._check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        if self._ready:
-            try:
-                self._refuse(self.param_groups[-1:])
-            except Exception:
-                self.param_groups.pop()
-                raise
-            self._begin_state(self.param_groups[-1:])
+        """Add a group of parameters, with options of its own; see `torch.optim.Optimizer.add_param_group`.
+
+        Where the transform is a partition it becomes one group for each label.
+        """
+        if not self._ready:
+            return super().add_param_group(param_group)
+        groups = self._split([param_group]) if self._routes and isinstance(param_group, dict) else [param_group]
+        before = len(self.param_groups)
+        try:
+            for group in groups:
+                if isinstance(group, dict):
+                    self._check({**self.defaults, **group})
+                super().add_param_group(group)
+            self._refuse(self.param_groups[before:])
+        except Exception:
+            del self.param_groups[before:]
+            raise
+        self._begin_state(self.param_groups[before:])
+
+    def _split(self, groups: list[Any]) -> list[Any]:
+        """Groups of parameters as groups with one label each, and the options that go with it."""
+        groups = [g if isinstance(g, dict) else {"params": groups} for g in groups][: None if is_groups(groups) else 1]
+        taken = self._paths() if self._ready else {}
+        entries = [(g, *entry) for g in groups for entry in entries_of(g.get("params"))]
+        if not all([isinstance(p, Tensor) for _, _, p in entries]):
+            return groups  # refused by torch
+        paths = dict(taken)
+        for _, name, p in entries:
+            paths.setdefault(p, str(len(paths)) if name is None else name)
+        links, memo = self._recipe.links, Memo()
+        spec = spec_of(paths, [m for link in links for m in link.masks], any([name is not None for _, name, _ in entries]))
+        ways = [select(outer(link.masks), list(paths), spec, memo) for link in links]
+        if not self._ready:
+            refuse_unused([m for link in links for m in link.masks], memo)
+        active = dict(zip(paths, zip(*ways)))
+        made: list[dict[str, Any]] = []
+        for g in groups:
+            parts: dict[str, list[Any]] = {}
+            for own, name, p in entries:
+                if own is g:
+                    label = self._route(active[p])
+                    parts.setdefault(label, []).append(p if name is None else (name, p))
+            for label, params in parts.items():
+                if g.get("label", label) != label:
+                    raise ValueError(f"A group is labelled {g['label']!r}, but some of its parameters are {label!r}.")
+                first = self._routes[label].first
+                others = {n for r in self._routes.values() for n in r.first} - set(first)
+                given = {n: x for n, x in g.items() if n not in others}
+                made.append({**first, **given, "label": label, "params": params})
+            if not parts:
+                made.append(g)
+        return made
+
+    def _route(self, active: tuple[bool, ...]) -> str:
+        """The label of the parameters on which these links of the transform act."""
+        links = [(i, link) for i, (link, yes) in enumerate(zip(self._recipe.links, active)) if yes]
+        label = "+".join(dict.fromkeys([name for _, link in links if (name := route(link.masks))])) or "unlabelled"
+        if label not in self._routes:
+            parts = []
+            for _, link in links:
+                part: Transform = link.transform
+                for mask in link.masks[: len(link.masks) - len(outer(link.masks))]:
+                    part = masked(part, mask)
+                parts.append(part)
+            own = chain(*parts)
+            full = {(i, plain): name for name, i, plain, _ in self._recipe._named(hypers=True)}
+            names = {name: full[links[k][0], plain] for name, k, plain, _ in own._named(hypers=True)}
+            self._routes[label] = Route(own, own.hyperparams, names)
+        return label
+
+    def _routed(self, group: Mapping[str, Any], strict: bool) -> Transform:
+        """The part of the transform that a group's label has, with the group's options.
+
+        A transform that sees all parameters together is kept whole, with the options of all groups: their own for this
+        group's, and for every other label those of its first group.
+        """
+        mine = self._routes[group["label"]]
+        changes = {n: group[n] for n, x in mine.first.items() if not unchanged(x, group[n])}
+        transform = mine.transform._replace(changes, strict)
+        if not self._recipe.plan.whole:
+            return transform
+        every: dict[str, Any] = {}
+        for g in [*reversed([g for g in self.param_groups if g["label"] != group["label"]]), group]:
+            own = self._routes[g["label"]]
+            every |= {own.names[n]: g[n] for n, x in own.first.items() if not unchanged(x, g[n])}
+        return self._recipe._replace(every, strict)
 
     def _refuse(self, groups: list[dict[str, Any]]) -> None:
         """Refuse parameters that a transform cannot treat."""
@@ -197,7 +298,7 @@ class Optimizer(torch.optim.Optimizer):
                 requires = link.transform.declaration.requires
                 if requires is None or is_off(link.transform):
                     continue
-                for p, yes in zip(group["params"], self._mask_all(link, group["params"])):
+                for p, yes in zip(group["params"], self._selected(link.masks, group["params"])):
                     if yes and not is_lazy(p):
                         requires(quote(paths[p]), p)
 
@@ -222,7 +323,7 @@ class Optimizer(torch.optim.Optimizer):
             if value.declaration.whole:
                 self._fill_whole(link, names)
                 continue
-            on = self._mask_all(link, params)
+            on = self._selected(link.masks, params)
             for p, yes in zip(params, on):
                 state = self.state[p]
                 if not yes or all([name in state for name in names]):
@@ -241,7 +342,7 @@ class Optimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"] if not is_lazy(p)]
         if not value.declaration.extras:  # a function of all parameters is one of the frozen ones, too
             params = [p for p in params if p.requires_grad]
-        params = [p for p, yes in zip(params, self._mask_all(link, params)) if yes]
+        params = [p for p, yes in zip(params, self._selected(link.masks, params)) if yes]
         for name, leaf, x in zip(names, fields_of(value).leaves, fresh_whole_state(value, params)):
             if not leaf:
                 self.state[SHARED].setdefault(name, x)
@@ -256,21 +357,19 @@ class Optimizer(torch.optim.Optimizer):
                 paths[p] = group["param_names"][i] if "param_names" in group else str(len(paths))
         return paths
 
-    def _mask_all(self, link: Link, params: list[Tensor]) -> list[bool]:
-        on = [True] * len(params)
-        for mask in link.masks:
-            on = [a and b for a, b in zip(on, self._mask(mask, params))]
-        return on
-
-    def _mask(self, mask: Any, params: list[Tensor]) -> list[bool]:
-        """A mask on some of the parameters: a function, or bools by name or by number."""
-        paths = self._paths()
-        everything = list(paths)
-        keys = tuple(paths.values())
-        named = "param_names" in self.param_groups[0] or isinstance(mask, dict)
-        spec = Spec(dict, keys, None) if named or callable(mask) else Spec(list, tuple(range(len(keys))), None)
-        known = dict(zip(everything, evaluate_mask(mask, everything, spec)))
+    def _selected(self, masks: tuple[Any, ...], params: list[Tensor]) -> list[bool]:
+        """Which of some parameters these masks select. They are asked once about each."""
+        if not masks:
+            return [True] * len(params)
+        key = tuple(map(identity, masks))
+        known = self._known.get(key, {})
+        if not all([p in known for p in params]):
+            known = self._known[key] = self._select(masks, self._paths())
         return [known[p] for p in params]
+
+    def _select(self, masks: tuple[Any, ...], paths: dict[Tensor, str]) -> dict[Tensor, bool]:
+        named = bool(self.param_groups) and "param_names" in self.param_groups[0]
+        return dict(zip(paths, select(masks, list(paths), spec_of(paths, masks, named))))
 
     # -- the step
 
@@ -317,7 +416,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._advance(groups, self._extras(groups[0][1].plan, closure, loss))
             else:
                 for group in groups:
-                    self._advance([group])
+                    if not self._again(*group):
+                        self._advance([group])
         finally:
             torch._C._set_grad_enabled(grad)
         return loss
@@ -332,6 +432,15 @@ class Optimizer(torch.optim.Optimizer):
                         "the gradients, evaluates the model, calls backward and returns the loss."
                     )
         return {"value": loss, "value_and_grad": closure} if plan.extras else {}
+
+    def _again(self, group: dict[str, Any], transform: Transform) -> bool:
+        """What `_advance` did last, without what has to be asked only once; False, and nothing done, if more is new."""
+        solo, trust, params = transform.plan.solo, self._trust.get(id(group)), group["params"]
+        if solo is None or trust is None or self._untouched or executor_of(group) not in (None, "fused"):
+            return False
+        if torch.is_grad_enabled() or not params:
+            return False
+        return solo.again(trust, [p.grad for p in params], params, [self.state.get(p, NOTHING) for p in params])
 
     def _advance(self, groups: list[tuple[dict[str, Any], Transform]], extras: Mapping[str, Any] = NOTHING) -> None:
         """One update of the parameters of these groups, which the transforms see together."""
@@ -375,13 +484,13 @@ class Optimizer(torch.optim.Optimizer):
         mode: Mode = choose(executor, *seen)
         before = list(map(list, columns))
         # where autograd looks on, the graph keeps the old values while the parameters are overwritten
-        given = [p.clone() for p in params] if torch.is_grad_enabled() or extras else params
+        given = [p.clone() for p in params] if torch.is_grad_enabled() else clones(params) if extras else params
         touched = None
         if not all([g.layout is torch.strided for g in grads]):
             touched = Touched(grads, given, columns, together, lambda k: self._paths()[params[k]])
             grads, given, columns = touched.grads, touched.params, touched.states
         call = Call(
-            grads, given, columns, lambda m: self._mask(m, params), mode,
+            grads, given, columns, lambda masks: self._selected(masks, params), mode,
             apply=True, donate=not torch.is_grad_enabled(), alone=alone and not params[0].is_cpu, executor=executor,
             trust=self._trust.setdefault(id(groups[0][0]), Trust()),
             extras={**extras, "value_and_grad": value_and_grad(given, params, grads, **extras)} if extras else extras,
@@ -394,10 +503,12 @@ class Optimizer(torch.optim.Optimizer):
             raise
         if touched is not None:
             out, after = touched.scatter(out, after, True, not torch.is_grad_enabled())
-        if out is not params:
+        if torch.is_grad_enabled():
             for p, x in zip(params, out):
                 if x is not p:
                     p.copy_(x)
+        elif not all(map(operator.is_, out, params)):
+            torch._foreach_copy_(params, out)
         for names, olds, news in zip(keys, before, after):
             if not all(map(operator.is_, olds, news)):
                 for name, old, new in zip(names, olds, news):
@@ -542,12 +653,12 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            **{name: self.__dict__[name] for name in ("_recipe", "_options", "_first", "_flags", "_ready", "_untouched")},
+            **{name: self.__dict__[name] for name in (*KEPT, "_untouched")},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._made, self._trust = [], {}
+        self._made, self._trust, self._known = [], {}, {}
         self._untouched = state.get("_untouched", {})
         for group in self.param_groups:
             for name, default in self._fallback().items():
@@ -596,6 +707,46 @@ def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
         return begin  # type: ignore[return-value]
 
     return decorate
+
+
+def routed(transform: Transform) -> bool:
+    """Whether a transform has different parts for different parameters."""
+    return any([isinstance(m, Label) for link in transform.links for m in link.masks])
+
+
+def outer(masks: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The masks down to the innermost label: those that decide which part of a transform a parameter is given to."""
+    return masks[next((k for k, m in enumerate(masks) if isinstance(m, Label)), len(masks)) :]
+
+
+def identity(mask: Any) -> Any:
+    """What a mask is known by while the transform that it is part of is remade."""
+    if isinstance(mask, Label):
+        return id(mask.labels), mask.label
+    return ("not", identity(mask.mask)) if isinstance(mask, Not) else id(mask)
+
+
+def spec_of(paths: Mapping[Tensor, str], masks: Iterable[Any], named: bool) -> Spec:
+    """How masks that are pytrees are laid out: by the parameters' names, or by their numbers."""
+
+    def tree(mask: Any) -> Any:
+        return tree(mask.mask) if isinstance(mask, Not) else mask.labels.labels if isinstance(mask, Label) else mask
+
+    keys = tuple(paths.values())
+    if named or any([isinstance(tree(m), dict) for m in masks]):
+        return Spec(dict, keys, None)
+    return Spec(list, tuple(range(len(keys))), None)
+
+
+def is_groups(params: list[Any]) -> bool:
+    """Whether an optimizer's first argument is a list of groups."""
+    return bool(params) and isinstance(params[0], dict)
+
+
+def entries_of(params: Any) -> list[tuple[Any, Any]]:
+    """The parameters of a group with their names, if they have any."""
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    return [e if isinstance(e, tuple) and len(e) == 2 else (None, e) for e in entries]
 
 
 def begins_from_options(transform: Transform) -> bool:

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 COUNT = 16
 """From this many tensors on."""
@@ -55,10 +55,21 @@ class Scratch:
         return pieces, flat
 
 
+def joined(xs: Sequence[Tensor]) -> Tensor:
+    """All of them as one new vector."""
+    flat: Tensor = _flatten_dense_tensors(xs)  # type: ignore[no-untyped-call]
+    return flat
+
+
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Consecutive pieces of one long tensor, in the shapes of these."""
     pieces: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call]
     return list(pieces)
+
+
+def offset(xs: Sequence[Tensor], flat: Tensor, k: float) -> list[Tensor]:
+    """`xs` plus `k` times the consecutive pieces of one long tensor."""
+    return list(torch._foreach_add(list(xs), split(flat, xs), alpha=k))
 
 
 def small(xs: Sequence[Tensor]) -> bool:

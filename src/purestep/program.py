@@ -91,6 +91,7 @@ class Program:
     run: Callable[..., tuple[Any, ...]] = field(repr=False)
     elementwise: bool = False  # every number of the result depends on the numbers in its own place only
     reads_params: bool = True  # other than to add the updates to them
+    length: int = 0  # how many operations
 
     def __str__(self) -> str:
         return self.source
@@ -275,6 +276,7 @@ class Writer:
         self.kinds: dict[fx.Node, str] = {}
         self.like: dict[fx.Node, bool] = {}  # the parameter's shape and dtype
         self.shaped: dict[fx.Node, bool] = {}  # the parameter's shape
+        self.single: set[fx.Node] = set()  # one number per parameter
         self.uses: dict[fx.Node, int] = {}
 
     def program(self) -> Program:
@@ -288,7 +290,8 @@ class Writer:
         exec(builtins.compile(source, file, "exec"), self.space)
         elementwise = all(self.shaped[i.node] for i in self.inputs if not i.number)
         elementwise &= all(op.name != "loop" and self.shaped[op.out] for op in ops)
-        return Program(self.recipe, name, source, self.space["program"], elementwise, self.uses.get(self.inputs[1].node, 0) > 0)
+        reads = self.uses.get(self.inputs[1].node, 0) > 0
+        return Program(self.recipe, name, source, self.space["program"], elementwise, reads, len(ops))
 
     # -- 1. kinds
 
@@ -303,6 +306,8 @@ class Writer:
                 continue
             args = nodes_in((node.args, node.kwargs))
             self.kinds[node] = "list" if any(self.kinds[a] == "list" for a in args) else "number"
+            if getattr(node.target, "single", False):
+                self.single.add(node)
             for a in args:
                 self.uses[a] = self.uses.get(a, 0) + 1
         for x in self.outputs:
@@ -339,9 +344,11 @@ class Writer:
             ops.append(self.op(node, absorbed))
         ops.reverse()
         for op in ops:
-            lists = op.lists(self.kinds)
-            self.shaped[op.out] = bool(op.targets or op.name in ("where", "compare")) and all(self.shaped[x] for x in lists)
-            values = lists if op.name != "where" else [x for x in op.args[1:] if self.is_list(x)]
+            op.fresh |= op.out in self.single
+            lists = [x for x in op.lists(self.kinds) if x not in self.single]
+            self.shaped[op.out] = bool(op.targets or op.name in ("where", "compare")) and bool(lists)
+            self.shaped[op.out] &= all(self.shaped[x] for x in lists)
+            values = lists if op.name != "where" else [x for x in op.args[1:] if x in lists]
             if getattr(op.out.target, "like", False):
                 op.fresh = self.shaped[op.out] = self.like[op.out] = True
                 continue
@@ -355,6 +362,11 @@ class Writer:
         if node.kwargs or (node.op == "call_method" and not args):
             return Op(node, "loop", args, fresh=False)
         lists = [self.is_list(a) for a in args]
+        if self.single.intersection(x for x in args if self.is_list(x)):
+            if name in COMMUTATIVE and args[0] in self.single:
+                args.reverse()
+            known = name in BINARY and len(args) == 2 and self.is_list(args[0]) and args[0] not in self.single
+            return Op(node, name, args, (0,)) if known else Op(node, "loop", args, fresh=False)
         if name in UNARY and len(args) == 1:
             return Op(node, name, args, (0,))
         if name in BINARY and len(args) == 2:
@@ -402,7 +414,7 @@ class Writer:
 
     def product(self, node: Any) -> Product | None:
         """`node` as numbers times one list, or the product or quotient of two; None if it is anything else."""
-        if self.uses[node] > 1 or node.kwargs or node in self.placeholders:
+        if self.uses[node] > 1 or node.kwargs or node in self.placeholders or self.single.intersection(node.all_input_nodes):
             return None
         name, args = self.name(node), node.args
         if name == "neg":
@@ -446,7 +458,9 @@ class Writer:
             if not self.like.get(op.out, False):
                 return []
             return [
-                t for t in op.targets if self.is_list(op.args[t]) and last[op.args[t]] == i and op.args.count(op.args[t]) == 1
+                t
+                for t in op.targets
+                if self.is_list(x := op.args[t]) and last[x] == i and op.args.count(x) == 1 and x not in self.single
             ]
 
         def spine(node: fx.Node, home: fx.Node) -> list[tuple[Op, int]] | None:

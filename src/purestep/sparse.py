@@ -40,7 +40,7 @@ class Touched:
             for k in group.rows:
                 if grads[k].layout is torch.strided:
                     continue
-                meaning(group, grads[k], quote(path(k)))
+                meaning(group, grads[k], lambda k=k: quote(path(k)))
                 if any([link.transform.declaration.sparse == "dense" for link in on(group)]):
                     self.grads[k] = grads[k].to_dense()
                 else:
@@ -82,7 +82,7 @@ def on(group: Group) -> list[Any]:
     return [link for link, off in zip(group.plan.links, group.plan.off) if not off]
 
 
-def meaning(group: Group, g: Tensor, path: str) -> None:
+def meaning(group: Group, g: Tensor, path: Callable[[], str]) -> None:
     """Refuse a sparse gradient where it has no meaning.
 
     Raises:
@@ -92,11 +92,11 @@ def meaning(group: Group, g: Tensor, path: str) -> None:
         d = link.transform.declaration
         if not d.sparse:
             raise RuntimeError(
-                f"The gradient of {path} is sparse, and {d.name} is not compatible with sparse gradients: it needs dense "
+                f"The gradient of {path()} is sparse, and {d.name} is not compatible with sparse gradients: it needs dense "
                 "ones. Make it dense with .to_dense() or create the embedding with sparse=False, or use an algorithm for "
                 "sparse gradients: sgd, adagrad and sparse_adam, without weight decay."
             )
     if g.layout is not torch.sparse_coo:
         raise RuntimeError(
-            f"The gradient of {path} has layout {g.layout}, but only torch.sparse_coo is supported. Use .to_sparse_coo()."
+            f"The gradient of {path()} has layout {g.layout}, but only torch.sparse_coo is supported. Use .to_sparse_coo()."
         )

@@ -23,6 +23,7 @@ from purestep.engine import (
     Executor,
     Fields,
     Group,
+    Inner,
     Link,
     LinkDeclaration,
     Plan,
@@ -30,7 +31,6 @@ from purestep.engine import (
     Sparse,
     choose,
     detail,
-    evaluate_mask,
     fields_of,
     fresh_state,
     fresh_whole_state,
@@ -39,9 +39,10 @@ from purestep.engine import (
     put,
     state_type,
 )
+from purestep.masks import Memo, Not, refuse_unused, route, select
 from purestep.program import program
 from purestep.sparse import Touched
-from purestep.value import factory_of, show
+from purestep.value import call_of, factory_of, show
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -96,13 +97,11 @@ class Transform:
         """
         leaves, spec = tree.flatten(params)
         check_params(leaves, spec)
-        states = []
+        states, memo = [], Memo()
         for link in self.links:
             value = link.transform
             fields = fields_of(value)
-            on = [p is not None for p in leaves]
-            for mask in link.masks:
-                on = [a and b for a, b in zip(on, evaluate_mask(mask, leaves, spec))]
+            on = select(link.masks, leaves, spec, memo)
             if value.declaration.whole:
                 rows = [k for k, yes in enumerate(on) if yes]
                 made = [
@@ -123,6 +122,7 @@ class Transform:
                 if scalar:
                     columns[f] = share(columns[f], leaves)
             states.append(self._tree(link, columns, spec))
+        refuse_unused([m for link in self.links for m in link.masks], memo)
         return self._join(states)
 
     def update(
@@ -202,8 +202,10 @@ class Transform:
         live, given = pick(gradients, rows), pick(leaves, rows)
         mode = choose(executor, live, given, *flat_state, plan.tensors)
 
-        def mask(m: Any) -> list[bool]:
-            return pick(evaluate_mask(m, leaves, spec), rows)
+        memo = Memo()
+
+        def mask(masks: tuple[Any, ...]) -> list[bool]:
+            return pick(select(masks, leaves, spec, memo), rows)
 
         kept = [list(s) for s in states]
         groups = [Group(plan, range(len(given)))]
@@ -248,8 +250,9 @@ class Transform:
 
     def _tree(self, link: Link, state: Any, spec: tree.Spec) -> Any:
         """The state of one link, with trees again."""
-        fields = fields_of(link.transform)
-        return state_type(link.transform)(*[tree.unflatten(c, spec) if leaf else c for c, leaf in zip(state, fields.leaves)])
+        d, fields = link.transform.declaration, fields_of(link.transform)
+        made = [tree.unflatten(c, spec) if leaf else c for c, leaf in zip(state, fields.leaves)]
+        return state_type(link.transform)(*made, *([None] if d.inner else []))
 
     # -- the state of the whole, as a list with one entry per link
 
@@ -265,7 +268,8 @@ class Transform:
     def hyperparams(self) -> dict[str, Any]:
         """The hyperparameters by name.
 
-        A name that occurs twice in a chain is qualified by its place in it: ``"0.lr"``.
+        A name that occurs twice in a chain is qualified by its place in it, ``"0.lr"``, and in a partition by its label,
+        ``"hidden.lr"``.
 
         >>> import purestep as ps
         >>> ps.chain(ps.scale(2.0), ps.trace(0.9), ps.scale(3.0)).hyperparams
@@ -313,8 +317,16 @@ class Transform:
         for i, link in enumerate(self.links):
             d = link.transform.declaration
             found += [(n, i, link.transform.arguments[n]) for n in (d.hypers if hypers else d.switches)]
-        count = [n for n, _, _ in found]
-        return [(n if count.count(n) == 1 else f"{i}.{n}", i, n, v) for n, i, v in found]
+        routes = [route(link.masks) for link in self.links]
+
+        def qualified(name: str, i: int) -> str:
+            alike = [j for n, j, _ in found if n == name]
+            if len(alike) == 1:
+                return name
+            alone = routes[i] and len([j for j in alike if routes[j] == routes[i]]) == 1
+            return ".".join([*([routes[i]] if routes[i] else []), *([] if alone else [str(i)]), name])
+
+        return [(qualified(n, i), i, n, v) for n, i, v in found]
 
     def _rebuild(self, primitives: Any) -> Self:
         """The same structure around new primitives."""
@@ -374,6 +386,8 @@ class Composite(Transform):
     __slots__ = ("__weakref__", "_plan", "children", "context", "links")
     children: tuple[Transform, ...]
     context: tuple[Any, ...]
+    freezes: Any = None
+    """The mask of parameters that nothing else in the same chain acts on."""
 
     def __init__(self, children: Iterable[Transform], context: tuple[Any, ...] = ()) -> None:
         object.__setattr__(self, "children", tuple(children))
@@ -416,6 +430,32 @@ class Composite(Transform):
         return f"{type(self).__name__.lower()}({', '.join([*map(repr, self.children), *map(show, self.context)])})"
 
 
+class Nested(Composite):
+    """A transform put around another: its own arguments, and the other; declared with `nested`."""
+
+    __slots__ = ()
+
+    def _links(self) -> tuple[Link, ...]:
+        own, inner = self.children
+        return Link(own.links[0].transform, (), len(inner.links)), *inner.links
+
+    def _split(self, state: Any) -> list[Any]:
+        own, inner = self.children
+        expected = own.links[0].transform.declaration.state
+        if type(state) is not expected:
+            return [state, *inner.links]  # refused by its name
+        return [state, *inner._split(state.inner)]
+
+    def _join(self, states: Sequence[Any]) -> Any:
+        return states[0]._replace(inner=self.children[1]._join(states[1:]))
+
+    def __repr__(self) -> str:
+        own, inner = self.children
+        value = own.links[0].transform
+        d = value.declaration
+        return call_of(d, {n: inner if n == d.inner else value.arguments[n] for n in d.signature.parameters})
+
+
 def _composite(cls: Any, children: Iterable[Any], context: Any) -> Any:
     """Put a composite together from what a pytree function left in its children's place, which may be anything."""
     children = tuple(children)
@@ -431,6 +471,14 @@ class Chain(Composite):
     """Transforms one after the other; made with `chain`."""
 
     __slots__ = ()
+
+    def _links(self) -> tuple[Link, ...]:
+        frozen = [Not(c.freezes) for c in self.children if isinstance(c, Composite) and c.freezes is not None]
+        links = []
+        for child in self.children:
+            others = () if isinstance(child, Composite) and child.freezes is not None else frozen
+            links += [link._replace(masks=(*link.masks, *others)) for link in child.links]
+        return tuple(links)
 
     def _split(self, state: Any) -> list[Any]:
         if not isinstance(state, tuple) or hasattr(state, "_fields") or len(state) != len(self.children):
@@ -554,6 +602,73 @@ def whole(
 
     def declare(function: Callable[..., Any]) -> Any:
         return factory_of(LinkDeclaration(function, state, whole=True, moves=moves, sparse=sparse), Whole)
+
+    return declare
+
+
+def nested(
+    state: Any, *, moves: bool = False, sparse: Sparse = None, name: str = ""
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare a transform that is put around another, and decides what becomes of its updates and its state.
+
+    The function is that of a `whole` transform, with one more argument, annotated `Inner`: the other transform. Its
+    `update(gs, state, params)` takes and returns lists, and its `when(flag, gs, state, params)` is an update where the flag
+    holds, and otherwise none. Its state is the last field of the own state, and called ``inner``.
+
+    Hyperparameters, masks, extra arguments, parameter groups and state dicts of the inner transform are seen to: they are
+    those of the whole. Under `purestep.optim.Optimizer` its state is found under its usual names.
+
+    Args:
+        state: a `NamedTuple` with a classmethod `init(params, inner)`, which is given the list of all parameters, and what to
+            pass on to its last field, `inner`. For the other fields see `whole`.
+        moves: the function returns new parameters instead of updates. What it gives is then kept to the last bit.
+        sparse: as in `leafwise`.
+        name: what the transform is called where it is printed; by default the function's name.
+
+    >>> import torch, purestep as ps
+    >>> from typing import Any, NamedTuple
+    >>> class EveryOther(NamedTuple):
+    ...     odd: ps.Scalar
+    ...     inner: Any
+    ...
+    ...     @classmethod
+    ...     def init(cls, params, inner):
+    ...         return cls(ps.counter(params), inner)
+    >>> @ps.nested(EveryOther)
+    ... def every_other(gs, s, params, transform: ps.Inner):
+    ...     updates, inner = transform.when(s.odd == 0, gs, s.inner, params)
+    ...     return updates, EveryOther(1 - s.odd, inner)
+    >>> opt, p = every_other(ps.sgd(lr=0.1)), torch.tensor([1.0])
+    >>> state = opt.init_state(p)
+    >>> for _ in range(3):
+    ...     p, state = opt.step(torch.tensor([1.0]), state, p)
+    ...     print(p)
+    tensor([0.9000])
+    tensor([0.9000])
+    tensor([0.8000])
+    """
+    if not (isinstance(state, type) and hasattr(state, "init") and getattr(state, "_fields", ("",))[-1] == "inner"):
+        raise TypeError(
+            f"nested takes a state, a NamedTuple with a classmethod init(params, inner) and 'inner' as its last field, but got {state!r}."
+        )
+
+    def declare(function: Callable[..., Any]) -> Any:
+        d = LinkDeclaration(function, state, whole=True, moves=moves, sparse=sparse, name=name, nested=True)
+        if not d.inner:
+            raise TypeError(f"{d.name} takes no transform: annotate the argument that is one with purestep.Inner.")
+        parameters = d.signature.parameters.values()
+        d.signature = d.signature.replace(
+            parameters=[p.replace(annotation=Transform) if p.name == d.inner else p for p in parameters]
+        )
+
+        def make(declaration: LinkDeclaration, arguments: dict[str, Any]) -> Nested:
+            inner = arguments.pop(d.inner)
+            if not isinstance(inner, Transform):
+                hint = f" Did you mean to call it: {inner.__name__}(...)?" if hasattr(inner, "declaration") else ""
+                raise TypeError(f"{d.name} is put around a transform, but {d.inner} is {inner!r}.{hint}")
+            return Nested((Whole(declaration, arguments), inner))
+
+        return factory_of(d, make)
 
     return declare
 
@@ -695,7 +810,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> Any:
 
 
 def eval_params(state: Any, params: PyTree) -> Any:
-    """The parameters to evaluate a model with, where an algorithm keeps an average of them in its state; else `params`.
+    """The parameters to evaluate a model with, where an algorithm's state says what their average is; else `params`.
 
     A pure reader: nothing is switched or swapped. A parameter that was never updated is returned as it is.
 
@@ -711,11 +826,10 @@ def eval_params(state: Any, params: PyTree) -> Any:
     for s in state if type(state) is tuple else (state,):
         if type(s) is tuple:
             params = eval_params(s, params)
-        elif hasattr(s, "averaged"):
-            averages = tree.flatten_like(s.averaged(), spec, "state")
-            steps = tree.flatten_like(s.step, spec, "state")
-            chosen = [p if a is None else maths.where(t == 0, p, a) for p, a, t in zip(leaves, averages, steps)]
-            return tree.unflatten(chosen, spec)
+        elif hasattr(s, "evaluated"):
+            each = map(type(s)._make, zip(*[tree.flatten_like(c, spec, "state") for c in s]))
+            found = [p if x.step is None else maths.where(x.step == 0, p, x.evaluated(p)) for p, x in zip(leaves, each)]
+            return tree.unflatten(found, spec)
     return params
 
 

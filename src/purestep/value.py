@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from purestep.hyper import Extra, Interval, Steps, anywhere, check, check_steps, interval_of
+from purestep import maths
+from purestep.hyper import Extra, Interval, anywhere, check, check_steps, interval_of, whole_of
 
 V = TypeVar("V", bound="Value")
 
@@ -28,11 +29,15 @@ V = TypeVar("V", bound="Value")
 class Declaration:
     """A function whose calls are values: its name, its hyperparameters (in order), its switches."""
 
-    def __init__(self, function: Callable[..., Any], given: int, name: str = "") -> None:
-        """`given` positional arguments of `function` are supplied by the library when it runs, the rest by the user."""
+    def __init__(self, function: Callable[..., Any], given: int, name: str = "", inner: type | None = None) -> None:
+        """`given` positional arguments of `function` are supplied by the library when it runs, the rest by the user.
+
+        An argument annotated `inner` is another value, which this one is put around.
+        """
         hints = typing.get_type_hints(function, include_extras=True)
         parameters = list(inspect.signature(function).parameters.values())[given:]
         self.extras = tuple(p.name for p in parameters if hints.get(p.name) == Extra)
+        self.inner = next((p.name for p in parameters if inner is not None and hints.get(p.name) is inner), "")
         parameters = [p for p in parameters if p.name not in self.extras]
         self.function = function
         self.name = name or function.__name__
@@ -43,8 +48,9 @@ class Declaration:
             if interval is not None:
                 self.intervals[p.name] = interval
         self.hypers = tuple(self.intervals)
-        self.steps = frozenset(p.name for p in parameters if hints.get(p.name) == Steps)
-        self.switches = tuple(p.name for p in parameters if p.name not in self.intervals)
+        wholes = {p.name: whole_of(hints.get(p.name)) for p in parameters}
+        self.steps = {name: whole for name, whole in wholes.items() if whole is not None}
+        self.switches = tuple(p.name for p in parameters if p.name not in self.intervals and p.name != self.inner)
         self.positional = frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.factory: Callable[..., Any] | None = None
 
@@ -63,7 +69,7 @@ class Declaration:
         Without `strict` a number may be outside its interval.
         """
         if name in self.steps:
-            return check_steps(value, f"{self.name}: {name}")
+            return check_steps(value, f"{self.name}: {name}", self.steps[name])
         interval = self.intervals.get(name)
         if not strict and interval is not None:
             interval = tuple(map(anywhere, interval)) if isinstance(interval, tuple) else anywhere(interval)
@@ -100,9 +106,7 @@ class Value:
         return type(self), (self.declaration, dict(self.arguments))
 
     def __repr__(self) -> str:
-        d = self.declaration
-        shown = (show(v) if n in d.positional else f"{n}={show(v)}" for n, v in self.arguments.items())
-        return f"{d.name}({', '.join(shown)})"
+        return call_of(self.declaration, self.arguments)
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self) or not isinstance(other, Value):
@@ -139,7 +143,7 @@ def _flatten_with_keys(value: Value) -> tuple[list[tuple[Any, Any]], tuple[Any, 
 def _unflatten(cls: type[V], children: Iterable[Any], context: tuple[Any, ...]) -> V:
     d, *switches = context
     arguments = dict(zip(d.hypers, children)) | dict(zip(d.switches, switches))
-    return cls(d, {name: arguments[name] for name in d.signature.parameters})
+    return cls(d, {name: arguments[name] for name in d.signature.parameters if name != d.inner})
 
 
 def factory_of(declaration: Declaration, make: Callable[..., Any], kind: str = "Transform") -> Any:
@@ -159,12 +163,53 @@ def factory_of(declaration: Declaration, make: Callable[..., Any], kind: str = "
 
 
 class Schedule(Value):
-    """A hyperparameter that changes: called with the 0-based number of the update, an int or a 0-d tensor."""
+    """A hyperparameter that changes: called with the 0-based number of the update, an int or a 0-d tensor.
+
+    A number of a schedule may itself be a schedule, which is called with the same step. Whole numbers in a tensor are
+    converted to the precision that numbers are computed in.
+    """
 
     __slots__ = ()
 
     def __call__(self, step: Any) -> Any:
-        return self.declaration.function(step, **self.arguments)
+        if isinstance(step, Tensor) and not step.is_floating_point():
+            step = step.to(maths.precise(step.device))
+        hypers = self.declaration.intervals
+        return self.declaration.function(step, **{n: at(x, step) if n in hypers else x for n, x in self.arguments.items()})
+
+    @property
+    def hyperparams(self) -> dict[str, Any]:
+        """Its hyperparameters by name.
+
+        >>> import purestep as ps
+        >>> ps.schedules.linear(1.0, 0.5, total_steps=10).hyperparams
+        {'start': 1.0, 'end': 0.5}
+        """
+        return {name: self.arguments[name] for name in self.declaration.hypers}
+
+    def replace(self, **changes: Any) -> Schedule:
+        """A new schedule with these arguments, which are checked; this one is untouched.
+
+        >>> import purestep as ps
+        >>> ps.schedules.linear(1.0, 0.0, total_steps=10).replace(end=0.5, total_steps=20)
+        linear(1.0, 0.5, total_steps=20)
+
+        Raises:
+            TypeError: there is no such argument.
+            ValueError: the new arguments do not go together, or one is outside its range.
+        """
+        unknown = sorted(changes.keys() - self.arguments.keys())
+        if unknown:
+            raise TypeError(
+                f"There is no {unknown[0]!r} to replace in {self!r}; there is {', '.join(map(repr, self.arguments))}."
+            )
+        assert self.declaration.factory is not None
+        return self.declaration.factory(**{**self.arguments, **changes})
+
+
+def at(x: Any, step: Any) -> Any:
+    """A hyperparameter at a step: a schedule's value, and anything else as it is."""
+    return x(step) if isinstance(x, Schedule) else x
 
 
 def as_schedule(function: Callable[[Any], Any]) -> Schedule:
@@ -193,10 +238,16 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def call_of(d: Declaration, arguments: Mapping[str, Any]) -> str:
+    """The call that makes a value."""
+    shown = [show(v) if n in d.positional else f"{n}={show(v)}" for n, v in arguments.items()]
+    return f"{d.name}({', '.join(shown)})"
+
+
 def show(x: Any) -> str:
     """An argument as it stands in a repr: a 0-d tensor by its value, a function by its name."""
     if isinstance(x, tuple):
-        return f"({', '.join(map(show, x))})"
+        return f"({', '.join(map(show, x))}{',' if len(x) == 1 else ''})"
     if callable(x) and hasattr(x, "__qualname__"):
         return str(x.__qualname__)
     return repr(x)

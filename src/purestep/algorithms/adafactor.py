@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from purestep.hyper import Hyper, Interval, NonNegative
-from purestep.maths import Scalar, counter, lerp, maximum, minimum, operation, root
+from purestep.maths import Scalar, counter, lerp, maximum, minimum, operation, readable, root, transforming
 from purestep.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.scale import direction
@@ -63,10 +63,11 @@ def floor(eps1: Any, x: Tensor) -> Any:
     return torch.finfo(x.dtype).eps if eps1 is None else eps1
 
 
-@operation
-def rms(x: Tensor) -> Tensor:
+def rms(x: Tensor) -> Any:
     """The root mean square of all elements, in float32 at least: in float16 the square of 256 is infinite."""
-    return vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) / math.sqrt(max(x.numel(), 1))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = vector_norm(x) if x.dtype == wide else vector_norm(x, dtype=wide)
+    return (norm.item() if readable(x) else norm) / math.sqrt(max(x.numel(), 1))
 
 
 @operation
@@ -75,18 +76,23 @@ def mean_square(g: Tensor, dim: int) -> Tensor:
     return vector_norm(g, dim=dim, keepdim=True) ** 2 / max(g.shape[dim], 1)
 
 
-@operation
+@operation(like=True)
 def product(r: Tensor, c: Tensor, eps1: Any) -> Tensor:
-    """The matrix of rank 1 whose rows and columns have these means."""
-    return r / maximum(r.mean(-2, keepdim=True), floor(eps1, r)) @ c
+    """The second moment of a matrix, bounded from below."""
+    v, least = r / maximum(r.mean(-2, keepdim=True), floor(eps1, r)) @ c, floor(eps1, r) ** 2
+    return v.clamp_min_(least) if isinstance(least, float) and not transforming() else maximum(v, least)
 
 
 @operation(like=True)
-def relative(g: Tensor, v: Tensor, p: Tensor, eps: Any, d: Any) -> Tensor:
-    """The gradient over its root mean square, clipped, and relative to the size of the parameter."""
-    eps1, eps2 = eps
-    u = g * maximum(v, floor(eps1, v) ** 2).rsqrt()
-    return (u * (maximum(rms(p), eps2) / maximum(rms(u) / d, 1.0))).to(g.dtype)
+def bounded(v: Tensor, eps1: Any) -> Tensor:
+    """The second moment of a vector, bounded from below."""
+    return maximum(v, floor(eps1, v) ** 2)
+
+
+@operation(single=True)
+def size(u: Tensor, p: Tensor, eps2: Any, d: Any) -> Tensor:
+    """How long an update is to be: of the size of its parameter, and clipped."""
+    return maximum(rms(p), eps2) / maximum(rms(u) / d, 1.0)
 
 
 @leafwise(AdafactorState, requires=real)
@@ -144,9 +150,10 @@ def scale_by_adafactor(
         c = lerp(s.col_var, mean_square(g, -2), rate)
         s, v = AdafactorState(t, r, c, None), product(r, c, eps[0])
     else:
-        v = lerp(s.variance, g * g, rate)
-        s = AdafactorState(t, None, None, v)
-    return relative(g, v, p, eps, d), s
+        variance = lerp(s.variance, g * g, rate)
+        s, v = AdafactorState(t, None, None, variance), bounded(variance, eps[0])
+    u = g * v.rsqrt()
+    return u * size(u, p, eps[1], d), s
 
 
 @leafwise(RelativeStepState)

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from purestep.engine import choose
 from purestep.hyper import Extra, Hyper, NonNegative, Steps
-from purestep.maths import counter, maximum, minimum, precise, root, some, where
+from purestep.maths import counter, maximum, minimum, precise, root, some, transforming, where
 from purestep.optimizer import SHARED, Optimizer, Params, over
+from purestep.packing import joined, offset
 from purestep.transform import whole
 
 Number: TypeAlias = Any  # a float, or a 0-d tensor
@@ -234,8 +235,9 @@ def lbfgs(
     for _ in range(most if rules.wolfe else min(max_iter, max(most, 2)) - 1):  # more there cannot be
         if not some(m.going):
             break
-        loss, g = evaluate(move(m.x, where(m.going, m.t, 0.0), m.d))
-        m = advance(m, number(loss), g, rules)
+        trial = move(m.x, where(m.going, m.t, 0.0), m.d)
+        loss, g = evaluate(trial)
+        m = advance(m, trial, number(loss), g, rules)
 
     def stored(x: Number, like: Tensor) -> Tensor:
         return x.to(like.dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device)
@@ -307,14 +309,15 @@ def newton(g: Tensor, h: History, number: Callable[[Any], Number]) -> Tensor:
     for y, s, ro in zip(reversed(h.y), reversed(h.s), reversed(h.ro)):
         a.append(trimmed(number(s.dot(q)) * ro, q))
         q = plus(q, -a[-1], y)
-    q = q * narrow(h.scale, q)
+    q = q * narrow(h.scale, q) if isinstance(h.scale, Tensor) else q.mul_(h.scale)
     for y, s, ro in zip(h.y, h.s, h.ro):
         q = plus(q, a.pop() - trimmed(number(y.dot(q)) * ro, q), s)
     return q
 
 
-def advance(m: Machine, f: Number, g: Tensor, rules: Rules) -> Machine:
+def advance(m: Machine, trial: list[Tensor], f: Number, g: Tensor, rules: Rules) -> Machine:
     """Go on, with the loss and gradient at the trial point."""
+    tried = m.t
     m = m._replace(evaluations=where(m.going, m.evaluations + 1, m.evaluations))
     if rules.wolfe:
         m, found = search(m, Point(m.t, f, rules.number(g.dot(m.d))), g, rules)
@@ -330,7 +333,9 @@ def advance(m: Machine, f: Number, g: Tensor, rules: Rules) -> Machine:
         | (m.reach * abs(t) <= rules.tolerance_change)
         | (abs(f - m.start.f) < rules.tolerance_change)
     )
-    m = m._replace(x=select(found, move(m.x, t, m.d), m.x), t=where(found, t, m.t), going=m.going & no(found & stop))
+    if rules.wolfe and (isinstance(t, Tensor) or t != tried):
+        trial = move(m.x, t, m.d)  # the best is not the last
+    m = m._replace(x=select(found, trial, m.x), t=where(found, t, m.t), going=m.going & no(found & stop))
     again = found & m.going
     return begin(m, f, g, again, rules) if some(again) else m
 
@@ -433,11 +438,14 @@ def pick(flag: Flag, a: Point, b: Point) -> Point:
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """All of them as one new vector."""
     dense = [x if x.layout is torch.strided else x.to_dense() for x in tensors]
-    return torch.cat([(torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(-1) for x in dense])
+    dense = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in dense]
+    return torch.cat([x.reshape(-1) for x in dense]) if transforming() else joined(dense)
 
 
 def move(x: list[Tensor], t: Number, d: Tensor) -> list[Tensor]:
     """x + t d."""
+    if not isinstance(t, Tensor) and all([p.dtype is d.dtype and p.is_contiguous() for p in x]):
+        return offset(x, d, t)
     moved = []
     start = 0
     for p in x:
@@ -451,6 +459,8 @@ def move(x: list[Tensor], t: Number, d: Tensor) -> list[Tensor]:
 
 def select(flag: Flag, xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
     """`where` for lists."""
+    if isinstance(flag, bool):
+        return xs if flag else ys
     return [where(flag, x, y) for x, y in zip(xs, ys)]
 
 

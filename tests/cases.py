@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import purestep as ps
-from tests import cases_blocks, cases_methods, cases_modern
+from tests import cases_blocks, cases_methods, cases_modern, cases_nested
 from tests.case import Case, Options
 
 
@@ -225,7 +225,7 @@ CLASSES = tuple(
 )
 """The classes of torch.optim that purestep.optim has under the same name."""
 
-CASES += [*cases_blocks.CASES, *cases_modern.CASES, *cases_methods.CASES]
+CASES += [*cases_blocks.CASES, *cases_modern.CASES, *cases_methods.CASES, *cases_nested.CASES]
 
 ALL = [(case, options) for case in CASES for options in case.options]
 

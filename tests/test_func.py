@@ -208,7 +208,7 @@ def test_vmap_over_every_hyperparameter(case: Case, options: Options) -> None:
         return params
 
     for name, value in t.hyperparams.items():
-        if callable(value) or value == 0.0:
+        if value is None or callable(value) or value == 0.0:
             continue
         shares = (1.0, 0.97, 0.9) if name not in case.least else (1.0, 1.1, 1.5)
         batch = pytree.tree_map(

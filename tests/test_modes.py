@@ -148,7 +148,7 @@ def test_updates_share_no_memory_with_the_state(case: Case, options: Options) ->
         assert not held & {u.data_ptr() for u in updates.values()}
 
 
-@each_options()
+@each_options(capability="donation")
 def test_donated_memory_is_reused(case: Case, options: Options) -> None:
     """With donate=True the new parameters and state are the old tensors; the gradients are untouched."""
     t = case.transform(options)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import purestep as ps
+from purestep.state import places, roles_of
 from tests.cases import Case, each
 from tests.problems import clone, difference
 
@@ -62,9 +63,10 @@ def test_every_container(case: Case, kind: str) -> None:
         flat, flat_state = t.step(flat_g, flat_state, flat)
     assert pytree.tree_structure(params) == pytree.tree_structure(given)
     assert difference([x for x in pytree.tree_leaves(params) if x is not None], list(flat.values())) == 0
-    for own in state if isinstance(state, tuple) and not hasattr(state, "_fields") else [state]:
-        for column in own:
-            assert pytree.tree_structure(column) == pytree.tree_structure(params)
+    for _, own in places(state):
+        for column, role in zip(own, roles_of(type(own))):
+            if role in ("like", "other"):  # else it is not kept per parameter
+                assert pytree.tree_structure(column) == pytree.tree_structure(params)
 
 
 @each()
@@ -92,7 +94,7 @@ def test_a_none_gradient_leaves_everything_as_it_was(case: Case, donate: bool, e
 
 
 def only(state: Any, key: str) -> Any:
-    return pytree.tree_map(lambda d: {key: d[key]}, state, is_leaf=lambda x: type(x) is dict)
+    return pytree.tree_map(lambda d: {key: d[key]} if type(d) is dict else d, state, is_leaf=lambda x: type(x) is dict)
 
 
 def test_all_gradients_none() -> None:

@@ -7,8 +7,10 @@ import doctest
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,3 +46,23 @@ def test_the_algorithm_shown_is_the_algorithm() -> None:
     source = (ROOT / "src/purestep/algorithms/adam.py").read_text()
     (shown,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert all(line in source for line in shown.splitlines())
+
+
+def test_lion_is_written_in_less_than_25_lines() -> None:
+    """The first block of the page is all of it, and computes what its paper says."""
+    page = (ROOT / "docs/write-your-own.md").read_text()
+    kind, text = BLOCK.findall(page)[0]
+    assert kind == "python"
+    assert len(text.splitlines()) < 25
+    space: dict[str, Any] = {"__name__": "snippets"}
+    exec(compile(text, "write-your-own.md", "exec", dont_inherit=True), space)
+    opt = space["lion"](lr=0.1, betas=(0.7, 0.9), weight_decay=0.5)
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(5, generator=generator, dtype=torch.float64)
+    q, m, state = p, torch.zeros_like(p), opt.init_state(p)
+    for _ in range(20):
+        g = torch.randn(5, generator=generator, dtype=torch.float64)
+        p, state = opt.step(g, state, p)
+        q = q - 0.1 * (torch.sign(0.7 * m + 0.3 * g) + 0.5 * q)
+        m = 0.9 * m + 0.1 * g
+    torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)

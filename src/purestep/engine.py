@@ -512,7 +512,7 @@ class Call:
         arguments |= {n: self.extra(n, rows) for n in d.extras}
         given: list[Any] = [pick(c, rows) if leaf else c for c, leaf in zip(fields, info.leaves)]
         if stage.inner is not None:
-            arguments[d.inner] = inner = Inner(self, [Group(typing.cast(Plan, g.plan.stages[n].inner), g.rows) for g in groups], rows)
+            arguments[d.inner] = inner = Inner(self, [Group(g.plan.stages[n].inner, g.rows) for g in groups], rows)  # type: ignore[arg-type]
             given.append(inner.state(self.states[i + 1 : stage.stop]))
         state = EmptyState() if d.state is None else d.state(*given)
         new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **arguments)
@@ -952,9 +952,7 @@ class Inner:
             params: the parameters.
             otherwise: by default nothing, so that the parameters keep every bit.
         """
-        call = self._call
-        if isinstance(flag, Tensor) and call.mode == "program" and flag.is_cpu:
-            flag = bool(flag)
+        call, flag = self._call, self.read(flag)
         if flag is True:
             return self.update(gs, state, params, donate=True)
         if otherwise is None:
@@ -968,6 +966,12 @@ class Inner:
         return maths.select(flag, us, otherwise), [
             call.reused(old, x, f) if all(f.leaves) else x for old, x, f in zip(state, after, self._fields)
         ]
+
+    def read(self, flag: Any) -> Any:
+        """A flag as a bool, if there is no one to wait for: on a CPU, outside `torch.func` and `torch.compile`."""
+        if isinstance(flag, Tensor):
+            return bool(flag) if self._call.mode == "program" and flag.is_cpu else flag.bool()
+        return bool(flag)
 
     def state(self, states: Sequence[Any]) -> list[Any]:
         """The state of these links, of the parameters that there are."""

@@ -10,6 +10,7 @@ device, and a batched one cannot be read at all.
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import typing
@@ -111,7 +112,7 @@ def check_steps(value: Any, name: str, whole: Whole) -> Any:
         if not isinstance(value, (tuple, list)):
             raise TypeError(f"{name} must be a tuple of whole numbers, but got {value!r}.")
         steps = tuple(check_steps(x, f"{name}[{k}]", Whole(whole.low)) for k, x in enumerate(value))
-        if any(x >= y for x, y in zip(steps, steps[1:])):
+        if any(x >= y for x, y in itertools.pairwise(steps)):
             raise ValueError(f"{name} must rise from each to the next, but got {value!r}.")
         return steps
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):

@@ -117,9 +117,12 @@ def select(condition: Any, x: Any, y: Any) -> Any:
 
 def finite(tensors: list[Tensor]) -> Any:
     """Whether all numbers of all tensors are finite: a 0-d tensor on the first one's device, or True for no tensors."""
-    if not tensors:
+    xs = [torch.view_as_real(x) if x.is_complex() else x for x in tensors if x.numel()]
+    if not xs:
         return True
-    return torch.stack([x.isfinite().all().to(tensors[0].device) for x in tensors]).all()
+    if recorded(xs) or torch.compiler.is_compiling():
+        return torch.stack([x.isfinite().all().to(xs[0].device) for x in xs]).all()
+    return torch.stack([x.to(xs[0].device) for x in torch._foreach_norm(xs, math.inf)]).isfinite().all()  # one pass each
 
 
 @operation
@@ -234,3 +237,18 @@ def multiply(tensors: list[Tensor], k: Tensor) -> list[Tensor]:
     if recorded([*tensors, k]) or not all([x.device == k.device for x in tensors]):
         return [(x * k.to(x.device)).to(x.dtype) for x in tensors]
     return [y.to(x.dtype) for x, y in zip(tensors, torch._foreach_mul(tensors, k))]  # a 0-d tensor is promoted by `k`
+
+
+def inner(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    r"""The inner product of two lists, each as one vector; a 0-d tensor in the precision that numbers are computed in.
+
+    Of complex tensors it is the real part, which is the inner product of the pairs of reals they are.
+    """
+    device = xs[0].device
+    products = [(x * y.conj()).real if x.is_complex() else x.to(wide(x)) * y for x, y in zip(xs, ys)]
+    return torch.stack([x.sum(dtype=precise(device)).to(device) for x in products]).sum()
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The real dtype of a norm or a sum: in float16 the square of 256 is infinite."""
+    return torch.promote_types(x.real.dtype, torch.float32)

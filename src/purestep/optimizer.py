@@ -40,7 +40,7 @@ from purestep.engine import (
 )
 from purestep.masks import Label, Memo, Not, refuse_unused, route, select
 from purestep.sparse import Touched
-from purestep.transform import Transform, chain
+from purestep.transform import FROM_CLOSURE, Transform, chain, check_value
 from purestep.transforms.mask import masked
 from purestep.transforms.scale import maximize as ascend
 from purestep.tree import Spec, quote
@@ -232,7 +232,8 @@ class Optimizer(torch.optim.Optimizer):
         paths = dict(taken)
         for _, name, p in entries:
             paths.setdefault(p, str(len(paths)) if name is None else name)
-        links, memo = self._recipe.links, Memo()
+        links = self._recipe.links
+        memo: Memo = {}
         spec = spec_of(paths, [m for link in links for m in link.masks], any([name is not None for _, name, _ in entries]))
         ways = [select(outer(link.masks), list(paths), spec, memo) for link in links]
         if not self._ready:
@@ -425,12 +426,20 @@ class Optimizer(torch.optim.Optimizer):
     def _extras(self, plan: Plan, closure: Any, loss: Any) -> dict[str, Any]:
         """What transforms ask for at each update, as far as a closure and its last value can give it."""
         for link in plan.links:
+            who = link.transform.declaration.name
             for name in link.transform.declaration.extras:
-                if name not in ("value", "value_and_grad") or closure is None:
+                if name not in FROM_CLOSURE:
                     raise TypeError(
-                        f"{link.transform.declaration.name} needs {name}, so step needs a closure: step(closure), which clears "
-                        "the gradients, evaluates the model, calls backward and returns the loss."
+                        f"{who} needs {name}, which an optimizer cannot give it: a closure gives {' and '.join(FROM_CLOSURE)}. "
+                        f"Call the transform itself: transform.step(grads, state, params, {name}=...)."
                     )
+                if closure is None:
+                    raise TypeError(
+                        f"{who} needs {name}, so step needs a closure: step(closure), which clears the gradients, evaluates "
+                        "the model, calls backward and returns the loss."
+                    )
+                loss = loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else loss
+                check_value(loss, f"What the closure returns, the loss for {who}")
         return {"value": loss, "value_and_grad": closure} if plan.extras else {}
 
     def _again(self, group: dict[str, Any], transform: Transform) -> bool:

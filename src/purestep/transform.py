@@ -7,6 +7,7 @@ here; what happens to the lists in between is `purestep.engine`'s.
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
@@ -23,7 +24,6 @@ from purestep.engine import (
     Executor,
     Fields,
     Group,
-    Inner,
     Link,
     LinkDeclaration,
     Plan,
@@ -97,7 +97,8 @@ class Transform:
         """
         leaves, spec = tree.flatten(params)
         check_params(leaves, spec)
-        states, memo = [], Memo()
+        states = []
+        memo: Memo = {}
         for link in self.links:
             value = link.transform
             fields = fields_of(value)
@@ -202,7 +203,7 @@ class Transform:
         live, given = pick(gradients, rows), pick(leaves, rows)
         mode = choose(executor, live, given, *flat_state, plan.tensors)
 
-        memo = Memo()
+        memo: Memo = {}
 
         def mask(masks: tuple[Any, ...]) -> list[bool]:
             return pick(select(masks, leaves, spec, memo), rows)
@@ -627,29 +628,24 @@ def nested(
 
     >>> import torch, purestep as ps
     >>> from typing import Any, NamedTuple
-    >>> class EveryOther(NamedTuple):
-    ...     odd: ps.Scalar
+    >>> class HalvedState(NamedTuple):
     ...     inner: Any
     ...
     ...     @classmethod
     ...     def init(cls, params, inner):
-    ...         return cls(ps.counter(params), inner)
-    >>> @ps.nested(EveryOther)
-    ... def every_other(gs, s, params, transform: ps.Inner):
-    ...     updates, inner = transform.when(s.odd == 0, gs, s.inner, params)
-    ...     return updates, EveryOther(1 - s.odd, inner)
-    >>> opt, p = every_other(ps.sgd(lr=0.1)), torch.tensor([1.0])
-    >>> state = opt.init_state(p)
-    >>> for _ in range(3):
-    ...     p, state = opt.step(torch.tensor([1.0]), state, p)
-    ...     print(p)
-    tensor([0.9000])
-    tensor([0.9000])
-    tensor([0.8000])
+    ...         return cls(inner)
+    >>> @ps.nested(HalvedState)
+    ... def halved(gs, s, params, transform: ps.Inner):
+    ...     us, inner = transform.update(gs, s.inner, params)
+    ...     return [u / 2 for u in us], HalvedState(inner)
+    >>> opt, p = halved(ps.sgd(lr=0.1)), torch.tensor([1.0])
+    >>> opt.step(torch.tensor([1.0]), opt.init_state(p), p)[0]
+    tensor([0.9500])
     """
     if not (isinstance(state, type) and hasattr(state, "init") and getattr(state, "_fields", ("",))[-1] == "inner"):
         raise TypeError(
-            f"nested takes a state, a NamedTuple with a classmethod init(params, inner) and 'inner' as its last field, but got {state!r}."
+            "nested takes a state, a NamedTuple with a classmethod init(params, inner) and 'inner' as its last field, but got "
+            f"{state!r}."
         )
 
     def declare(function: Callable[..., Any]) -> Any:
@@ -759,19 +755,43 @@ def check_states(links: Sequence[Link], states: list[Any], params: list[Any], sh
                     )
 
 
+FROM_CLOSURE = ("value", "value_and_grad")
+"""The extra arguments that an optimizer of `purestep.optim` takes from the closure."""
+
+
 def check_extras(plan: Plan, extras: dict[str, Any]) -> None:
-    """Refuse missing and unknown extra arguments."""
-    for link in plan.links:
-        for name in link.transform.declaration.extras:
-            if name not in extras:
-                raise TypeError(
-                    f"{link.transform.declaration.name} needs {name}: give it to each update, step(grads, state, params, "
-                    f"{name}=...). An optimizer of purestep.optim takes it from the closure, step(closure)."
-                )
+    """Refuse missing and unknown extra arguments, and a loss or a function that is none."""
+    wanted = [(link.transform.declaration.name, name) for link in plan.links for name in link.transform.declaration.extras]
     unknown = sorted(extras.keys() - plan.extras)
+    for who, name in wanted:
+        if name not in extras:
+            other = f", and not {_either(unknown)}" if unknown else ""
+            how = "takes it from the closure, step(closure)" if name in FROM_CLOSURE else "cannot give it"
+            raise TypeError(
+                f"{who} needs {name}: give it to each update, step(grads, state, params, {name}=...){other}. An optimizer of "
+                f"purestep.optim {how}."
+            )
+        if name == "value":
+            check_value(extras[name], f"value, the loss for {who}")
+        if name == "value_and_grad" and not callable(extras[name]):
+            raise TypeError(
+                f"value_and_grad, which {who} needs, must be a function from parameters to (value, gradients), but got "
+                f"{extras[name]!r}."
+            )
     if unknown:
-        known = f"it asks for {_either(sorted(plan.extras))}" if plan.extras else "it asks for no extra arguments"
+        known = ", ".join([f"{who} asks for {name!r}" for who, name in wanted]) or "no part of it asks for an extra argument"
         raise TypeError(f"This transform has no use for {_either(unknown)}: {known}.")
+
+
+def check_value(value: Any, subject: str) -> None:
+    """Refuse a loss that is not one number."""
+    if isinstance(value, Tensor) and value.dim():
+        raise TypeError(
+            f"{subject}, must be a number or a 0-d tensor, but is a tensor of shape {tuple(value.shape)}. Take its mean or "
+            "sum; to train one model per value, vmap over the whole step."
+        )
+    if not isinstance(value, (Tensor, numbers.Real)):
+        raise TypeError(f"{subject}, must be a number or a 0-d tensor, but is {value!r}.")
 
 
 def on_lists(function: Callable[[PyTree], Any], leaves: list[Any], rows: list[int] | None, spec: tree.Spec) -> Any:
@@ -785,7 +805,12 @@ def on_lists(function: Callable[[PyTree], Any], leaves: list[Any], rows: list[in
                 f"value_and_grad must return (value, gradients), the value a 0-d tensor, but it returned {result!r}. "
                 "torch.func.grad_and_value returns them the other way around: lambda p: grad_and_value(loss)(p)[::-1]."
             )
-        return result[0], pick(tree.flatten_like(result[1], spec, "the gradients of value_and_grad"), rows)
+        found = tree.flatten_like(result[1], spec, "the gradients of value_and_grad")
+        check_gradients(found, leaves, [p if p is None else p.shape for p in leaves], spec)
+        for k in range(len(leaves)) if rows is None else rows:
+            if found[k] is None:
+                raise ValueError(f"value_and_grad gives no gradient at {tree.quote(spec.paths()[k])}, where grads have one.")
+        return result[0], pick(found, rows)
 
     return listed
 
@@ -822,15 +847,21 @@ def eval_params(state: Any, params: PyTree) -> Any:
     >>> p, ps.eval_params(state, p)
     (tensor([-0.3000]), tensor([-0.2500]))
     """
-    leaves, spec = tree.flatten(params)
-    for s in state if type(state) is tuple else (state,):
-        if type(s) is tuple:
+    if type(state) is tuple:  # of a chain
+        return next((found for s in state if (found := eval_params(s, params)) is not params), params)
+    if type(state) is dict:  # of a partition
+        for s in state.values():
             params = eval_params(s, params)
-        elif hasattr(s, "evaluated"):
-            each = map(type(s)._make, zip(*[tree.flatten_like(c, spec, "state") for c in s]))
-            found = [p if x.step is None else maths.where(x.step == 0, p, x.evaluated(p)) for p, x in zip(leaves, each)]
-            return tree.unflatten(found, spec)
-    return params
+        return params
+    leaves, spec = tree.flatten(params)
+    if hasattr(state, "evaluated"):
+        each = map(type(state)._make, zip(*[tree.flatten_like(c, spec, "state") for c in state]))
+        found = [p if x.step is None else maths.where(x.step == 0, p, x.evaluated(p)) for p, x in zip(leaves, each)]
+        return tree.unflatten(found, spec)
+    if hasattr(state, "averaged"):  # a whole transform's
+        averages = tree.flatten_like(state.averaged(), spec, "state")
+        return tree.unflatten([p if a is None else a for p, a in zip(leaves, averages)], spec)
+    return eval_params(state.inner, params) if hasattr(state, "inner") else params
 
 
 def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> T:

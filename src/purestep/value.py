@@ -223,6 +223,7 @@ def _function(step: Any, function: Callable[[Any], Any]) -> Any:
 
 FUNCTION = Declaration(_function, given=1, name="schedule")
 FUNCTION.factory = as_schedule
+as_schedule.declaration = FUNCTION  # type: ignore[attr-defined]  # where pickle finds it again
 
 
 def same(a: Any, b: Any) -> bool:

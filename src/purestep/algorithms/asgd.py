@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, zeros_like
 
@@ -27,7 +27,7 @@ class AsgdState(NamedTuple):
         """Before the first update."""
         return cls(counter(p), filled(counter(p), lr), counter(p) + 1, zeros_like(p))
 
-    def averaged(self) -> Any:
+    def evaluated(self, p: Tensor) -> Tensor:
         """The average of the parameters; see `purestep.eval_params`."""
         return self.ax
 

@@ -42,17 +42,25 @@ class StddevState(NamedTuple):
 
 @leafwise(RmsState)
 def scale_by_rms(
-    g: Tensor, s: RmsState, p: Tensor, *, alpha: NonNegative = 0.99, eps: NonNegative = 1e-8
+    g: Tensor,
+    s: RmsState,
+    p: Tensor,
+    *,
+    alpha: NonNegative = 0.99,
+    eps: NonNegative = 1e-8,
+    bias_correction: bool = False,
 ) -> tuple[Tensor, RmsState]:
     r"""Divide by the running root mean square of the gradients.
 
     .. math::
         v_t &= \alpha v_{t-1} + (1 - \alpha)\,g_t^2 \\
-        u_t &= \frac{g_t}{\sqrt{v_t} + \epsilon}
+        u_t &= \frac{g_t}{\sqrt{\hat v_t} + \epsilon}, \qquad
+            \hat v_t = \begin{cases} v_t / (1 - \alpha^t) & \text{bias correction} \\ v_t & \text{else} \end{cases}
 
     Args:
         alpha: :math:`\alpha \ge 0`, the decay rate.
         eps: :math:`\epsilon \ge 0`, outside the root, as in torch (optax has it inside by default).
+        bias_correction: divide :math:`v_t`, which begins at 0, by the sum of its weights so far, as Adam does.
 
     >>> import torch, purestep as ps
     >>> opt, p = ps.scale_by_rms(alpha=0.75), torch.zeros(2)
@@ -62,8 +70,9 @@ def scale_by_rms(
     Reference: Tieleman & Hinton, `Lecture 6.5, RMSprop
     <https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf>`_, 2012.
     """
+    t = s.step + 1
     v = alpha * s.square_avg + (1 - alpha) * (g * g)
-    return g / (root(v) + eps), RmsState(s.step + 1, v)
+    return g / (root(v / (1 - alpha**t) if bias_correction else v) + eps), RmsState(t, v)
 
 
 @leafwise(StddevState)

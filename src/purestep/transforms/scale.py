@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from purestep.hyper import Hyper, NonNegative
@@ -19,6 +22,33 @@ def scale(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
     tensor([-1., -2.])
     """
     return u * factor
+
+
+def scale_by_schedule(schedule: Callable[[Any], Any]) -> Transform:
+    r"""Multiply the updates by what a schedule says: :math:`u_t \leftarrow c_t\,u_t`, where :math:`t = 0, 1, \dots`
+
+    It is `scale`, which takes schedules as every transform does, and like it does not turn the updates around: a learning rate
+    belongs in `scale_by_learning_rate`. Each parameter counts its own updates.
+
+    Args:
+        schedule: a function of the number of the update, such as those of `purestep.schedules`.
+
+    Raises:
+        TypeError: it is not a function.
+
+    >>> import torch, purestep as ps
+    >>> opt, p = ps.scale_by_schedule(lambda t: 0.5**t), torch.zeros(1)
+    >>> state = opt.init_state(p)
+    >>> for _ in range(3):
+    ...     u, state = opt.update(torch.ones(1), state, p)
+    >>> u, state.step
+    (tensor([0.2500]), tensor(3.))
+    """
+    if not callable(schedule) or isinstance(schedule, (type, Tensor)):
+        raise TypeError(
+            f"scale_by_schedule takes a schedule (step -> value), but got {schedule!r}. For a number there is scale."
+        )
+    return scale(schedule)
 
 
 @leafwise(sparse="rows")

@@ -201,6 +201,28 @@ CASES = [
         step=-0.1,
     ),
     Case(
+        "partition",
+        lambda matrices, rest: ps.partition({"matrices": matrices, "rest": rest}, ps.by_ndim({2: "matrices"}, default="rest")),
+        (
+            {"matrices": ps.sgd(0.1, momentum=0.9), "rest": ps.adamw(0.01)},
+            {"matrices": ps.chain(ps.clip_by_global_norm(0.1), ps.sgd(0.1)), "rest": ps.sgd(0.05, momentum=0.5)},
+        ),
+        problems=("mlp",),
+        lacks={
+            "containers": "a bare tensor has one label, and an unused one is refused; tests/test_partition.py has other trees",
+            "complex": "the complex problem has no matrices, and an unused label is refused",
+            "alone": "with one parameter a label is unused, which is refused",
+        },
+        covers=("by_ndim", "by_path", "by_module"),
+    ),
+    Case(
+        "freeze",
+        lambda transform, mask: ps.chain(transform, ps.freeze(mask)),
+        ({"transform": ps.chain(ps.clip_by_global_norm(0.1), ps.adamw(0.01)), "mask": ps.by_ndim({0: True}, default=False)},),
+        lacks={"alone": "the norm that is clipped is that of all parameters"},
+    ),
+    Case("set_to_zero", ps.set_to_zero, ({},), lacks={"moving": "it moves nothing"}),
+    Case(
         "chain",
         lambda **options: ps.chain(ps.clip_by_global_norm(options.pop("max_norm")), ps.adamw(**options)),
         ({"max_norm": 0.1, "lr": 0.01}, {"max_norm": 0.1, "lr": ps.schedules.warmup_cosine(0.1, warmup_steps=3, total_steps=40)}),

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import purestep as ps
 from purestep.transform import Composite
-from tests.case import Case, Options
+from tests.case import Case
 
 
 class Given(Composite):
@@ -47,12 +46,13 @@ def value_and_grad(params: Any) -> Any:
     return total, pytree.tree_unflatten(pairs, spec)
 
 
-def given(make: Callable[..., ps.Transform]) -> Callable[..., ps.Transform]:
+def given(make: Callable[..., ps.Transform], step: float = 1.0) -> Callable[..., ps.Transform]:
     """The factory of a transform that is given its extra arguments."""
-    return lambda **options: Given([make(**options)])
+    return lambda **options: Given([make(**options) if step == 1.0 else ps.chain(make(**options), ps.scale(step))])
 
 
-OWN_STATE = {"donation": "a whole transform makes its state anew"}
+TOGETHER = {"alone": "what one parameter does depends on the others"}
+OWN_STATE = {**TOGETHER, "donation": "a whole transform makes its state anew"}
 NORMS = {"complex": "its numbers are those of real tensors, and complex parameters are refused"}
 
 CASES: list[Case] = [
@@ -94,4 +94,39 @@ CASES: list[Case] = [
     ),
     Case("scale_by_dog", ps.scale_by_dog, ({"reps_rel": 0.1}, {"init_eta": 0.1}), step=-1.0, covers=("DogState",), lacks=OWN_STATE),
     Case("scale_by_ldog", ps.scale_by_ldog, ({"reps_rel": 0.1}, {"reps_rel": 0.2, "eps": 0.1}), step=-1.0, covers=("LDogState",), lacks=NORMS),
+    Case(
+        "dadapt_adamw",
+        ps.dadapt_adamw,
+        (
+            {"lr": 1.0, "d0": 0.01, "weight_decay": 0.1},
+            {"lr": 0.5, "betas": (0.7, 0.9), "eps": 1e-3, "d0": 1e-3, "growth_rate": 1.5, "use_bias_correction": True},
+            {"lr": 0.1, "d0": 1e-3, "maximize": True},
+        ),
+        lacks=OWN_STATE,
+        least={"growth_rate": 1.0},
+    ),
+    Case(
+        "prodigy",
+        ps.prodigy,
+        (
+            {"lr": 1.0, "d0": 0.01, "weight_decay": 0.1},
+            {"lr": 0.5, "betas": (0.7, 0.9), "beta3": 0.8, "eps": 1e-3, "d0": 1e-3, "d_coef": 0.5, "growth_rate": 1.5},
+            {"lr": 0.1, "d0": 1e-3, "use_bias_correction": True, "safeguard_warmup": True, "maximize": True},
+        ),
+        lacks=OWN_STATE,
+        least={"growth_rate": 1.0},
+    ),
+    Case("scale_by_dadapt_adam", ps.scale_by_dadapt_adam, ({"d0": 0.01},), covers=("DAdaptState",), lacks=OWN_STATE),
+    Case("scale_by_prodigy", ps.scale_by_prodigy, ({"d0": 0.01},), covers=("ProdigyState",), lacks=OWN_STATE),
+    Case("polyak_sgd", given(ps.polyak_sgd), ({"max_learning_rate": 0.2}, {"f_min": -1.0, "eps": 0.1, "lr": 0.1, "positive": True}), lacks=TOGETHER),
+    Case("scale_by_polyak", given(ps.scale_by_polyak, -1.0), ({"f_min": -1.0, "max_learning_rate": 0.1},), lacks=TOGETHER),
+    Case("sam", given(ps.sam, -0.1), ({"rho": 0.1}, {"rho": 0.5, "adaptive": True}), lacks=TOGETHER),
+    Case(
+        "scale_by_backtracking_linesearch",
+        given(lambda **options: ps.chain(ps.sgd(0.5), ps.scale_by_backtracking_linesearch(**options))),
+        ({}, {"max_backtracking_steps": 3, "slope_rtol": 0.1, "decrease_factor": 0.5, "increase_factor": 2.0, "atol": 1e-3, "rtol": 1e-3}),
+        smooth=False,
+        lacks=OWN_STATE,
+        covers=("BacktrackingLinesearchState",),
+    ),
 ]  # fmt: skip

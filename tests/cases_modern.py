@@ -49,7 +49,7 @@ CASES: list[Case] = [
         "lamb",
         ps.lamb,
         (
-            {"lr": 0.01, "weight_decay": 0.1},
+            {"lr": 0.01, "eps": 0.1, "weight_decay": 0.1},
             {"lr": 0.01},
             {"lr": 0.02, "betas": (0.7, 0.9), "eps": 1e-3, "maximize": True},
         ),

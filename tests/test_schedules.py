@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 import purestep as ps
 from purestep import optim, schedules
 from purestep.schedules import Schedule
+from purestep.value import Declaration
 from tests.oracles import common
 
 STEPS = 12
@@ -183,7 +184,7 @@ def test_from_torch(name: str) -> None:
     if name.startswith(("OneCycleLR", "CyclicLR")):
         momentum = schedules.from_torch(driver, "momentum")
         assert [momentum(t) for t in range(60)] == pytest.approx(momenta, rel=1e-12)
-        assert max(momenta) - min(momenta) > 0.09
+        assert max(momenta) - min(momenta) > 0.08
 
 
 def test_from_torch_reads_a_parameter_group() -> None:
@@ -198,7 +199,7 @@ def test_from_torch_reads_a_parameter_group() -> None:
     assert schedules.from_torch(driver, group=1)(0) == 0.4
     driver = lr_scheduler.OneCycleLR(optimizer, [0.5, 0.7], total_steps=10, pct_start=0.5, max_momentum=[0.9, 0.8])
     assert schedules.from_torch(driver, group=1)(4) == 0.7
-    assert schedules.from_torch(driver, "momentum", group=1)(0) == 0.8
+    assert schedules.from_torch(driver, "momentum", group=1)(0) == pytest.approx(0.8, rel=1e-15)
 
 
 FIRST = (lambda o: lr_scheduler.LinearLR(o), lambda o: lr_scheduler.ExponentialLR(o, 0.9))
@@ -211,11 +212,12 @@ FIRST = (lambda o: lr_scheduler.LinearLR(o), lambda o: lr_scheduler.ExponentialL
         (lambda o: lr_scheduler.MultiplicativeLR(o, lambda k: 0.9), TypeError, "MultiplicativeLR multiplies factors up"),
         (lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.2, scale_fn=lambda x: 1.0), TypeError, "scale_fn of its own"),
         (lambda o: lr_scheduler.ChainedScheduler([FIRST[0](o), lr_scheduler.CosineAnnealingLR(o, 5)]), TypeError, "CosineAnnealingLR does not multiply"),
-        (lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.ChainedScheduler([f(o) for f in FIRST]), FIRST[0](o)], [5]), TypeError, "ChainedScheduler in a SequentialLR"),
-        (lambda o: torch.optim.swa_utils.SWALR(o, 0.1), TypeError, "SWALR is not one of"),
+        (lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.SequentialLR(o, [f(o) for f in FIRST], [3]), FIRST[0](o)], [5]), TypeError, "SequentialLR in a SequentialLR"),
+        (lambda o: torch.optim.swa_utils.SWALR(o, 0.1), TypeError, "from_torch cannot read a SWALR"),
         (lambda o: o, TypeError, "must be one of torch.optim.lr_scheduler"),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # nested ones, by torch itself
 def test_what_from_torch_cannot_read(make: Any, error: type[Exception], message: str) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
     with pytest.raises(error, match=message):
@@ -261,6 +263,17 @@ def test_restarts_are_at_their_steps(mult: int) -> None:
         begin, length = begin + length, length * mult
 
 
+def test_a_joined_schedule_sees_its_own_steps() -> None:
+    """So one that is singular outside of them spoils neither the others' values nor a derivative."""
+    schedule = schedules.join((lambda t: 1 / (3 - t), schedules.scale(lambda t: 1 / (4 - t), 0.5), 0.1), (3, 7))
+    expected = [1 / (3 - t) if t < 3 else 0.5 / (7 - t) if t < 7 else 0.1 for t in range(9)]
+    assert [schedule(t) for t in range(9)] == pytest.approx(expected, rel=1e-12)
+    for t in range(9):
+        slope = torch.func.grad(lambda s, t=t: torch.as_tensor(s(torch.tensor(t))))(ps.tensors(schedule))
+        assert all(math.isfinite(x) for x in pytree.tree_leaves(slope))
+    assert schedules.join((0.5, 0.1), (0,))(0) == 0.1
+
+
 # -------------------------------------------------------------------------------------------------------------------- kinds
 
 EACH: dict[str, Schedule] = {
@@ -294,7 +307,7 @@ each = pytest.mark.parametrize("name", EACH)
 
 
 def test_each_schedule_is_tested() -> None:
-    made = {name for name, x in vars(schedules).items() if hasattr(x, "declaration") and name != "schedule"}
+    made = {name for name, x in vars(schedules).items() if isinstance(getattr(x, "declaration", None), Declaration)}
     assert {schedule.declaration.name for schedule in EACH.values()} - {"schedule"} == made
 
 
@@ -315,12 +328,10 @@ def test_tensors_vmap_and_compile(name: str) -> None:
         torch.testing.assert_close(torch.stack([compiled(t) for t in steps]), wanted, **close)
 
 
-@each
-def test_a_compiled_step_follows_the_schedule(name: str) -> None:
-    """One graph for all steps."""
-    torch._dynamo.reset()
-    opt, p = ps.sgd(lr=EACH[name], momentum=0.5), torch.ones(3, dtype=torch.float64)
-    graphs = 0
+def test_a_compiled_step_follows_each_schedule() -> None:
+    """The sum of all of them, in one graph for all steps."""
+    opt = ps.chain(*[ps.add_decayed_weights(schedule) for schedule in EACH.values()], ps.scale(-0.1))
+    p, graphs = torch.ones(3, dtype=torch.float64), 0
 
     def count(graph: torch.fx.GraphModule, example: Any) -> Any:
         nonlocal graphs
@@ -328,32 +339,33 @@ def test_a_compiled_step_follows_the_schedule(name: str) -> None:
         return graph
 
     compiled = torch.compile(opt.step, fullgraph=True, backend=count)
-    state, other, q = opt.init_state(p), opt.init_state(p), p
-    for _ in range(6):
-        q, other = opt.step(q, other, q)
-        p, state = compiled(p, state, p)
-    torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+    state = opt.init_state(p)
+    for t in range(6):
+        new, state = compiled(torch.zeros_like(p), state, p)
+        expected = p * (1 - 0.1 * sum(schedule(t) for schedule in EACH.values()))
+        torch.testing.assert_close(new, expected, rtol=1e-12, atol=1e-14)
+        p = new
     assert graphs == 1
 
 
 @each
 def test_derivatives_in_its_numbers(name: str) -> None:
-    """Of the values at all steps, by each of its numbers, against finite differences; forward mode agrees."""
-    schedule = ps.tensors(EACH[name])
-    numbers, spec = pytree.tree_flatten(schedule)
+    """Of the values at all steps, by each of its numbers, against finite differences; `torch.func.grad` agrees."""
+    leaves, spec = pytree.tree_flatten(ps.tensors(EACH[name]))
+    numbers = tuple(x for x in leaves if x is not None)
     if not numbers:
         return
-    at = [t for t in range(STEPS) if not (name.startswith("one_cycle") and t == 3)]
 
     def weighted(*numbers: Tensor) -> Tensor:
-        s = pytree.tree_unflatten(numbers, spec)
-        return torch.stack([torch.as_tensor(s(torch.tensor(t))) * (1 + 0.1 * t) for t in at]).sum()
+        given = iter(numbers)
+        schedule = pytree.tree_unflatten([x if x is None else next(given) for x in leaves], spec)
+        values = [torch.as_tensor(schedule(torch.tensor(t)), dtype=torch.float64) for t in range(STEPS)]
+        return torch.stack([x * (1 + 0.1 * t) for t, x in enumerate(values)]).sum() + 0 * sum(numbers)
 
     inputs = tuple(x.clone().requires_grad_() for x in numbers)
     assert torch.autograd.gradcheck(weighted, inputs, check_forward_ad=True, atol=1e-6, rtol=1e-5)
-    for x, y in zip(
-        torch.func.grad(weighted, argnums=tuple(range(len(numbers))))(*numbers), torch.autograd.grad(weighted(*inputs), inputs)
-    ):
+    mapped = torch.func.grad(weighted, argnums=tuple(range(len(numbers))))(*numbers)
+    for x, y in zip(mapped, torch.autograd.grad(weighted(*inputs), inputs)):
         torch.testing.assert_close(x, y)
 
 
@@ -364,7 +376,7 @@ def test_a_value_and_a_pytree(name: str) -> None:
     assert pytree.tree_unflatten(numbers, spec) == schedule == copy.deepcopy(schedule)
     assert pytree.tree_structure(ps.tensors(schedule)) == spec
     assert pytree.tree_structure(ps.in_dims(schedule)) == spec
-    assert pytree.tree_map(lambda x: x + 1, schedule) != schedule or not numbers
+    assert (pytree.tree_map(lambda x: x and x + 1, schedule) != schedule) == bool(numbers)
     assert len({str(path) for path, _ in pytree.tree_flatten_with_path(schedule)[0]}) == len(numbers)
     assert schedule.replace() == schedule
     if name not in FUNCTIONS:

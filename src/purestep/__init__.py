@@ -37,6 +37,9 @@ from purestep.algorithms.adopt import scale_by_adopt as scale_by_adopt
 from purestep.algorithms.asgd import AsgdState as AsgdState
 from purestep.algorithms.asgd import asgd as asgd
 from purestep.algorithms.asgd import scale_by_asgd as scale_by_asgd
+from purestep.algorithms.dadapt_adamw import DAdaptState as DAdaptState
+from purestep.algorithms.dadapt_adamw import dadapt_adamw as dadapt_adamw
+from purestep.algorithms.dadapt_adamw import scale_by_dadapt_adam as scale_by_dadapt_adam
 from purestep.algorithms.dog import DogState as DogState
 from purestep.algorithms.dog import LDogState as LDogState
 from purestep.algorithms.dog import dog as dog
@@ -49,6 +52,8 @@ from purestep.algorithms.lamb import lamb as lamb
 from purestep.algorithms.lars import lars as lars
 from purestep.algorithms.lbfgs import LBFGSState as LBFGSState
 from purestep.algorithms.lbfgs import lbfgs as lbfgs
+from purestep.algorithms.linesearch import BacktrackingLinesearchState as BacktrackingLinesearchState
+from purestep.algorithms.linesearch import scale_by_backtracking_linesearch as scale_by_backtracking_linesearch
 from purestep.algorithms.lion import LionState as LionState
 from purestep.algorithms.lion import lion as lion
 from purestep.algorithms.lion import scale_by_lion as scale_by_lion
@@ -68,6 +73,11 @@ from purestep.algorithms.optimistic import OptimisticState as OptimisticState
 from purestep.algorithms.optimistic import optimistic_adam as optimistic_adam
 from purestep.algorithms.optimistic import optimistic_gradient_descent as optimistic_gradient_descent
 from purestep.algorithms.optimistic import scale_by_optimistic_gradient as scale_by_optimistic_gradient
+from purestep.algorithms.polyak_sgd import polyak_sgd as polyak_sgd
+from purestep.algorithms.polyak_sgd import scale_by_polyak as scale_by_polyak
+from purestep.algorithms.prodigy import ProdigyState as ProdigyState
+from purestep.algorithms.prodigy import prodigy as prodigy
+from purestep.algorithms.prodigy import scale_by_prodigy as scale_by_prodigy
 from purestep.algorithms.radam import radam as radam
 from purestep.algorithms.radam import scale_by_radam as scale_by_radam
 from purestep.algorithms.rmsprop import RmsState as RmsState
@@ -78,6 +88,7 @@ from purestep.algorithms.rmsprop import scale_by_stddev as scale_by_stddev
 from purestep.algorithms.rprop import RpropState as RpropState
 from purestep.algorithms.rprop import rprop as rprop
 from purestep.algorithms.rprop import scale_by_rprop as scale_by_rprop
+from purestep.algorithms.sam import sam as sam
 from purestep.algorithms.schedule_free import ScheduleFreeState as ScheduleFreeState
 from purestep.algorithms.schedule_free import schedule_free as schedule_free
 from purestep.algorithms.schedule_free import schedule_free_adamw as schedule_free_adamw

@@ -359,9 +359,7 @@ def qualified(names: list[tuple[str, ...]], links: Sequence[Link]) -> list[tuple
         others = [j for j, own in enumerate(names) if "step" in own and links[j].transform.declaration.whole == whole]
         return f"{around[i]}.step" if any([around[j] < around[i] and meet(links[i], links[j]) for j in others]) else "step"
 
-    return [
-        tuple([step(i) if n == "step" else n if alone(i, n) else f"{i}.{n}" for n in own]) for i, own in enumerate(names)
-    ]
+    return [tuple([step(i) if n == "step" else n if alone(i, n) else f"{i}.{n}" for n in own]) for i, own in enumerate(names)]
 
 
 def surrounding(links: Sequence[Link]) -> list[int]:
@@ -511,13 +509,14 @@ class Call:
         arguments = {n: self.lower(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
         arguments |= {n: self.extra(n, rows) for n in d.extras}
         given: list[Any] = [pick(c, rows) if leaf else c for c, leaf in zip(fields, info.leaves)]
+        inner = None
         if stage.inner is not None:
             arguments[d.inner] = inner = Inner(self, [Group(g.plan.stages[n].inner, g.rows) for g in groups], rows)  # type: ignore[arg-type]
             given.append(inner.state(self.states[i + 1 : stage.stop]))
         state = EmptyState() if d.state is None else d.state(*given)
         new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **arguments)
-        if stage.inner is not None:
-            check_nested(d, after, stage.inner)
+        if inner is not None:
+            check_nested(d, after, stage.stop - i - 1)
             self.states[i + 1 : stage.stop] = inner.put(self.states[i + 1 : stage.stop], after.inner)
             after = self.reused(state, after, info)
         if d.state is not None:
@@ -532,18 +531,22 @@ class Call:
         self.own = False
 
     def reused(self, olds: Sequence[Any], news: Sequence[Any], info: Fields) -> list[Any]:
-        """New fields in the memory of the old ones, if that was given away, and where the new are not made of it."""
+        """New fields in the memory of the old ones, if that was given away, and where the new are not made of it.
+
+        Counters may be someone else's, too.
+        """
+        result = list(news[: len(info.names)])
         if not self.donate or self.mode != "program":
-            return list(news)
-        held = {id(x) for old in olds[: len(info.names)] for x in (old if isinstance(old, list) else [old])}
-        result: list[Any] = []
-        for old, new, leaf in zip(olds, news, info.leaves):
-            fresh = not any([id(x) in held for x in (new if leaf else [new])])
-            if fresh and leaf and new:
-                new = overwrite(old, list(new))
-            elif fresh and not leaf and self.alone and isinstance(new, Tensor):
-                new = old.copy_(new)
-            result.append(new)
+            return result
+        columns = [old if leaf else [old] for old, leaf in zip(olds, info.leaves)]
+        held = {id(x) for column in columns for x in column}
+        for f, (old, leaf) in enumerate(zip(columns, info.leaves)):
+            new = result[f] if leaf else [result[f]]
+            pairs = [(x, y) for x, y in zip(old, new) if isinstance(x, Tensor) and isinstance(y, Tensor)]
+            if not pairs or any([id(y) in held for _, y in pairs]) or not (self.alone or (leaf and not info.scalars[f])):
+                continue
+            overwrite(*map(list, zip(*pairs)))
+            result[f] = [y if x is None else x for x, y in zip(old, new)] if leaf else old[0]
         return result
 
     def extra(self, name: str, rows: list[int] | None) -> Any:
@@ -913,8 +916,8 @@ class Inner:
     """
 
     def __init__(self, call: Call, groups: Sequence[Group], rows: list[int] | None) -> None:
-        self._call, self._rows = call, rows
-        self._groups, self._fields = groups, groups[0].plan.fields
+        self._call: Any = call
+        self._rows, self._groups, self._fields = rows, groups, groups[0].plan.fields
         if rows is not None:
             below = [len([k for k in rows if k < g.rows.start]) for g in groups] + [len(rows)]
             self._groups = [Group(g.plan, range(*ends)) for g, *ends in zip(groups, below, below[1:])]
@@ -963,9 +966,7 @@ class Inner:
             gs = maths.select(flag, gs, [torch.zeros_like(g) for g in gs])
         us, new = self.update(gs, state, params)
         after = maths.select(flag, new, state)
-        return maths.select(flag, us, otherwise), [
-            call.reused(old, x, f) if all(f.leaves) else x for old, x, f in zip(state, after, self._fields)
-        ]
+        return maths.select(flag, us, otherwise), [call.reused(old, x, f) for old, x, f in zip(state, after, self._fields)]
 
     def read(self, flag: Any) -> Any:
         """A flag as a bool, if there is no one to wait for: on a CPU, outside `torch.func` and `torch.compile`."""
@@ -987,12 +988,12 @@ class Inner:
         ]
 
 
-def check_nested(d: LinkDeclaration, after: Any, inner: Plan) -> None:
-    """Refuse what a nested transform returned in place of its state."""
-    if not isinstance(after, d.state) or not isinstance(after.inner, list) or len(after.inner) != len(inner.links):  # type: ignore[attr-defined]
+def check_nested(d: Any, after: Any, count: int) -> None:
+    """Refuse what a nested transform returned in place of its state and that of so many links."""
+    if not isinstance(after, d.state) or not isinstance(after.inner, list) or len(after.inner) != count:
         raise TypeError(
             f"{d.name} must return (updates, {d.state.__name__}) with the state of the inner transform in its field 'inner', "
-            f"but its second value is {type(after).__name__}."
+            f"but its second value is {after!r}."
         )
 
 

@@ -43,8 +43,6 @@ class Labels:
             found = [None if p is None else self.labels(path, p) for path, p in zip(spec.paths(), params)]
         else:
             found = [None if p is None else x for x, p in zip(flatten_like(self.labels, spec, "labels"), params)]
-        if set(found) <= {None, *self.known}:
-            return found
         for path, x, p in zip(spec.paths(), found, params):
             if p is not None and x not in self.known:
                 close = difflib.get_close_matches(str(x), self.known, 1)
@@ -136,6 +134,9 @@ class Missing:
     def __repr__(self) -> str:
         return "required"
 
+    def __reduce__(self) -> str:
+        return "REQUIRED"  # there is one
+
 
 REQUIRED: Any = Missing()
 
@@ -162,7 +163,7 @@ class Rule:
         return found(path, p) if callable(found) else found
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and (self.table, self.default) == (other.table, other.default)  # type: ignore[attr-defined]
+        return type(other) is type(self) and (self.table, self.default) == (other.table, other.default)
 
     def __hash__(self) -> int:
         return hash((type(self), *self.table))

@@ -208,7 +208,8 @@ class Optimizer(torch.optim.Optimizer):
         Where the transform is a partition it becomes one group for each label.
         """
         if not self._ready:
-            return super().add_param_group(param_group)
+            super().add_param_group(param_group)
+            return
         groups = self._split([param_group]) if self._routes and isinstance(param_group, dict) else [param_group]
         before = len(self.param_groups)
         try:
@@ -322,7 +323,7 @@ class Optimizer(torch.optim.Optimizer):
             if is_off(value) or not names:
                 continue
             if value.declaration.whole:
-                self._fill_whole(link, names)
+                self._fill_whole(link, names, bool(transform.plan.extras))
                 continue
             on = self._selected(link.masks, params)
             for p, yes in zip(params, on):
@@ -337,12 +338,12 @@ class Optimizer(torch.optim.Optimizer):
                             x += 1  # a checkpoint of torch's that does not count steps, but has made some
                         state[name] = counters.setdefault((name, p.device, resumed), x) if scalar else x
 
-    def _fill_whole(self, link: Link, names: tuple[str, ...]) -> None:
+    def _fill_whole(self, link: Link, names: tuple[str, ...], frozen: bool) -> None:
         """The same for a whole transform, which begins with all parameters: its own fields are kept under one key."""
         value = link.transform
         params = [p for group in self.param_groups for p in group["params"] if not is_lazy(p)]
-        if not value.declaration.extras:  # a function of all parameters is one of the frozen ones, too
-            params = [p for p in params if p.requires_grad]
+        if not frozen:  # a function of all parameters is one of the frozen ones, too
+            params = [p for p in params if p.requires_grad or p.grad is not None]
         params = [p for p, yes in zip(params, self._selected(link.masks, params)) if yes]
         for name, leaf, x in zip(names, fields_of(value).leaves, fresh_whole_state(value, params)):
             if not leaf:
@@ -414,7 +415,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             groups = list(zip(self.param_groups, self._transforms()))
             if groups[0][1].plan.whole:
-                self._advance(groups, self._extras(groups[0][1].plan, closure, loss))
+                self._advance(groups, self._extras(groups[0][1].plan, closure, loss), loss)
             else:
                 for group in groups:
                     if not self._again(*group):
@@ -440,7 +441,7 @@ class Optimizer(torch.optim.Optimizer):
                     )
                 loss = loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else loss
                 check_value(loss, f"What the closure returns, the loss for {who}")
-        return {"value": loss, "value_and_grad": closure} if plan.extras else {}
+        return {name: {"value": loss, "value_and_grad": closure}[name] for name in plan.extras}
 
     def _again(self, group: dict[str, Any], transform: Transform) -> bool:
         """What `_advance` did last, without what has to be asked only once; False, and nothing done, if more is new."""
@@ -451,8 +452,10 @@ class Optimizer(torch.optim.Optimizer):
             return False
         return solo.again(trust, [p.grad for p in params], params, [self.state.get(p, NOTHING) for p in params])
 
-    def _advance(self, groups: list[tuple[dict[str, Any], Transform]], extras: Mapping[str, Any] = NOTHING) -> None:
-        """One update of the parameters of these groups, which the transforms see together."""
+    def _advance(
+        self, groups: list[tuple[dict[str, Any], Transform]], extras: Mapping[str, Any] = NOTHING, loss: Any = None
+    ) -> None:
+        """One update of the parameters of these groups, which the transforms see together; `loss` is the closure's."""
         params: list[Tensor] = []
         grads: list[Any] = []
         together: list[Group] = []
@@ -460,7 +463,7 @@ class Optimizer(torch.optim.Optimizer):
         for group, transform in groups:
             own = group["params"]
             given = [p.grad for p in own]
-            if extras:  # a function of all parameters has a gradient for each
+            if "value_and_grad" in extras:  # a function of all parameters has a gradient for each
                 given = [torch.zeros_like(p) if g is None else g for p, g in zip(own, given)]
             if type(None) in set(map(type, given)):
                 alone = False
@@ -478,11 +481,11 @@ class Optimizer(torch.optim.Optimizer):
         states: list[dict[str, Any]] = [{}] * len(params) if stateless else list(map(self.state.__getitem__, params))
         keys = together[0].plan.keys
         try:
-            columns = self._gather(states, together, keys)
+            columns = self._gather(params, states, together, keys)
         except KeyError:
             for rows, (_, transform) in zip(together, groups):
                 self._fill(params[rows.rows.start : rows.rows.stop], transform)
-            columns = self._gather(states, together, keys)
+            columns = self._gather(params, states, together, keys)
         executor = executor_of(groups[0][0])
         if len(groups) > 1:
             refuse_disagreement(together)
@@ -493,7 +496,11 @@ class Optimizer(torch.optim.Optimizer):
         mode: Mode = choose(executor, *seen)
         before = list(map(list, columns))
         # where autograd looks on, the graph keeps the old values while the parameters are overwritten
-        given = [p.clone() for p in params] if torch.is_grad_enabled() else clones(params) if extras else params
+        given = (
+            [p.clone() for p in params] if torch.is_grad_enabled() else clones(params) if "value_and_grad" in extras else params
+        )
+        if "value_and_grad" in extras:
+            extras = {**extras, "value_and_grad": value_and_grad(given, params, grads, loss, extras["value_and_grad"])}
         touched = None
         if not all([g.layout is torch.strided for g in grads]):
             touched = Touched(grads, given, columns, together, lambda k: self._paths()[params[k]])
@@ -502,12 +509,12 @@ class Optimizer(torch.optim.Optimizer):
             grads, given, columns, lambda masks: self._selected(masks, params), mode,
             apply=True, donate=not torch.is_grad_enabled(), alone=alone and not params[0].is_cpu, executor=executor,
             trust=self._trust.setdefault(id(groups[0][0]), Trust()),
-            extras={**extras, "value_and_grad": value_and_grad(given, params, grads, **extras)} if extras else extras,
+            extras=extras,
         )  # fmt: skip
         try:
             out, after = call.run(together)
         except BaseException:
-            if extras:
+            if "value_and_grad" in extras:
                 torch._foreach_copy_(params, given)
             raise
         if touched is not None:
@@ -541,7 +548,9 @@ class Optimizer(torch.optim.Optimizer):
             if self._untouched.pop(p, None) is not None and (anew or p in set(changed)):
                 self.state.pop(p, None)
 
-    def _gather(self, states: list[dict[str, Any]], groups: list[Group], keys: list[tuple[str, ...]]) -> list[Any]:
+    def _gather(
+        self, params: list[Tensor], states: list[dict[str, Any]], groups: list[Group], keys: list[tuple[str, ...]]
+    ) -> list[Any]:
         """The state of these parameters as the engine takes it: per link, per field, a list."""
         columns: list[Any] = []
         for k, names in enumerate(keys):
@@ -549,10 +558,9 @@ class Optimizer(torch.optim.Optimizer):
             if not names:
                 columns.append([])
             elif link.transform.declaration.whole:
-                own = self.state[SHARED]
-                read = dict.get if link.masks else dict.__getitem__
-                leaves = groups[0].plan.fields[k].leaves
-                columns.append([[read(s, n) for s in states] if leaf else own[n] for n, leaf in zip(names, leaves)])
+                own, leaves = self.state[SHARED], groups[0].plan.fields[k].leaves
+                on = list(zip(states, self._selected(link.masks, params)))
+                columns.append([[s[n] if yes else None for s, yes in on] if leaf else own[n] for n, leaf in zip(names, leaves)])
             elif any([g.plan.optional[k] for g in groups]):
                 columns.append([[s.get(n) for s in states] for n in names])
             else:
@@ -590,6 +598,10 @@ class Optimizer(torch.optim.Optimizer):
             k: {n: x for n, x in v.items() if x is not None and x != {}} if isinstance(v, dict) else v
             for k, v in state_dict.get("state", {}).items()
         }
+        if self._routes and len(state_dict.get("param_groups", [])) == len(self.param_groups):
+            state_dict["param_groups"] = [
+                {"label": g["label"], **old} for old, g in zip(state_dict["param_groups"], self.param_groups)
+            ]
         self._check_state(state_dict)
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
@@ -599,7 +611,8 @@ class Optimizer(torch.optim.Optimizer):
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = before, after
         self._keep_precision(state_dict)
         for group, transform in zip(self.param_groups, self._transforms()):
-            if begins_from_options(transform):  # a state that has made no step is none
+            nested = any([link.span for link in transform.links])  # what has made no step may have seen gradients
+            if begins_from_options(transform) and not nested:  # a state that has made no step is none
                 self._untouched.update((p, kind(p)) for p in group["params"] if self.state.get(p, {}).get("step") == 0)
         for report in after.values():
             report(self)
@@ -613,13 +626,22 @@ class Optimizer(torch.optim.Optimizer):
                 for name, x in state_dict["state"].get(key, {}).items():
                     if isinstance(x, Tensor) and (name in scalars or (half and x.dtype == torch.float32)):
                         self.state[p][name] = x.to(p.device)
+        shared, first = self.state.get(SHARED, {}), next(iter(self._paths()), None)
+        for name, x in shared.items():
+            if isinstance(x, Tensor) and first is not None:
+                shared[name] = x.to(first.device)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get("param_groups", [])
         if len(saved) != len(self.param_groups):
             return  # torch says so
-        for group in saved:
-            for name in self._options:
+        for i, (group, own) in enumerate(zip(saved, self.param_groups)):
+            if self._routes and group["label"] != own["label"]:
+                raise ValueError(
+                    f"Group {i} of the loaded state has the label {group['label']!r}, but here it is {own['label']!r}. Give "
+                    "the optimizer its parameters and groups in the order in which they were saved."
+                )
+            for name in self._names(group):
                 if name not in group and name not in self._fallback():
                     raise ValueError(
                         f"The loaded state has no option {name!r}, which {type(self).__name__} needs: it is another's."
@@ -759,8 +781,9 @@ def entries_of(params: Any) -> list[tuple[Any, Any]]:
 
 
 def begins_from_options(transform: Transform) -> bool:
-    """Whether its first state depends on its hyperparameters."""
-    return any([link.transform.declaration.init_names for link in transform.links])
+    """Whether its first state depends on its hyperparameters, or on the parameters."""
+    links = [(link.transform, link.transform.declaration) for link in transform.links]
+    return any([d.init_names or (d.inner and any(fields_of(value).leaves)) for value, d in links])
 
 
 def scalars_of(transform: Transform) -> set[str]:

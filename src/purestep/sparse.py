@@ -8,6 +8,7 @@ came of them back.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class Touched:
             for k in group.rows:
                 if grads[k].layout is torch.strided:
                     continue
-                meaning(group, grads[k], lambda k=k: quote(path(k)))
+                meaning(group, grads[k], functools.partial(path, k))
                 if any([link.transform.declaration.sparse == "dense" for link in on(group)]):
                     self.grads[k] = grads[k].to_dense()
                 else:
@@ -91,12 +92,14 @@ def meaning(group: Group, g: Tensor, path: Callable[[], str]) -> None:
     for link in on(group):
         d = link.transform.declaration
         if not d.sparse:
+            where = quote(path())
             raise RuntimeError(
-                f"The gradient of {path()} is sparse, and {d.name} is not compatible with sparse gradients: it needs dense "
+                f"The gradient of {where} is sparse, and {d.name} is not compatible with sparse gradients: it needs dense "
                 "ones. Make it dense with .to_dense() or create the embedding with sparse=False, or use an algorithm for "
                 "sparse gradients: sgd, adagrad and sparse_adam, without weight decay."
             )
     if g.layout is not torch.sparse_coo:
+        where = quote(path())
         raise RuntimeError(
-            f"The gradient of {path()} has layout {g.layout}, but only torch.sparse_coo is supported. Use .to_sparse_coo()."
+            f"The gradient of {where} has layout {g.layout}, but only torch.sparse_coo is supported. Use .to_sparse_coo()."
         )

@@ -345,17 +345,25 @@ class Transform:
             return p,
         <BLANKLINE>
         """
-        texts, own = [], False
-        for stage in self.plan.stages:
-            if stage.whole:
-                texts.append(f"# {self.links[stage.start].transform!r}\n")
-            else:
-                values = [self.links[i].transform for i in stage.positions]
-                parts = tuple([detail(v, (False,) * len(v.declaration.fields.names)) for v in values])
-                last = stage is self.plan.stages[-1]
-                texts.append(program(parts, last, own, donate, *[v.declaration for v in values]).source)
-            own = not stage.whole
-        return "\n".join(texts)
+        return "\n".join(programs(self.plan, True, donate))
+
+
+def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
+    """The source of the program of each stage of a plan; of a whole transform, its name and those it is put around."""
+    texts, own = [], False
+    for stage in plan.stages:
+        if stage.whole:
+            inner = programs(stage.inner, False, donate) if stage.inner else []
+            texts += [f"# {plan.links[stage.start].transform!r}{', around:' if inner else ''}\n", *inner]
+            if inner:
+                texts.append("# and after it:\n")
+        elif stage.positions or apply:
+            values = [plan.links[i].transform for i in stage.positions]
+            parts = tuple([detail(v, (False,) * len(v.declaration.fields.names)) for v in values])
+            last = apply and stage is plan.stages[-1]
+            texts.append(program(parts, last, own, donate, *[v.declaration for v in values]).source)
+        own = not stage.whole
+    return texts
 
 
 class Single(Primitive, Transform):
@@ -585,8 +593,9 @@ def whole(
 
     Args:
         state: a `NamedTuple` with a classmethod `init(params)`, which is given the list of all parameters. A field annotated
-            `list[Tensor]` has an entry per parameter, any other is the transform's own; one called `step` counts the
-            updates, which the function does itself. Without a state the function is handed an `EmptyState` to return.
+            `list[Tensor]` has an entry per parameter, like the parameter (`list[Scalar]`: one number), any other is the
+            transform's own; one called `step` counts the updates, which the function does itself.
+            Without a state the function is handed an `EmptyState` to return.
         moves: the function returns new parameters instead of updates. What it gives is then kept to the last bit.
         sparse: as in `leafwise`; with ``"rows"`` the function is given these rows alone.
 

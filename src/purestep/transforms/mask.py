@@ -158,7 +158,7 @@ class Freeze(Masked):
     __slots__ = ()
 
     @property
-    def freezes(self) -> Any:  # type: ignore[override]
+    def freezes(self) -> Any:
         return self.context[0]
 
     def __repr__(self) -> str:

@@ -1,0 +1,1 @@
+"""Trajectories of other libraries, and the scripts that recorded them."""

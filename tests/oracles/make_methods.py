@@ -1,0 +1,208 @@
+"""Record the trajectories of `methods.json`: algorithms that see all parameters, average them, or ask for more than gradients.
+
+Run from the repository's root, in an environment of its own:
+
+    pip install -c constraints.txt torch optax==0.2.8 schedulefree==1.4.1 dog-optimizer==1.0.3 prodigyopt==1.1.2 dadaptation==3.2
+    JAX_ENABLE_X64=1 python -m tests.oracles.make_methods
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import dadaptation
+import dog
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import prodigyopt
+import schedulefree
+import torch
+from optax import contrib
+
+from tests.oracles.common import Arrays, follow, gradient, record, start, value
+
+RUNS: list[dict[str, Any]] = []
+Step = Callable[[Arrays, Arrays, int], Mapping[str, Any]]
+
+
+def run(name: str, options: Mapping[str, Any], oracle: str, step: Step, **more: Any) -> None:
+    """One trajectory, under the options of purestep's factory."""
+    RUNS.append({"name": name, "options": dict(options), "oracle": oracle, "trajectory": follow(step), **more})
+
+
+# ----------------------------------------------------------------------------------------------------- the authors' packages
+
+
+def by_torch(cls: Any, options: Mapping[str, Any], before: Callable[[Any], None] = lambda optimizer: None) -> Step:
+    """A `torch.optim.Optimizer`."""
+    leaves = {name: torch.tensor(p, dtype=torch.float64).requires_grad_() for name, p in start().items()}
+    optimizer = cls(list(leaves.values()), **options)
+    before(optimizer)
+
+    def step(params: Arrays, grads: Arrays, t: int) -> Arrays:
+        for name, p in leaves.items():
+            p.grad = torch.tensor(grads[name], dtype=torch.float64)
+        optimizer.step()
+        return {name: p.detach().numpy().copy() for name, p in leaves.items()}
+
+    return step
+
+
+def authors(name: str, cls: Any, *many: Mapping[str, Any], always: Mapping[str, Any] = {}, **more: Any) -> None:
+    """An authors' optimizer that has the same arguments."""
+    for options in many:
+        given = {**options, **always}
+        arguments = ", ".join(f"{k}={x!r}" for k, x in given.items())
+        run(name, options, f"{cls.__module__}.{cls.__name__}({arguments})", by_torch(cls, given, **more))
+
+
+# ------------------------------------------------------------------------------------------------------------------- optax
+
+
+def by_optax(transform: Any, extras: Callable[[Arrays, Arrays, int], dict[str, Any]] = lambda *_: {}) -> Step:
+    """A gradient transformation; `extras` makes its extra arguments."""
+    state = transform.init(arrays(start()))
+
+    def step(params: Arrays, grads: Arrays, t: int) -> Arrays:
+        nonlocal state
+        with jax.disable_jit():  # a line search calls numpy
+            updates, state = transform.update(arrays(grads), state, arrays(params), **extras(params, grads, t))
+        return {name: np.asarray(x) for name, x in optax.apply_updates(arrays(params), updates).items()}
+
+    return step
+
+
+def arrays(params: Arrays) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(x) for name, x in params.items()}
+
+
+def at(t: int) -> Callable[[Any], Any]:
+    """The loss as a function of the parameters."""
+    return lambda params: jnp.asarray(value(params, t))
+
+
+# ------------------------------------------------------------------------------------------------------------------- runs
+
+authors(
+    "schedule_free_sgd",
+    schedulefree.SGDScheduleFree,
+    {"lr": 0.2, "weight_decay": 0.1},
+    {"lr": 0.3, "momentum": 0.7, "warmup_steps": 5, "weight_lr_power": 1.0, "r": 0.5},
+    always={"foreach": False},
+    before=lambda optimizer: optimizer.train(),
+)
+authors(
+    "schedule_free_adamw",
+    schedulefree.AdamWScheduleFree,
+    {"lr": 0.05, "weight_decay": 0.1},
+    {"lr": 0.05, "betas": (0.7, 0.9), "eps": 1e-3, "warmup_steps": 5, "weight_lr_power": 1.0, "r": 0.5},
+    always={"foreach": False},
+    before=lambda optimizer: optimizer.train(),
+)
+for lr, b1, decay in ((0.2, 0.9, 0.1), (0.1, 0.6, 0.0)):
+    run(
+        "schedule_free_sgd",
+        {"lr": lr, "momentum": b1, "weight_decay": decay},
+        f"optax.contrib.schedule_free_sgd({lr}, b1={b1}, weight_decay={decay})",
+        by_optax(contrib.schedule_free_sgd(lr, b1=b1, weight_decay=decay)),
+    )
+
+DOG = ({"reps_rel": 0.1, "weight_decay": 0.1}, {"lr": 0.5, "reps_rel": 0.01, "eps": 0.1})
+authors("dog", dog.DoG, *DOG, {"reps_rel": 1e-6, "init_eta": 0.05})
+authors("ldog", dog.LDoG, *DOG)
+
+ADAPTIVE = (
+    {"lr": 0.3, "d0": 0.01, "weight_decay": 0.1},
+    {"lr": 0.5, "betas": (0.7, 0.9), "eps": 1e-3, "d0": 1e-3, "growth_rate": 1.2, "use_bias_correction": True},
+)
+authors("dadapt_adamw", dadaptation.DAdaptAdam, *ADAPTIVE, always={"decouple": True})
+authors(
+    "prodigy",
+    prodigyopt.Prodigy,
+    *ADAPTIVE,
+    {"lr": 0.5, "beta3": 0.8, "d0": 0.01, "d_coef": 0.5, "safeguard_warmup": True, "use_bias_correction": True},
+)
+for name, function in (("dadapt_adamw", contrib.dadapt_adamw), ("prodigy", contrib.prodigy)):
+    run(
+        name,
+        {"lr": 0.7, "betas": [0.8, 0.95], "eps": 1e-4, "d0": 0.01, "weight_decay": 0.1, "use_bias_correction": True},
+        f"optax.contrib.{name}(0.7, betas=(0.8, 0.95), eps=1e-4, estim_lr0=0.01, weight_decay=0.1)",
+        by_optax(function(0.7, betas=(0.8, 0.95), eps=1e-4, estim_lr0=0.01, weight_decay=0.1)),
+    )
+
+for longest, least, eps, positive in ((0.3, -1.0, 0.0, False), (1.0, -0.5, 0.1, False), (0.5, 0.5, 0.0, True)):
+    given = {"max_learning_rate": longest, "f_min": least, "eps": eps}
+    variant = "sps+" if positive else "sps"
+    run(
+        "polyak_sgd",
+        {**given, "positive": positive},
+        f"optax.polyak_sgd({', '.join(f'{k}={x}' for k, x in given.items())}, variant={variant!r})",
+        by_optax(optax.polyak_sgd(**given, variant=variant), lambda params, grads, t: {"value": value(params, t)}),
+        value=True,
+    )
+
+for options in (
+    {"max_backtracking_steps": 10, "increase_factor": 1.2},
+    {
+        "max_backtracking_steps": 3,
+        "slope_rtol": 0.3,
+        "decrease_factor": 0.5,
+        "max_learning_rate": 2.0,
+        "atol": 1e-3,
+        "rtol": 1e-3,
+    },
+):
+    search = optax.scale_by_backtracking_linesearch(**options)
+    run(
+        "scale_by_backtracking_linesearch",
+        options,
+        f"optax.chain(optax.scale(-2.0), optax.scale_by_backtracking_linesearch({options}))",
+        by_optax(
+            optax.chain(optax.scale(-2.0), search),
+            lambda params, grads, t: {"value": value(params, t), "grad": arrays(grads), "value_fn": at(t)},
+        ),
+        value_and_grad=True,
+        before=-2.0,
+    )
+
+
+def sharpness_aware(rho: float, adaptive: bool) -> Step:
+    """SAM's first and second step as in github.com/davda54/sam, around gradient descent, in numpy."""
+
+    def step(params: Arrays, grads: Arrays, t: int) -> Arrays:
+        norm = np.sqrt(sum(np.sum((np.abs(p) * g if adaptive else g) ** 2) for p, g in zip(params.values(), grads.values())))
+        there = {n: p + (p**2 if adaptive else 1.0) * grads[n] * rho / (norm + 1e-12) for n, p in params.items()}
+        g = gradient(there, t)
+        return {n: p - 0.1 * g[n] for n, p in params.items()}
+
+    return step
+
+
+for rho in (0.2, 0.05):
+    sam = contrib.sam(optax.sgd(0.1), optax.chain(contrib.normalize(), optax.sgd(rho)), sync_period=2, opaque_mode=True)
+    run(
+        "sam",
+        {"rho": rho},
+        f"optax.contrib.sam(optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd({rho})), opaque_mode=True)",
+        by_optax(sam, lambda params, grads, t: {"grad_fn": lambda p, i: arrays(gradient(p, t))}),
+        value_and_grad=True,
+        part=-0.1,
+    )
+run(
+    "sam",
+    {"rho": 0.5, "adaptive": True},
+    sharpness_aware.__doc__ or "",
+    sharpness_aware(0.5, True),
+    value_and_grad=True,
+    part=-0.1,
+)
+
+PACKAGES = ("torch", "optax", "jax", "schedulefree", "dog-optimizer", "prodigyopt", "dadaptation")
+
+if __name__ == "__main__":
+    assert jax.config.jax_enable_x64, "set JAX_ENABLE_X64=1"
+    record("methods", {name: version(name) for name in PACKAGES}, RUNS)

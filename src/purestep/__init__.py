@@ -48,6 +48,9 @@ from purestep.algorithms.dog import scale_by_dog as scale_by_dog
 from purestep.algorithms.dog import scale_by_ldog as scale_by_ldog
 from purestep.algorithms.fromage import fromage as fromage
 from purestep.algorithms.fromage import scale_by_fromage as scale_by_fromage
+from purestep.algorithms.galore import GaloreState as GaloreState
+from purestep.algorithms.galore import galore as galore
+from purestep.algorithms.galore import scale_by_galore as scale_by_galore
 from purestep.algorithms.lamb import lamb as lamb
 from purestep.algorithms.lars import lars as lars
 from purestep.algorithms.lbfgs import LBFGSState as LBFGSState
@@ -94,11 +97,17 @@ from purestep.algorithms.schedule_free import schedule_free as schedule_free
 from purestep.algorithms.schedule_free import schedule_free_adamw as schedule_free_adamw
 from purestep.algorithms.schedule_free import schedule_free_sgd as schedule_free_sgd
 from purestep.algorithms.sgd import sgd as sgd
+from purestep.algorithms.shampoo import ShampooState as ShampooState
+from purestep.algorithms.shampoo import scale_by_shampoo as scale_by_shampoo
+from purestep.algorithms.shampoo import shampoo as shampoo
 from purestep.algorithms.signum import sign_sgd as sign_sgd
 from purestep.algorithms.signum import signum as signum
 from purestep.algorithms.sm3 import SM3State as SM3State
 from purestep.algorithms.sm3 import scale_by_sm3 as scale_by_sm3
 from purestep.algorithms.sm3 import sm3 as sm3
+from purestep.algorithms.soap import SoapState as SoapState
+from purestep.algorithms.soap import scale_by_soap as scale_by_soap
+from purestep.algorithms.soap import soap as soap
 from purestep.algorithms.sparse_adam import SparseAdamState as SparseAdamState
 from purestep.algorithms.sparse_adam import scale_by_sparse_adam as scale_by_sparse_adam
 from purestep.algorithms.sparse_adam import sparse_adam as sparse_adam

@@ -83,10 +83,12 @@ class LinkDeclaration(Declaration):
         sparse: Sparse = None,
         name: str = "",
         nested: bool = False,
+        passes: bool = False,
     ) -> None:
         super().__init__(function, given=3 if state is not None or whole else 2, name=name, inner=Inner if nested else None)
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
         self.moves = moves  # a whole transform that returns new parameters instead of updates
+        self.passes = passes  # a nested transform that returns the updates of its inner transform as they came
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()
         if state is not None and not whole:
@@ -298,8 +300,7 @@ class Plan:
             self.stages.append(Stage(self, start, stop, whole))
         if not self.stages or self.stages[-1].whole:
             self.stages.append(Stage(self, len(links), len(links), False))  # where the updates are applied
-        final = links[self.stages[-2].start] if self.stages[-1].start == len(links) > 0 else None
-        self.moves = final is not None and final.transform.declaration.moves and not final.masks
+        self.final = len(self.stages) - 2 if self.stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
 
     @functools.cached_property
     def solo(self) -> Solo | None:
@@ -480,13 +481,15 @@ class Call:
         """The new parameters (or the updates), and the new states."""
         plan = groups[0].plan
         self.fields = plan.fields
+        self.moved = False  # whether the last transform has applied its updates itself
         last = plan.stages[-1]
         if self.params:
             for n, stage in enumerate(plan.stages):
                 if stage.whole:
                     self.whole(groups, n)
-                elif self.apply and stage.start == len(plan.links) and plan.moves:
-                    self.grads = overwrite(self.params, self.grads) if self.donate else self.grads
+                elif self.moved:
+                    if self.donate and not all(map(operator.is_, self.grads, self.params)):
+                        self.grads = overwrite(self.params, self.grads)
                 elif stage.stop > stage.start or self.apply:
                     self.leafwise(groups, n, self.apply and stage is last)
             if self.writes:
@@ -509,9 +512,11 @@ class Call:
         arguments = {n: self.lower(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
         arguments |= {n: self.extra(n, rows) for n in d.extras}
         given: list[Any] = [pick(c, rows) if leaf else c for c, leaf in zip(fields, info.leaves)]
+        self.moved = self.apply and n == plan.final and rows is None and (d.moves or d.passes)
         inner = None
         if stage.inner is not None:
-            arguments[d.inner] = inner = Inner(self, [Group(g.plan.stages[n].inner, g.rows) for g in groups], rows)  # type: ignore[arg-type]
+            own = [Group(g.plan.stages[n].inner, g.rows) for g in groups]
+            arguments[d.inner] = inner = Inner(self, own, rows, self.moved and d.passes)  # type: ignore[arg-type]
             given.append(inner.state(self.states[i + 1 : stage.stop]))
         state = EmptyState() if d.state is None else d.state(*given)
         new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **arguments)
@@ -525,7 +530,7 @@ class Call:
                 self.states[i] = [put(c, rows, x) if leaf else x for c, x, leaf in zip(fields, after, info.leaves)]
         elif count is not None:
             self.states[i] = [count + 1]
-        if d.moves and not (self.apply and plan.moves and n == len(plan.stages) - 2):
+        if d.moves and not self.moved:
             new = [x - p for x, p in zip(new, pick(self.params, rows))]
         self.grads = list(new) if rows is None else put(self.grads, rows, new)
         self.own = False
@@ -915,8 +920,9 @@ class Inner:
     Extra arguments and masks are seen to.
     """
 
-    def __init__(self, call: Call, groups: Sequence[Group], rows: list[int] | None) -> None:
+    def __init__(self, call: Call, groups: Sequence[Group], rows: list[int] | None, apply: bool) -> None:
         self._call: Any = call
+        self._apply = apply  # what are called updates here are new parameters, then
         self._rows, self._groups, self._fields = rows, groups, groups[0].plan.fields
         if rows is not None:
             below = [len([k for k in rows if k < g.rows.start]) for g in groups] + [len(rows)]
@@ -935,7 +941,7 @@ class Inner:
         call, rows = self._call, self._rows
         made = Call(
             list(gs), list(params), [list(s) for s in state], lambda masks: pick(call.mask(masks), rows), call.mode,
-            apply=False, donate=donate and call.donate, alone=call.alone and rows is None, executor=call.executor,
+            apply=self._apply, donate=donate and call.donate, alone=call.alone and rows is None, executor=call.executor,
             extras={name: call.extra(name, rows) for name in call.extras},
         )  # fmt: skip
         return made.run(self._groups)
@@ -958,7 +964,9 @@ class Inner:
         call, flag = self._call, self.read(flag)
         if flag is True:
             return self.update(gs, state, params, donate=True)
-        if otherwise is None:
+        if self._apply:
+            otherwise = params if otherwise is None else [(p + u).to(p.dtype) for p, u in zip(params, otherwise)]
+        elif otherwise is None:
             otherwise = [torch.zeros_like(g).neg() for g in gs]  # minus zero: adding zero would make 0 of -0
         if flag is False:
             return otherwise, state

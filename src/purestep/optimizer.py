@@ -67,6 +67,7 @@ class Route(NamedTuple):
     transform: Transform  # the part of the whole that acts on them
     first: dict[str, Any]  # its hyperparameters: the options of their groups
     names: dict[str, str]  # what these are called in the whole
+    links: tuple[int, ...]  # where it stands in the whole: in this order the groups are made
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -247,7 +248,8 @@ class Optimizer(torch.optim.Optimizer):
                 if own is g:
                     label = self._route(active[p])
                     parts.setdefault(label, []).append(p if name is None else (name, p))
-            for label, params in parts.items():
+            for label in sorted(parts, key=lambda label: self._routes[label].links):
+                params = parts[label]
                 if g.get("label", label) != label:
                     raise ValueError(f"A group is labelled {g['label']!r}, but some of its parameters are {label!r}.")
                 first = self._routes[label].first
@@ -272,7 +274,7 @@ class Optimizer(torch.optim.Optimizer):
             own = chain(*parts)
             full = {(i, plain): name for name, i, plain, _ in self._recipe._named(hypers=True)}
             names = {name: full[links[k][0], plain] for name, k, plain, _ in own._named(hypers=True)}
-            self._routes[label] = Route(own, own.hyperparams, names)
+            self._routes[label] = Route(own, own.hyperparams, names, tuple([i for i, _ in links]))
         return label
 
     def _routed(self, group: Mapping[str, Any], strict: bool) -> Transform:

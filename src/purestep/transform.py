@@ -617,7 +617,7 @@ def whole(
 
 
 def nested(
-    state: Any, *, moves: bool = False, sparse: Sparse = None, name: str = ""
+    state: Any, *, moves: bool = False, passes: bool = False, sparse: Sparse = None, name: str = ""
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a transform that is put around another, and decides what becomes of its updates and its state.
 
@@ -632,6 +632,8 @@ def nested(
         state: a `NamedTuple` with a classmethod `init(params, inner)`, which is given the list of all parameters, and what to
             pass on to its last field, `inner`. For the other fields see `whole`.
         moves: the function returns new parameters instead of updates. What it gives is then kept to the last bit.
+        passes: promises that the function does nothing with the updates of the inner transform but return them. At the end of
+            a chain the inner transform then applies them itself, with a fused kernel if there is one for it.
         sparse: as in `leafwise`.
         name: what the transform is called where it is printed; by default the function's name.
 
@@ -658,7 +660,7 @@ def nested(
         )
 
     def declare(function: Callable[..., Any]) -> Any:
-        d = LinkDeclaration(function, state, whole=True, moves=moves, sparse=sparse, name=name, nested=True)
+        d = LinkDeclaration(function, state, whole=True, moves=moves, sparse=sparse, name=name, nested=True, passes=passes)
         if not d.inner:
             raise TypeError(f"{d.name} takes no transform: annotate the argument that is one with purestep.Inner.")
         parameters = d.signature.parameters.values()

@@ -28,7 +28,7 @@ class SkipState(NamedTuple):
         return cls(counter(params), counter(params), inner)
 
 
-@nested(SkipState, sparse="rows")
+@nested(SkipState, passes=True, sparse="rows")
 def skip_if_nonfinite(
     gs: list[Tensor],
     s: SkipState,
@@ -90,7 +90,7 @@ class AccumulateState(NamedTuple):
         return cls(counter(params), counter(params), [zeros_like(p) for p in params], inner)
 
 
-@nested(AccumulateState, sparse="dense", name="accumulate")
+@nested(AccumulateState, passes=True, sparse="dense", name="accumulate")
 def _accumulate(
     gs: list[Tensor], s: AccumulateState, ps: list[Tensor], transform: Inner, k: Any, *, average: bool
 ) -> tuple[list[Tensor], AccumulateState]:
@@ -220,7 +220,7 @@ class ConditionallyState(NamedTuple):
         return cls(counter(params), inner)
 
 
-@nested(ConditionallyState, sparse="rows", name="conditionally")
+@nested(ConditionallyState, passes=True, sparse="rows", name="conditionally")
 def _conditionally(
     us: list[Tensor], s: ConditionallyState, ps: list[Tensor], predicate: Any, transform: Inner, *, otherwise: str
 ) -> tuple[list[Tensor], ConditionallyState]:

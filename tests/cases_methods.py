@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import purestep as ps
 from purestep.transform import Composite
-from tests.case import Case
+from tests.case import Case, Options
 
 
 class Given(Composite):
@@ -54,6 +55,15 @@ def given(make: Callable[..., ps.Transform], step: float = 1.0) -> Callable[...,
 TOGETHER = {"alone": "what one parameter does depends on the others"}
 OWN_STATE = {**TOGETHER, "donation": "a whole transform makes its state anew"}
 NORMS = {"complex": "its numbers are those of real tensors, and complex parameters are refused"}
+DECOMPOSED: Options = {
+    "smooth": False,  # no derivative goes through the decompositions
+    "lacks": {"complex": "the decompositions are those of real matrices, and complex parameters are refused"},
+}
+
+
+def _has_elements(p: Tensor) -> bool:
+    return p.numel() > 0
+
 
 CASES: list[Case] = [
     Case("schedule_free", ps.schedule_free, ({"lr": 0.1}, {"lr": 0.05, "momentum": 0.5, "warmup_steps": 3, "r": 1.0}), covers=("ScheduleFreeState",)),
@@ -129,4 +139,40 @@ CASES: list[Case] = [
         lacks=OWN_STATE,
         covers=("BacktrackingLinesearchState",),
     ),
+    Case(
+        "galore",
+        ps.galore,
+        (
+            {"lr": 0.01, "rank": 1, "update_proj_gap": 2, "weight_decay": 0.1},
+            {"lr": 0.02, "rank": 1, "update_proj_gap": 3, "scale": 1.0, "betas": (0.7, 0.9), "eps": 1e-3},
+            {"lr": 0.01, "rank": 1, "maximize": True},
+        ),
+        **DECOMPOSED,
+    ),
+    Case("scale_by_galore", ps.scale_by_galore, ({"rank": 1, "update_proj_gap": 2},), step=-0.01, covers=("GaloreState",), **DECOMPOSED),
+    Case(
+        "shampoo",
+        ps.shampoo,
+        (
+            {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.1, "eps": 0.1},
+            {"lr": 0.1, "eps": 0.01, "update_freq": 3},
+            {"lr": 0.01, "eps": 1.0, "maximize": True},
+        ),
+        treats=_has_elements,
+        **DECOMPOSED,
+    ),
+    Case("scale_by_shampoo", ps.scale_by_shampoo, ({"eps": 0.1, "update_freq": 2},), step=-0.1, treats=_has_elements, covers=("ShampooState",), **DECOMPOSED),
+    Case(
+        "soap",
+        ps.soap,
+        (
+            # where a mean of squares has no inverse, the basis of what it leaves out is anything: so only the shorter sides here
+            {"lr": 0.02, "weight_decay": 0.1, "precondition_frequency": 2, "max_precond_dim": 3},
+            {"lr": 0.02, "betas": (0.7, 0.9), "shampoo_beta": 0.8, "eps": 1e-3, "precondition_frequency": 1, "max_precond_dim": 3},
+            {"lr": 0.01, "max_precond_dim": 3, "maximize": True},
+        ),
+        treats=_has_elements,
+        **DECOMPOSED,
+    ),
+    Case("scale_by_soap", ps.scale_by_soap, ({"precondition_frequency": 2, "max_precond_dim": 3},), step=-0.01, treats=_has_elements, covers=("SoapState",), **DECOMPOSED),
 ]  # fmt: skip

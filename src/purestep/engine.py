@@ -515,8 +515,9 @@ class Call:
         self.moved = self.apply and n == plan.final and rows is None and (d.moves or d.passes)
         inner = None
         if stage.inner is not None:
-            own = [Group(g.plan.stages[n].inner, g.rows) for g in groups]
-            arguments[d.inner] = inner = Inner(self, own, rows, self.moved and d.passes)  # type: ignore[arg-type]
+            plans: list[Any] = [g.plan.stages[n].inner for g in groups]
+            within = [Group(inner_plan, g.rows) for inner_plan, g in zip(plans, groups)]
+            arguments[d.inner] = inner = Inner(self, within, rows, self.moved and d.passes)
             given.append(inner.state(self.states[i + 1 : stage.stop]))
         state = EmptyState() if d.state is None else d.state(*given)
         new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **arguments)
@@ -938,10 +939,20 @@ class Inner:
             donate: promises that `state` will not be looked at again, so that its memory can be reused if the user gave it
                 away.
         """
+        return self._run(gs, state, params, self._apply, donate)
+
+    def step(self, gs: list[Tensor], state: Any, params: list[Tensor], *, donate: bool = False) -> tuple[list[Tensor], Any]:
+        """The new parameters and the new state, for a function that `moves`: `update`, and to apply the updates.
+
+        With `donate` it promises that neither `state` nor `params` will be looked at again.
+        """
+        return self._run(gs, state, params, True, donate and self._call.moved)
+
+    def _run(self, gs: Any, state: Any, params: Any, apply: bool, donate: bool) -> tuple[list[Tensor], Any]:
         call, rows = self._call, self._rows
         made = Call(
             list(gs), list(params), [list(s) for s in state], lambda masks: pick(call.mask(masks), rows), call.mode,
-            apply=self._apply, donate=donate and call.donate, alone=call.alone and rows is None, executor=call.executor,
+            apply=apply, donate=donate and call.donate, alone=call.alone and rows is None, executor=call.executor,
             extras={name: call.extra(name, rows) for name in call.extras},
         )  # fmt: skip
         return made.run(self._groups)

@@ -622,8 +622,8 @@ def nested(
     """Declare a transform that is put around another, and decides what becomes of its updates and its state.
 
     The function is that of a `whole` transform, with one more argument, annotated `Inner`: the other transform. Its
-    `update(gs, state, params)` takes and returns lists, and its `when(flag, gs, state, params)` is an update where the flag
-    holds, and otherwise none. Its state is the last field of the own state, and called ``inner``.
+    `update(gs, state, params)` and `step` take and return lists, and its `when(flag, gs, state, params)` is an update where
+    the flag holds, and otherwise none. Its state is the last field of the own state, and called ``inner``.
 
     Hyperparameters, masks, extra arguments, parameter groups and state dicts of the inner transform are seen to: they are
     those of the whole. Under `purestep.optim.Optimizer` its state is found under its usual names.

@@ -201,6 +201,140 @@ run(
     part=-0.1,
 )
 
+# ----------------------------------------------------------------------------- algorithms of matrices, in numpy, as their papers
+
+PLAIN = {"v": np.zeros(()), "m": np.zeros(())}
+
+
+def adam(s: Any, g: Any, t: int, betas: Any, eps: float) -> Any:
+    s["m"] = betas[0] * s["m"] + (1 - betas[0]) * g
+    s["v"] = betas[1] * s["v"] + (1 - betas[1]) * g**2
+    return s["m"] / (1 - betas[0] ** t) / (np.sqrt(s["v"] / (1 - betas[1] ** t)) + eps)
+
+
+def galore(lr: float, rank: int, update_proj_gap: int, scale: float, betas: Any, eps: float, weight_decay: float) -> Step:
+    """github.com/jiaweizzhao/GaLore, GaLoreProjector("std") around the paper's Adam, in numpy; singular vectors keep their signs."""
+    states: Any = {name: dict(PLAIN) for name in start()}
+
+    def update(s: Any, g: Any, t: int) -> Any:
+        if g.ndim != 2:
+            return adam(s, g, t + 1, betas, eps)
+        if t % update_proj_gap == 0:
+            u, _, vh = np.linalg.svd(g, full_matrices=False)
+            if "svd" in s:  # each with the sign of the one that it replaces
+                u = u * np.where(np.sum(u * s["svd"][0], 0) < 0, -1.0, 1.0)
+                vh = vh * np.where(np.sum(vh * s["svd"][2], 1, keepdims=True) < 0, -1.0, 1.0)
+            s["svd"] = u, None, vh
+        u, _, vh = s["svd"]
+        if g.shape[0] >= g.shape[1]:
+            return scale * adam(s, g @ vh[:rank].T, t + 1, betas, eps) @ vh[:rank]
+        return scale * u[:, :rank] @ adam(s, u[:, :rank].T @ g, t + 1, betas, eps)
+
+    return lambda params, grads, t: {n: p - lr * (update(states[n], grads[n], t) + weight_decay * p) for n, p in params.items()}
+
+
+def shampoo(lr: float, momentum: float, weight_decay: float, eps: float, update_freq: int) -> Step:
+    """Algorithm 1 of Gupta et al., 2018, with heavy-ball momentum, in numpy."""
+    states: Any = {}
+
+    def power(x: Any, exponent: float) -> Any:
+        values, vectors = np.linalg.eigh(x)
+        return vectors @ np.diag(values**exponent) @ vectors.T
+
+    def update(name: str, g: Any, t: int) -> Any:
+        x = g if g.ndim == 2 else g.reshape(-1, 1)
+        s = states.setdefault(name, {"L": eps * np.eye(x.shape[0]), "R": eps * np.eye(x.shape[1]), "b": 0.0})
+        s["L"], s["R"] = s["L"] + x @ x.T, s["R"] + x.T @ x
+        if t % update_freq == 0:
+            s["roots"] = power(s["L"], -0.25 if g.ndim == 2 else -0.5), power(s["R"], -0.25) if g.ndim == 2 else np.eye(1)
+        s["b"] = momentum * s["b"] + (s["roots"][0] @ x @ s["roots"][1]).reshape(g.shape)
+        return s["b"]
+
+    return lambda params, grads, t: {
+        n: p - lr * update(n, np.asarray(grads[n] + weight_decay * p), t) for n, p in params.items()
+    }
+
+
+def soap(lr: float, betas: Any, shampoo_beta: float, eps: float, precondition_frequency: int, max_precond_dim: int) -> Step:
+    """github.com/nikhilvyas/SOAP, soap.py, for matrices and vectors, in numpy; without its decay."""
+    states: Any = {}
+
+    def turn(x: Any, qs: Any, back: bool) -> Any:
+        left, right = (q if q is not None else np.eye(n) for q, n in zip(qs, x.shape))
+        return left @ x @ right.T if back else left.T @ x @ right
+
+    def update(name: str, g: Any, t: int) -> Any:
+        x = g.reshape(-1, 1) if g.ndim < 2 else g
+        sides = [g.ndim == 2 and n <= max_precond_dim for n in x.shape]
+        squares = [x @ x.T, x.T @ x]
+        if t == 0:
+            gg = [(1 - shampoo_beta) * y if yes else None for y, yes in zip(squares, sides)]
+            qs = [None if y is None else np.linalg.eigh(y)[1][:, ::-1] for y in gg]
+            states[name] = {"m": np.zeros_like(x), "v": np.zeros_like(x), "gg": gg, "q": qs}
+            return np.zeros_like(g)
+        s = states[name]
+        s["m"] = betas[0] * s["m"] + (1 - betas[0]) * x
+        s["v"] = betas[1] * s["v"] + (1 - betas[1]) * turn(x, s["q"], False) ** 2
+        rate = np.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        u = rate * turn(turn(s["m"], s["q"], False) / (np.sqrt(s["v"]) + eps), s["q"], True)
+        for k, yes in enumerate(sides):
+            if not yes:
+                continue
+            s["gg"][k] = shampoo_beta * s["gg"][k] + (1 - shampoo_beta) * squares[k]
+            if t % precondition_frequency == 0:
+                q = s["q"][k]
+                order = np.argsort(-np.diag(q.T @ s["gg"][k] @ q))
+                s["v"] = np.take(s["v"], order, axis=k)
+                s["q"][k] = np.linalg.qr(s["gg"][k] @ q[:, order])[0]
+        return u.reshape(g.shape)
+
+    return lambda params, grads, t: {n: p - lr * update(n, np.asarray(grads[n]), t) for n, p in params.items()}
+
+
+for name, function, many in (
+    (
+        "galore",
+        galore,
+        (
+            {"lr": 0.05, "rank": 2, "update_proj_gap": 4, "scale": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1},
+            {"lr": 0.1, "rank": 1, "update_proj_gap": 50, "scale": 1.0, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.0},
+        ),
+    ),
+    (
+        "shampoo",
+        shampoo,
+        (
+            {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.1, "eps": 1e-2, "update_freq": 1},
+            {"lr": 0.2, "momentum": 0.0, "weight_decay": 0.0, "eps": 0.1, "update_freq": 4},
+        ),
+    ),
+    (
+        "soap",
+        soap,
+        (
+            {
+                "lr": 0.02,
+                "betas": (0.9, 0.95),
+                "shampoo_beta": 0.9,
+                "eps": 1e-8,
+                "precondition_frequency": 3,
+                "max_precond_dim": 9,
+            },
+            {
+                "lr": 0.05,
+                "betas": (0.7, 0.9),
+                "shampoo_beta": 0.8,
+                "eps": 1e-3,
+                "precondition_frequency": 1,
+                "max_precond_dim": 3,
+            },
+        ),
+    ),
+):
+    for options in many:
+        more = {"weight_decay": 0.0} if name == "soap" else {}
+        run(name, {**options, **more}, function.__doc__ or "", function(**options))
+
 PACKAGES = ("torch", "optax", "jax", "schedulefree", "dog-optimizer", "prodigyopt", "dadaptation")
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def freeze(mask: Callable[[str, Tensor], bool] | Any = True) -> Transform:
     >>> opt = ps.chain(ps.adam(lr=0.1), ps.freeze(lambda path, p: path.startswith("encoder.")))
     >>> params = {"encoder.weight": torch.zeros(2), "head.weight": torch.zeros(2)}
     >>> state = opt.init_state(params)
-    >>> state[0].exp_avg
+    >>> ps.find(state, ps.AdamState).exp_avg
     {'encoder.weight': None, 'head.weight': tensor([0., 0.])}
     >>> opt.step({"encoder.weight": torch.ones(2), "head.weight": torch.ones(2)}, state, params)[0]
     {'encoder.weight': tensor([0., 0.]), 'head.weight': tensor([-0.1000, -0.1000])}

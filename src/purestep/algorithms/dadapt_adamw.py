@@ -9,9 +9,10 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, zeros_like
 
+from purestep.algorithms.dog import number
 from purestep.engine import real
 from purestep.hyper import Betas, Hyper, Interval, NonNegative, Positive
-from purestep.maths import counter, inner, maximum, minimum, multiply, precise, root, where
+from purestep.maths import counter, inner, maximum, minimum, multiply, root, where
 from purestep.transform import Transform, chain, whole
 from purestep.transforms.scale import direction
 
@@ -33,12 +34,6 @@ class DAdaptState(NamedTuple):
         """Before the first update."""
         m, v, s = ([zeros_like(p) for p in params] for _ in range(3))
         return cls(counter(params), m, v, s, number(params), number(params))
-
-
-def number(params: list[Tensor]) -> Tensor:
-    """Zero, in the precision that numbers are computed in."""
-    device = params[0].device if params else torch.device("cpu")
-    return torch.zeros((), dtype=precise(device), device=device)
 
 
 def in_reals(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,13 +23,13 @@ class GaloreState(NamedTuple):
     step: Scalar  # t: updates so far
     exp_avg: Low  # M: running mean of the projected gradient
     exp_avg_sq: Low  # V: running mean of its square
-    ortho_matrix: Low | None  # Q: r orthonormal columns, the directions of the smaller side that are kept
+    ortho_matrix: Low  # Q: r orthonormal columns, the directions of the smaller side that are kept; of no matrix empty
 
     @classmethod
     def init(cls, p: Tensor, rank: int) -> GaloreState:
         """Before the first update."""
         if p.ndim != 2:
-            return cls(counter(p), torch.zeros_like(p), torch.zeros_like(p), None)
+            return cls(counter(p), torch.zeros_like(p), torch.zeros_like(p), p.new_zeros(0, 0))
         rows, columns = p.shape
         r = min(rank, rows, columns)
         shape = (rows, r) if rows >= columns else (r, columns)
@@ -49,23 +49,27 @@ def real(path: str, p: Tensor) -> None:
 def directions(g: Tensor, old: Tensor, step: Any, update_proj_gap: int) -> Tensor:
     """The leading singular vectors of the smaller side, if they are due; a constant for derivatives."""
     due = step % max(update_proj_gap, 1) == 0
-    if not some(due):
+    if g.ndim != 2 or not some(due):
         return old
     u, _, vh = torch.linalg.svd(g.detach().to(wide(g)), full_matrices=False)
     new = (vh.mT if g.shape[0] >= g.shape[1] else u)[:, : old.shape[1]].to(old.dtype)
     turned = (new * old.detach()).sum(0) < 0
-    return where(due, torch.where(turned, -new, new).contiguous(), old)
+    return where(due, torch.where(turned, -new, new).clone(memory_format=torch.contiguous_format), old)
 
 
 @operation
 def projected(g: Tensor, q: Tensor) -> Tensor:
-    """Its coordinates along these directions."""
+    """A matrix's coordinates along these directions."""
+    if g.ndim != 2:
+        return g
     return g @ q if g.shape[0] >= g.shape[1] else q.mT @ g
 
 
 @operation
 def lifted(u: Tensor, q: Tensor, p: Tensor, scale: Any) -> Tensor:
     """The matrix with these coordinates."""
+    if p.ndim != 2:
+        return u
     return ((u @ q.mT if p.shape[0] >= p.shape[1] else q @ u) * scale).to(p.dtype)
 
 
@@ -121,11 +125,10 @@ def scale_by_galore(
     """
     b1, b2 = betas
     t = s.step + 1
-    q = s.ortho_matrix if s.ortho_matrix is None else directions(g, s.ortho_matrix, s.step, update_proj_gap)
-    low = g if q is None else projected(g, q)
+    q = directions(g, s.ortho_matrix, s.step, update_proj_gap)
+    low = projected(g, q)
     m, v = lerp(s.exp_avg, low, 1 - b1), b2 * s.exp_avg_sq + (1 - b2) * (low * low)
-    u = ratio(t, m, v, betas, eps)
-    return u if q is None else lifted(u, q, p, scale), GaloreState(t, m, v, q)
+    return lifted(ratio(t, m, v, betas, eps), q, p, scale), GaloreState(t, m, v, q)
 
 
 def galore(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.algorithms.dadapt_adamw import number
+from purestep.algorithms.dog import number
 from purestep.hyper import Extra, NonNegative, Positive, Steps, UnitInterval
 from purestep.maths import counter, inner, minimum, multiply, some
 from purestep.transform import whole

@@ -112,8 +112,8 @@ def schedule_free_sgd(
     is :math:`x`.
 
     The numbers are those of the authors' package `schedulefree` 1.4. There an optimizer has a mode, and ``eval()`` overwrites
-    the parameters with :math:`x`; here the parameters are always :math:`y`. In optax :math:`\lambda` acts on :math:`y` too, but
-    the sum that weighs the average begins otherwise.
+    the parameters with :math:`x`; here the parameters are always :math:`y`. With a constant
+    learning rate the numbers are optax's too; its warm-up begins with a learning rate of 0.
 
     Args:
         lr: :math:`\eta \ge 0`.

@@ -18,13 +18,13 @@ Factor: TypeAlias = Annotated[Tensor, "a square matrix"]
 
 
 class ShampooState(NamedTuple):
-    """The state of `scale_by_shampoo`: square matrices, of the rows and of the columns; what is no matrix has no columns."""
+    """The state of `scale_by_shampoo`: square matrices of the rows and of the columns, empty for what is no matrix."""
 
     step: Scalar  # t: updates so far
     row_precond: Factor  # L: the sum of G G'
-    col_precond: Factor | None  # R: the sum of G' G
+    col_precond: Factor  # R: the sum of G' G
     inv_row_precond: Factor  # the root that L was last divided by
-    inv_col_precond: Factor | None  # the same of R
+    inv_col_precond: Factor  # the same of R
 
     @classmethod
     def init(cls, p: Tensor, eps: float) -> ShampooState:
@@ -34,8 +34,7 @@ class ShampooState(NamedTuple):
         def square(n: int) -> Tensor:
             return torch.eye(n, dtype=wide(p), device=p.device)
 
-        if p.ndim < 2:
-            return cls(counter(p), eps * square(rows), None, square(rows), None)
+        columns = columns if p.ndim > 1 else 0
         return cls(counter(p), eps * square(rows), eps * square(columns), square(rows), square(columns))
 
 
@@ -58,33 +57,35 @@ def real(path: str, p: Tensor) -> None:
 def grown(precond: Tensor, g: Tensor, left: bool) -> Tensor:
     """The sum, with the gradient's own square."""
     x = flat(g).to(precond.dtype)
+    if not precond.numel():
+        return precond
     return precond + (x @ x.mT if left else x.mT @ x)
 
 
 @operation
-def inverse_root(precond: Tensor, old: Tensor, step: Any, update_freq: int, order: int) -> Tensor:
-    """To the power of -1 / (2 order), if it is due; a constant for derivatives."""
+def inverse_root(precond: Tensor, old: Tensor, p: Tensor, step: Any, update_freq: int) -> Tensor:
+    """To the power of -1/4, or -1/2 if it is the only factor, when that is due; a constant for derivatives."""
     due = step % max(update_freq, 1) == 0
-    if not some(due):
+    if not precond.numel() or not some(due):
         return old
     values, vectors = torch.linalg.eigh(precond.detach())
     least = torch.finfo(values.dtype).eps * values[-1:]  # what rounding has made smaller
-    roots = torch.maximum(values, least) ** (-0.5 / order)
+    roots = torch.maximum(values, least) ** (-0.25 if p.ndim > 1 else -0.5)
     return where(due, (vectors * roots) @ vectors.mT, old)
 
 
 @operation
-def preconditioned(g: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
+def preconditioned(g: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The gradient between the roots."""
     x = left @ flat(g).to(left.dtype)
-    return (x if right is None else x @ right).reshape(g.shape).to(g.dtype)
+    return (x @ right if g.ndim > 1 else x).reshape(g.shape).to(g.dtype)
 
 
 @leafwise(ShampooState, requires=real)
 def scale_by_shampoo(
     g: Tensor, s: ShampooState, p: Tensor, *, eps: Positive = 1e-4, update_freq: Steps = 1
 ) -> tuple[Tensor, ShampooState]:
-    r"""Divide the gradient of a matrix by roots of the sums of its squares, the rows' from the left, the columns' from the right.
+    r"""Divide the gradient of a matrix by roots of the sums of its squares: on the left the rows', on the right the columns'.
 
     .. math::
         L_t &= L_{t-1} + G_t G_t^\top, \qquad R_t = R_{t-1} + G_t^\top G_t, \qquad L_0 = \epsilon I, \quad R_0 = \epsilon I \\
@@ -113,13 +114,9 @@ def scale_by_shampoo(
     Reference: Gupta et al., `Shampoo: Preconditioned Stochastic Tensor Optimization <https://arxiv.org/abs/1802.09568>`_,
     2018, algorithm 1.
     """
-    left = grown(s.row_precond, g, True)
-    if s.col_precond is None:
-        root = inverse_root(left, s.inv_row_precond, s.step, update_freq, 1)
-        return preconditioned(g, root, None), ShampooState(s.step + 1, left, None, root, None)
-    right = grown(s.col_precond, g, False)
-    a = inverse_root(left, s.inv_row_precond, s.step, update_freq, 2)
-    b = inverse_root(right, s.inv_col_precond, s.step, update_freq, 2)
+    left, right = grown(s.row_precond, g, True), grown(s.col_precond, g, False)
+    a = inverse_root(left, s.inv_row_precond, p, s.step, update_freq)
+    b = inverse_root(right, s.inv_col_precond, p, s.step, update_freq)
     return preconditioned(g, a, b), ShampooState(s.step + 1, left, right, a, b)
 
 
@@ -162,6 +159,4 @@ def shampoo(
     2018.
     """
     shampoo = scale_by_shampoo(eps=eps, update_freq=update_freq)
-    return chain(
-        direction(maximize), add_decayed_weights(weight_decay), shampoo, trace(momentum), scale_by_learning_rate(lr)
-    )
+    return chain(direction(maximize), add_decayed_weights(weight_decay), shampoo, trace(momentum), scale_by_learning_rate(lr))

@@ -197,6 +197,17 @@ def precise(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def number(params: list[Tensor]) -> Tensor:
+    """Zero, in the precision that numbers are computed in."""
+    device = params[0].device if params else torch.device("cpu")
+    return torch.zeros((), dtype=precise(device), device=device)
+
+
+def origin(step: Tensor, ps: list[Tensor], x0: list[Tensor]) -> list[Tensor]:
+    """The parameters before the first update, which are these if this is the first: they may have changed since `init`."""
+    return [torch.where(step.to(p.device) == 0, p, x) for p, x in zip(ps, x0)]
+
+
 def transforming() -> bool:
     """Whether a `torch.func` transform, or forward-mode differentiation, is running."""
     level = functorch.peek_interpreter_stack()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from purestep.hyper import Hyper, Interval, NonNegative
-from purestep.maths import Scalar, counter, inner, maximum, multiply, operation, precise, root, where, wide
+from purestep.maths import Scalar, counter, inner, maximum, multiply, number, operation, origin, root, where, wide
 from purestep.transform import Transform, chain, leafwise, whole
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction, scale_by_learning_rate
@@ -53,17 +53,6 @@ def real(path: str, p: Tensor) -> None:
             f"ldog cannot treat complex parameters, but {path} is {p.dtype}. Use dog, route it elsewhere with partition(...), "
             "or give it an optimizer of its own."
         )
-
-
-def number(params: list[Tensor]) -> Tensor:
-    """Zero, in the precision that numbers are computed in."""
-    device = params[0].device if params else torch.device("cpu")
-    return torch.zeros((), dtype=precise(device), device=device)
-
-
-def origin(step: Tensor, ps: list[Tensor], x0: list[Tensor]) -> list[Tensor]:
-    """The parameters before the first update, which are these if this is the first: they may have changed since `init`."""
-    return [torch.where(step.to(p.device) == 0, p, x) for p, x in zip(ps, x0)]
 
 
 @whole(DogState)

@@ -7,9 +7,8 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 from torch import Tensor, zeros_like
 
 from purestep.algorithms.dadapt_adamw import Growth, debiased, in_reals, ratio, size
-from purestep.algorithms.dog import number, origin
 from purestep.hyper import Betas, Hyper, Interval, NonNegative, Positive
-from purestep.maths import counter, inner, maximum, minimum, multiply, root, where
+from purestep.maths import counter, inner, maximum, minimum, multiply, number, origin, root, where
 from purestep.transform import Transform, chain, whole
 from purestep.transforms.scale import direction
 

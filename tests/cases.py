@@ -186,6 +186,7 @@ CASES = [
     ),
     Case("scale_by_muon", ps.scale_by_muon, ({}, {"momentum": 0.5, "nesterov": False, "eps": 1e-3, "ns_steps": 2}), step=-0.1, covers=("MuonState",), **MATRICES),
     Case("trace", ps.trace, ({"momentum": 0.9}, {"momentum": 0.5, "dampening": 0.2}, {"momentum": 0.5, "nesterov": True}), step=-0.1, covers=("TraceState",)),
+    Case("nesterov", ps.nesterov, ({"momentum": 0.9}, {"momentum": 0.5}), step=-0.1),
     Case("scale_by_adam", ps.scale_by_adam, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("AdamState",)),
     Case("scale_by_amsgrad", ps.scale_by_amsgrad, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("AmsgradState",)),
     Case("add_decayed_weights", ps.add_decayed_weights, ({"weight_decay": 0.1}, {"weight_decay": 0.1, "mask": _decay_matrices}), step=-0.1),

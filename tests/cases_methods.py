@@ -32,7 +32,7 @@ class Given(Composite):
         return self.children[0]._join(states)
 
     def _advance(self, grads: Any, state: Any, params: Any, apply: bool, donate: bool, executor: Any, extras: Any) -> Any:
-        known = {"value": value_and_grad(params)[0], "value_and_grad": value_and_grad}
+        known = {"value": value_and_grad(params)[0], "value_and_grad": value_and_grad, "hessian": hessian(params)}
         extras = {**extras, **{name: known[name] for name in self.children[0].plan.extras}}
         return self.children[0]._advance(grads, state, params, apply, donate, executor, extras)
 
@@ -45,6 +45,15 @@ def value_and_grad(params: Any) -> Any:
     grads = [None if x is None else x - 0.3 + 0.3 * torch.sin(3 * x) for x in at]
     pairs = [g if g is None or not p.is_complex() else torch.view_as_complex(g) for g, p in zip(grads, leaves)]
     return total, pytree.tree_unflatten(pairs, spec)
+
+
+def hessian(params: Any) -> Any:
+    """The diagonal of its Hessian."""
+    leaves, spec = pytree.tree_flatten(params)
+    at = [None if p is None else torch.view_as_real(p) if p.is_complex() else p for p in leaves]
+    found = [None if x is None else 1.0 + 0.9 * torch.cos(3 * x) for x in at]
+    pairs = [h if h is None or not p.is_complex() else torch.view_as_complex(h) for h, p in zip(found, leaves)]
+    return pytree.tree_unflatten(pairs, spec)
 
 
 def given(make: Callable[..., ps.Transform], step: float = 1.0) -> Callable[..., ps.Transform]:
@@ -131,6 +140,18 @@ CASES: list[Case] = [
     Case("polyak_sgd", given(ps.polyak_sgd), ({"max_learning_rate": 0.2}, {"f_min": -1.0, "eps": 0.1, "lr": 0.1, "positive": True}), lacks=TOGETHER),
     Case("scale_by_polyak", given(ps.scale_by_polyak, -1.0), ({"f_min": -1.0, "max_learning_rate": 0.1},), lacks=TOGETHER),
     Case("sam", given(ps.sam, -0.1), ({"rho": 0.1}, {"rho": 0.5, "adaptive": True}), lacks={**TOGETHER, "direction": "a gradient of exactly 0 has no direction to ascend in: the derivative there is finite, and means nothing"}),
+    Case(
+        "sophia",
+        given(ps.sophia),
+        (
+            {"lr": 0.05, "gamma": 0.5, "update_interval": 3, "weight_decay": 0.1},
+            {"lr": 0.05, "betas": (0.7, 0.9), "eps": 0.1, "gamma": 0.3, "clip_threshold": None, "update_interval": 1},
+            {"lr": 0.01, "eps": 0.1, "update_interval": 2, "maximize": True},
+        ),
+        smooth=False,
+        lacks=OWN_STATE,
+    ),
+    Case("scale_by_sophia", given(ps.scale_by_sophia, -0.01), ({"eps": 0.1, "update_interval": 2},), smooth=False, lacks=OWN_STATE, covers=("SophiaState",)),
     Case(
         "scale_by_backtracking_linesearch",
         given(lambda **options: ps.chain(ps.sgd(0.5), ps.scale_by_backtracking_linesearch(**options))),

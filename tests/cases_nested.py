@@ -51,6 +51,17 @@ CASES = [
         covers=("LookaheadState",),
     ),
     Case(
+        "mechanic",
+        ps.mechanic,
+        (
+            {"transform": ps.sgd(lr=1.0, momentum=0.5), "s_init": 1e-2, "num_betas": 3},
+            {"transform": ps.adam(lr=1.0, eps=1e-3), "s_init": 1e-3, "weight_decay": 0.2, "eps": 1e-4},
+            {"transform": ps.accumulate(ps.adam(lr=1.0, eps=1e-3), 2), "s_init": 1e-2, "weight_decay": 0.0},
+        ),
+        covers=("MechanicState",),
+        lacks={"alone": "the factor is one for all parameters"},
+    ),
+    Case(
         "conditionally",
         ps.conditionally,
         (

@@ -33,6 +33,12 @@ def second_order(gs: list[Tensor], s: Any, params: list[Tensor], *, hessian: ps.
     return [-g / hessian for g in gs], s
 
 
+@ps.whole()
+def newton(gs: list[Tensor], s: Any, params: list[Tensor], *, hessian: ps.ExtraTree) -> Any:
+    """What no closure gives, for each parameter."""
+    return [-g / h for g, h in zip(gs, hessian, strict=True)], s
+
+
 def is_a(path: str, p: Tensor) -> bool:
     return path == "a"
 
@@ -131,7 +137,72 @@ def test_compiled_and_batched(around: str) -> None:
     assert difference(torch.func.vmap(step)(batch), expected) <= 1e-6
 
 
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_tree_reaches_who_asks_for_it(around: Any, missing: bool) -> None:
+    """It gets the leaves of the parameters it acts on; no one looks at the others."""
+    params, t = points(), around(newton())
+    some = missing or around not in (AROUND["alone"], AROUND["chain"], AROUND["skip_if_nonfinite"])
+    g = {**gradients(params), "b": None} if missing else gradients(params)
+    hessian = {"b": None if some else torch.tensor([4.0]), "a": torch.tensor([2.0, 4.0])}  # in another order
+    new, _ = t.step(g, t.init_state(params), params, hessian=hessian)
+    assert new["a"].tolist() == [0.0, -1.0]
+    if missing or not some:  # elsewhere a mask lets the gradient through as it is
+        assert new["b"].tolist() == ([0.5] if missing else [0.25])
+
+
+def test_a_tree_may_have_any_structure_and_derivatives() -> None:
+    t = ps.chain(newton(), ps.scale(1.0))
+    for make in (lambda x: x, lambda x: [x, None], lambda x: {"a": (x, [x])}):
+        p, g, h = make(torch.tensor([3.0])), make(torch.tensor([2.0])), make(torch.tensor([4.0], requires_grad=True))
+        new, _ = t.step(g, t.init_state(p), p, hessian=h)
+        first = torch.utils._pytree.tree_leaves(new)[0]
+        assert first.tolist() == [2.5]
+        first.sum().backward()
+        assert torch.utils._pytree.tree_leaves(h)[0].grad.item() == 0.125
+
+
+def test_a_tree_compiled_and_batched() -> None:
+    t, params = AROUND["masked"](newton()), points()
+    state = t.init_state(params)
+
+    def step(p: Params) -> Params:
+        return t.step(gradients(p), state, p, hessian={k: x.square() for k, x in p.items()})[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert difference(compiled(params), step(params)) <= 1e-6
+    batch = {k: torch.stack([p, 2 * p]) for k, p in params.items()}
+    members = [step(params), step({k: 2 * p for k, p in params.items()})]
+    expected = {k: torch.stack([m[k] for m in members]) for k in params}
+    assert difference(torch.func.vmap(step)(batch), expected) <= 1e-6
+
+
 # ----------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_tree_that_is_none() -> None:
+    """The error names the first path."""
+    params, t = points(), ps.chain(ps.clip(10.0), newton())
+    cases: dict[str, Any] = {
+        r"^hessian must have the structure of params, but they have no leaf at 'b'\.$": {"a": torch.ones(2)},
+        r"^hessian must have the structure of params, but": 1.0,
+        r"^newton needs hessian for every gradient, but at 'b' it is None\.$": {"a": torch.ones(2), "b": None},
+        r"^hessian at 'a' has shape \(3,\), but the parameter has shape \(2,\)\.$": {"a": torch.ones(3), "b": torch.ones(1)},
+        r"^hessian at 'b' has dtype torch\.float64, but": {"a": torch.ones(2), "b": torch.ones(1, dtype=torch.float64)},
+    }
+    for match, hessian in cases.items():
+        with pytest.raises((TypeError, ValueError), match=match):
+            t.step(gradients(params), t.init_state(params), params, hessian=hessian)
+
+
+def test_a_tree_and_anything_do_not_go_together() -> None:
+    params, t = points(), ps.chain(newton(), second_order())
+    with pytest.raises(TypeError, match=r"^hessian is anything for second_order, but a tree for newton: they do"):
+        t.step(gradients(params), t.init_state(params), params, hessian=params)
+    with pytest.raises(TypeError, match="f cannot run on the rows of sparse gradients, because h is whole"):
+
+        @ps.whole(sparse="rows")
+        def f(gs: Any, s: Any, params: Any, *, h: ps.ExtraTree) -> Any: ...
 
 
 @pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
@@ -182,15 +253,16 @@ def test_everyone_who_asks_is_named() -> None:
             t.step(gradients(params), t.init_state(params), params, **{k: x for k, x in given.items() if k != name})
 
 
-def test_what_no_closure_gives() -> None:
-    params, t = points(), second_order()
-    with pytest.raises(TypeError, match=r"second_order needs hessian.*An optimizer of purestep\.optim cannot give it\.$"):
+@pytest.mark.parametrize("make", [second_order, newton])
+def test_what_no_closure_gives(make: Any) -> None:
+    params, t = points(), make()
+    with pytest.raises(TypeError, match=rf"{make.__name__} needs hessian.*An optimizer of purestep\.optim cannot give it\.$"):
         t.step(gradients(params), t.init_state(params), params)
     _, optimizer, closure = stateful(t)
     for step in (optimizer.step, lambda: optimizer.step(closure)):
         with pytest.raises(
             TypeError,
-            match=r"second_order needs hessian, which an optimizer cannot give it: a closure gives value and value_and_grad\. "
+            match=rf"{make.__name__} needs hessian, which an optimizer cannot give it: a closure gives value and value_and_grad\. "
             r"Call the transform itself: transform\.step\(grads, state, params, hessian=\.\.\.\)\.",
         ):
             step()

@@ -12,11 +12,12 @@ from torch import Tensor
 
 import purestep as ps
 from purestep import optim
+from tests import cases_modern
 from tests.case import Case
 from tests.cases_methods import CASES, Given
 from tests.problems import clone, difference, grads, mlp
 
-ALGORITHMS = [case for case in CASES if case.step is None and not isinstance(case.transform(), Given)]
+ALGORITHMS = [case for case in (*cases_modern.CASES, *CASES) if case.step is None and not isinstance(case.transform(), Given)]
 
 
 @pytest.mark.parametrize("case", ALGORITHMS, ids=str)
@@ -185,3 +186,70 @@ def test_sam_holds_parameters_without_a_gradient_fixed() -> None:
     torch.testing.assert_close(seen[0], {"a": torch.tensor([3.6, 4.8]), "b": torch.tensor([1.0])})
     torch.testing.assert_close(updates["a"], torch.tensor([7.2, 9.6]))
     assert updates["b"] is None
+
+
+# ------------------------------------------------------------------------------------------------------------------ sophia
+
+
+def quartic(p: Any) -> Tensor:
+    """With a Hessian that is diagonal but for one pair."""
+    x, y = p["x"], p["y"][0]
+    return (x**4).sum() + (torch.view_as_real(y) ** 2).sum() * 3 + x[0, 0] * x[1, 2]
+
+
+def quartic_point() -> dict[str, Any]:
+    x = torch.arange(1.0, 7.0, dtype=torch.float64).reshape(2, 3)
+    return {"none": None, "x": x, "y": (torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex128),)}
+
+
+def test_the_hutchinson_estimate() -> None:
+    """It is the diagonal, plus or minus what is beside it; it depends on the seed alone."""
+    p = quartic_point()
+    beside = torch.tensor([[1.0, 0, 0], [0, 0, 1]], dtype=torch.float64)
+    found = [ps.hutchinson(quartic, p, seed) for seed in range(20)]
+    for h in found:
+        assert h["none"] is None
+        assert torch.equal(h["y"][0], torch.full((2,), 6 + 6j, dtype=torch.complex128))
+        assert torch.equal((h["x"] - 12 * p["x"] ** 2).abs().round(decimals=9), beside)
+    sides = {float((h["x"] - 12 * p["x"] ** 2).sum().sign()) for h in found}
+    assert sides == {1.0, -1.0}
+    assert torch.equal(ps.hutchinson(quartic, p, torch.tensor(3))["x"], found[3]["x"])
+    seeds = torch.arange(20)
+    batch = torch.func.vmap(lambda seed: ps.hutchinson(quartic, p, seed)["x"])(seeds)
+    assert torch.equal(batch, torch.stack([h["x"] for h in found]))
+
+
+def test_the_hutchinson_signs_are_fair() -> None:
+    signs = [ps.hutchinson(lambda p: p[0] @ p[1], [torch.zeros(1000), torch.zeros(1000)], seed) for seed in (1, 2)]
+    for x in (signs[0][0], signs[1][0]):  # the product of the two parameters' signs
+        assert set(x.tolist()) == {-1.0, 1.0}
+        assert abs(x.mean().item()) < 0.1
+    assert abs((signs[0][0] * signs[1][0]).mean().item()) < 0.1
+
+
+def test_the_hutchinson_estimate_compiled() -> None:
+    w = torch.randn(4, 3)
+
+    def loss(p: Any) -> Tensor:
+        return torch.tanh(w @ p["a"]).square().sum()
+
+    def estimate(p: Any, seed: Tensor) -> Any:
+        return ps.hutchinson(loss, p, seed)
+
+    p, seed = {"a": torch.randn(3)}, torch.tensor(7)
+    compiled = torch.compile(estimate, fullgraph=True, backend="aot_eager")
+    assert difference(compiled(p, seed), estimate(p, seed)) <= 1e-6
+
+
+def test_sophia_looks_at_an_estimate_when_it_is_due() -> None:
+    """On the other steps anything of that form will do; the sign of both changes to climb."""
+    params, results = {"a": torch.tensor([1.0, -3.0])}, []
+    for junk in (0.0, float("nan")):
+        p, t = params, ps.sophia(0.1, gamma=1.0, update_interval=3)
+        state = t.init_state(p)
+        for k in range(7):
+            h = torch.tensor([2.0, 20.0]) if k % 3 == 0 else torch.full((2,), junk)
+            p, state = t.step({"a": p["a"] * torch.tensor([2.0, 20.0])}, state, p, hessian={"a": h})
+        results.append(p["a"])
+    assert torch.equal(*results)
+    assert results[0].isfinite().all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from typing import Any
@@ -12,31 +11,7 @@ import pytest
 import torch
 
 import purestep as ps
-from purestep import optim
-from tests.case import Case
-from tests.cases_modern import CASES
 from tests.problems import difference, grads, mlp
-
-ALGORITHMS = [case for case in CASES if case.step is None and not case.name.startswith("scale_by")]
-
-
-@pytest.mark.parametrize("case", ALGORITHMS, ids=str)
-def test_the_stateful_optimizer_is_the_pure_one(case: Case) -> None:
-    """Under `optim.Optimizer`, saved and loaded on the way."""
-    t = case.transform()
-    params, loss = mlp()
-    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    optimizer, state = optim.Optimizer(leaves.values(), t), t.init_state(params)
-    for k in range(6):
-        if k == 3:
-            saved = copy.deepcopy(optimizer.state_dict())
-            optimizer = optim.Optimizer(leaves.values(), t)
-            optimizer.load_state_dict(saved)
-        optimizer.zero_grad()
-        loss(leaves).backward()
-        optimizer.step()
-        params, state = t.step(grads(loss, params), state, params)
-    assert difference({name: p.detach() for name, p in leaves.items()}, params) <= 1e-13
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (3, 1, 2, 2), (3, 2), (5,), (), (2, 0, 3), (0,)], ids=str)

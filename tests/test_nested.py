@@ -299,6 +299,64 @@ def test_slow_weights_begin_where_training_does() -> None:
     assert all(torch.equal(optimizer.state[p]["slow"], before[k]) for k, p in model.named_parameters())
 
 
+def test_mechanic_begins_small_and_learns() -> None:
+    """The first update is `s_init` times the inner one's; then the parameters are x0 + s times the sum of all of these."""
+    t, inner = ps.mechanic(ps.adam(lr=1.0), s_init=0.01, num_betas=3), ps.adam(lr=1.0)
+    params, state, theirs = clone(PARAMS), t.init_state(PARAMS), inner.init_state(PARAMS)
+    total = {k: torch.zeros_like(p) for k, p in PARAMS.items()}
+    for i in range(8):
+        g = gradients(0, params)
+        us, theirs = inner.update(g, theirs, params)
+        total = {k: x + us[k] for k, x in total.items()}
+        params, state = t.step(g, state, params)
+        factor = state.s.sum()
+        if i == 0:
+            assert factor.item() == pytest.approx(0.01, rel=1e-12)
+        expected = {k: PARAMS[k] + factor * x for k, x in total.items()}
+        assert difference(params, expected) <= 1e-5  # eps = 1e-8 beside a factor of 0.01
+    assert same(state.inner, theirs) or difference(state.inner, theirs) <= 1e-12
+    assert same(state.x0, PARAMS)
+    assert state.s.count_nonzero() == 3
+    assert factor > 0.02
+
+
+def test_mechanic_under_the_optimizer() -> None:
+    """It begins where training does; the factor is where it can be looked at, and the learning rate inside is scheduled."""
+    model = Model()
+    optimizer = optim.Optimizer(model.parameters(), ps.mechanic(ps.sgd(lr=1.0, momentum=0.9), s_init=0.1))
+    scheduler = optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.3)
+    before = values(model)
+    t = ps.mechanic(ps.sgd(lr=lambda step: 0.9**step, momentum=0.9), s_init=0.1)
+    params, state = values(model), t.init_state(values(model))
+    for i in range(6):
+        backward(model, optimizer, i)
+        params, state = t.step({k: p.grad for k, p in model.named_parameters()}, state, params)
+        optimizer.step()
+        scheduler.step()
+        assert difference(values(model), params) <= 1e-13
+    assert all(torch.equal(optimizer.state[p]["x0"], before[k]) for k, p in model.named_parameters())
+    assert difference(optimizer.state["shared"]["s"], state.s) <= 1e-13  # type: ignore[index]
+    assert optimizer.param_groups[0]["s_init"] == 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex128])
+def test_mechanic_keeps_dtypes(dtype: torch.dtype) -> None:
+    """Complex parameters are the pairs of reals they are."""
+    t = ps.mechanic(ps.sgd(lr=1.0, momentum=0.5), s_init=0.1)
+    p = torch.tensor([1.0, -0.5, 2.0, 0.25], dtype=torch.float64)
+    state, x = t.init_state(p), p.to(dtype) if not dtype.is_complex else torch.view_as_complex(p.view(2, 2))
+    other = t.init_state(x)
+    for _ in range(5):
+        p, state = t.step(p, state, p)
+        x, other = t.step(x, other, x)
+        assert x.dtype == dtype
+        found = torch.view_as_real(x).flatten() if dtype.is_complex else x.double()
+        assert (found - p).norm() <= (1e-14 if dtype.is_complex else 0.02)  # it began 2.3 away from 0
+
+
 def test_conditions() -> None:
     for otherwise, rest in (("pass", 1.0), ("zero", 0.0)):
         t = ps.conditionally(lambda step: step == 1, ps.scale(5.0), otherwise=otherwise)
@@ -447,6 +505,8 @@ WRAPPED = {
     "accumulate": lambda: ps.accumulate(ps.adagrad(lr=0.1, initial_accumulator_value=0.1), 3),
     "accumulate in skip": lambda: ps.skip_if_nonfinite(ps.accumulate(ps.adam(lr=0.1), 2), max_consecutive=3),
     "lookahead": lambda: ps.lookahead(ps.adamw(lr=0.1), k=3),
+    "mechanic": lambda: ps.mechanic(ps.adamw(lr=1.0, weight_decay=0.1), s_init=0.01, num_betas=4),
+    "mechanic in skip": lambda: ps.skip_if_nonfinite(ps.accumulate(ps.mechanic(ps.sgd(lr=1.0, momentum=0.9), s_init=0.1), 2)),
     "conditionally": lambda: ps.chain(ps.conditionally(lambda t: t % 2 == 0, ps.trace(0.9)), ps.sgd(lr=0.1)),
     "two": lambda: ps.chain(ps.accumulate(ps.trace(0.9), 2), ps.accumulate(ps.trace(0.5), 2), ps.scale(-0.1)),
     "averages": lambda: ps.chain(ps.sgd(lr=0.1), ps.average_params(start=2), ps.ema_params(0.9)),
@@ -631,6 +691,12 @@ def test_bad_arguments() -> None:
         ps.accumulate(ps.sgd(), 0)
     with pytest.raises(ValueError, match="lookahead: k must be"):
         ps.lookahead(ps.sgd(), k=0)
+    with pytest.raises(ValueError, match="num_betas must be a whole number of at least 1, but got 0"):
+        ps.mechanic(ps.sgd(), num_betas=0)
+    with pytest.raises(ValueError, match="num_betas must be a whole number of at most 16, but got 17"):
+        ps.mechanic(ps.sgd(), num_betas=17)
+    with pytest.raises(ValueError, match="s_init must be a number above 0"):
+        ps.mechanic(ps.sgd(), s_init=0.0)
     with pytest.raises(ValueError, match="max_consecutive must be a whole number of at least 0, but got -1"):
         ps.skip_if_nonfinite(ps.sgd(), max_consecutive=-1)
     with pytest.raises(TypeError, match="conditionally takes a function of the step and a transform"):

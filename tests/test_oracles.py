@@ -42,6 +42,9 @@ def test_the_oracles_trajectory(run: dict[str, Any], dtype: torch.dtype, toleran
                 torch.tensor(common.value(arrays(p), t), dtype=dtype),
                 gradients(p, t, dtype),
             )
+        if run.get("hessian"):
+            found = common.curvature(arrays(params), t)
+            extras["hessian"] = {name: torch.tensor(x, dtype=dtype) for name, x in found.items()}
         grads = gradients(params, t, dtype)
         if t in run.get("spoiled", ()):
             next(iter(grads.values())).view(-1)[0] = torch.nan

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import purestep as ps
 from purestep import engine, optim
 
 Event = Callable[[torch.optim.Optimizer], None]
@@ -139,3 +140,18 @@ def test_version_counters_move_as_torchs_do() -> None:
         before = p._version
         optimizer.step()
         assert p._version > before
+
+
+def test_a_state_with_one_tensor_of_another_dtype_keeps_off_the_kernel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = {k: torch.randn(5, generator=generator) for k in "ab"}
+    grads = {k: torch.randn(5, generator=generator) for k in "ab"}
+    opt = ps.adamw(0.1)
+    _, state = opt.step(grads, opt.init_state(params), params)
+    adam = ps.find(state, ps.AdamState)
+    mixed = (adam._replace(exp_avg={**adam.exp_avg, "b": adam.exp_avg["b"].double()}), *state[1:])
+    assert isinstance(state[0], ps.AdamState)
+    found, after = opt.step(grads, mixed, params)
+    expected, _ = opt.step(grads, state, params)
+    torch.testing.assert_close(found, expected)
+    assert ps.find(after, ps.AdamState).exp_avg["b"].dtype == torch.float64

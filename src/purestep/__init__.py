@@ -108,6 +108,10 @@ from purestep.algorithms.sm3 import sm3 as sm3
 from purestep.algorithms.soap import SoapState as SoapState
 from purestep.algorithms.soap import scale_by_soap as scale_by_soap
 from purestep.algorithms.soap import soap as soap
+from purestep.algorithms.sophia import SophiaState as SophiaState
+from purestep.algorithms.sophia import hutchinson as hutchinson
+from purestep.algorithms.sophia import scale_by_sophia as scale_by_sophia
+from purestep.algorithms.sophia import sophia as sophia
 from purestep.algorithms.sparse_adam import SparseAdamState as SparseAdamState
 from purestep.algorithms.sparse_adam import scale_by_sparse_adam as scale_by_sparse_adam
 from purestep.algorithms.sparse_adam import sparse_adam as sparse_adam
@@ -119,6 +123,7 @@ from purestep.engine import Inner as Inner
 from purestep.engine import ScheduleState as ScheduleState
 from purestep.hyper import Betas as Betas
 from purestep.hyper import Extra as Extra
+from purestep.hyper import ExtraTree as ExtraTree
 from purestep.hyper import Fraction as Fraction
 from purestep.hyper import Hyper as Hyper
 from purestep.hyper import NonNegative as NonNegative
@@ -172,7 +177,10 @@ from purestep.transforms.mask import freeze as freeze
 from purestep.transforms.mask import masked as masked
 from purestep.transforms.mask import partition as partition
 from purestep.transforms.mask import set_to_zero as set_to_zero
+from purestep.transforms.mechanic import MechanicState as MechanicState
+from purestep.transforms.mechanic import mechanic as mechanic
 from purestep.transforms.momentum import TraceState as TraceState
+from purestep.transforms.momentum import nesterov as nesterov
 from purestep.transforms.momentum import trace as trace
 from purestep.transforms.monitor import MonitorState as MonitorState
 from purestep.transforms.monitor import monitor as monitor

@@ -87,6 +87,8 @@ class LinkDeclaration(Declaration):
     ) -> None:
         super().__init__(function, given=3 if state is not None or whole else 2, name=name, inner=Inner if nested else None)
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
+        if self.trees and sparse == "rows":
+            raise TypeError(f"{self.name} cannot run on the rows of sparse gradients, because {self.trees[0]} is whole.")
         self.moves = moves  # a whole transform that returns new parameters instead of updates
         self.passes = passes  # a nested transform that returns the updates of its inner transform as they came
         self.fields = Fields() if state is None else inspect_state(state, whole)
@@ -163,6 +165,8 @@ class Solo(NamedTuple):
     fields: tuple[str, ...]  # of the state, as the kernel knows them
     keys: tuple[str, ...]  # the same, as the chain's state calls them
     step: str  # the key of the counter; empty if there is none
+    places: tuple[tuple[int, int], ...]  # the link and the number of each of these fields
+    counter: tuple[int, int]  # of the counter
 
     @classmethod
     def of(cls, plan: Plan) -> Solo | None:
@@ -171,9 +175,11 @@ class Solo(NamedTuple):
         segment = plan.segment(stage.positions) if len(plan.stages) == 1 and stage.positions and not stage.masked else None
         if segment is None or segment.kernel is None or segment.first or segment.numbers is None:
             return None
-        named = [(info.names[f], plan.keys[i][f]) for i, _, info in segment.items for f in info.tensors]
-        step = "step" if any([info.step >= 0 for _, _, info in segment.items]) else ""
-        return cls(segment.kernel, segment.hypers, tuple([n for n, _ in named]), tuple([k for _, k in named]), step)
+        places = tuple([(i, f) for i, _, info in segment.items for f in info.tensors])
+        names, keys = ([column[i][f] for i, f in places] for column in ([x.names for x in plan.fields], plan.keys))
+        counters = [(i, info.step) for i, _, info in segment.items if info.step >= 0]
+        step, counter = ("step", counters[0]) if counters else ("", (-1, -1))
+        return cls(segment.kernel, segment.hypers, tuple(names), tuple(keys), step, places, counter)
 
     def again(self, trust: Trust, grads: list[Any], params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
         """The update that a kernel made last, with new gradients and numbers, and nothing on the way to it.
@@ -198,13 +204,45 @@ class Solo(NamedTuple):
             return False
         before = counters[0].item()
         after = stored(counters[0], before + 1)
-        given = {**dict(zip(self.fields, trust.states)), "step": lambda: after}
-        with torch._C._AutoDispatchBelowAutograd():
-            self.kernel.run(params, grads, given, self.hypers, before)
-        torch.autograd.graph.increment_version(params)
+        self.run(params, grads, trust.states, before, after)
         for s in states if self.step else ():
             s[self.step] = after  # type: ignore[index]
         return True
+
+    def at_once(self, grads: list[Any], params: list[Any], states: list[Any]) -> bool:
+        """The update of parameters and states that were given away, all of them in place, if nothing is special about any.
+
+        Nothing has changed if it is False: then it takes a `Call`, or an error, to say what is.
+        """
+        columns = [states[i][f] for i, f in self.places]
+        counters = states[self.counter[0]][self.counter[1]] if self.step else [torch.zeros(())]
+        if choose(None) != "program" or not params or type(params[0]) not in PLAIN:
+            return False
+        dtype, shapes, n = params[0].dtype, [p.shape if type(p) in PLAIN else None for p in params], len(params)
+        for xs in (params, grads, *columns):
+            if not (
+                set(map(type, xs)) <= PLAIN
+                and [x.dtype for x in xs].count(dtype) == n
+                and [x.shape for x in xs] == shapes
+                and all([x.is_cpu and x.layout is torch.strided and x.is_contiguous() for x in xs])
+            ):
+                return False
+        if torch.is_grad_enabled() and any([any([x.requires_grad for x in xs]) for xs in (params, grads, counters, *columns)]):
+            return False
+        count = counters[0]
+        if dtype not in FUSED_DTYPES or not one(counters, "program") or type(count) is not Tensor or not count.is_cpu:
+            return False
+        before = count.item()
+        self.run(params, grads, columns, before, count.fill_(before + 1))
+        torch.autograd.graph.increment_version(flat.from_iterable(columns))
+        return True
+
+    def run(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], before: float, after: Tensor) -> None:
+        """Call the kernel, in place."""
+        given = {**dict(zip(self.fields, states)), "step": lambda: after}
+        with torch._C._AutoDispatchBelowAutograd():
+            self.kernel.run(params, grads, given, self.hypers, before)
+        torch.autograd.graph.increment_version(params)
 
 
 KERNELS: list[Kernel] = []
@@ -288,6 +326,7 @@ class Plan:
         self.links = links
         self.whole = any([link.transform.declaration.whole for link in links])
         self.extras = frozenset([name for link in links for name in link.transform.declaration.extras])
+        self.trees = frozenset([name for link in links for name in link.transform.declaration.trees])
         self.off = [is_off(link.transform) for link in links]
         self.fields = [fields_of(link.transform) for link in links]
         self.keys = qualified([info.names for info in self.fields], links)
@@ -480,7 +519,7 @@ class Call:
     def run(self, groups: Sequence[Group]) -> tuple[list[Any], list[Any]]:
         """The new parameters (or the updates), and the new states."""
         plan = groups[0].plan
-        self.fields = plan.fields
+        self.fields, self.trees = plan.fields, plan.trees
         self.moved = False  # whether the last transform has applied its updates itself
         last = plan.stages[-1]
         if self.params:
@@ -558,6 +597,8 @@ class Call:
     def extra(self, name: str, rows: list[int] | None) -> Any:
         """An extra argument, for some of the parameters: a function of all is one of these, the others held fixed."""
         given = self.extras[name]
+        if name in self.trees:
+            return pick(given, rows)
         if rows is None or name != "value_and_grad":
             return given
 
@@ -783,7 +824,7 @@ class Call:
                         continue
                     columns.append(number)
                 else:
-                    if c[0].dtype != dtype:
+                    if [x.dtype for x in c].count(dtype) != len(c):
                         return self.promoted(segment, grads, params, fields, apply)
                     columns.append(c)
                 places.append((j, f))
@@ -1032,9 +1073,7 @@ class Blocks(NamedTuple):
     columns: list[Any]  # lists, and numbers
 
     @classmethod
-    def of(
-        cls, program: Program, grads: list[Tensor], params: list[Tensor], columns: list[Any], donate: bool
-    ) -> Blocks | None:
+    def of(cls, program: Program, grads: list[Tensor], params: list[Tensor], columns: list[Any], donate: bool) -> Blocks | None:
         """None if the program must see whole tensors, they are not each in one piece, or to copy them costs more than it."""
         if not donate and program.length <= SHORT:
             return None
@@ -1202,7 +1241,9 @@ def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: An
             lists = [grads, params, *[x for x, y in zip(states, trust.states) if not all(map(operator.is_, x, y))]]
         trust.dtype, trust.sizes, trust.states = p.dtype, [], []
     for x in lists:
-        if x[0].dtype is not p.dtype or not set(map(type, x)) <= PLAIN or list(map(Tensor.numel, x)) != sizes:
+        if not set(map(type, x)) <= PLAIN or [t.dtype for t in x].count(p.dtype) != len(x):
+            return False
+        if trust is not None and list(map(Tensor.numel, x)) != sizes:  # the others' shapes have been looked at
             return False
     if not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
         return all([same_layout(ts) for ts in zip(grads, params, *states)])

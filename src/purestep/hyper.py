@@ -70,11 +70,17 @@ Betas: TypeAlias = tuple[Fraction, Fraction]
 
 @dataclass(frozen=True)
 class Given:
-    """What is given at each update, beside the gradients."""
+    """What is given at each update, beside the gradients: anything, or a `tree` like the parameters."""
+
+    tree: bool = False
 
 
 Extra: TypeAlias = Annotated[Any, Given()]
 """An extra argument of a whole transform: not part of the transform, but passed to each `update` and `step` by name."""
+
+ExtraTree: TypeAlias = Annotated[Any, Given(tree=True)]
+"""An `Extra` that is a pytree like the parameters: the function gets a list, with a tensor like it for each parameter.
+"""
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,14 @@ class Transform:
         leaves, spec = tree.flatten(params)
         gradients = tree.flatten_like(grads, spec, "grads")
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
+        if (
+            apply
+            and donate
+            and executor in (None, "fused")
+            and plan.solo is not None
+            and plan.solo.at_once(gradients, leaves, states)
+        ):
+            return params, state
         check_params(leaves, spec)
         shapes = [p if p is None else p.shape for p in leaves]
         check_gradients(gradients, leaves, shapes, spec)
@@ -201,13 +209,15 @@ class Transform:
         chosen = states if rows is None else [pick_leaves(s, info, rows) for s, info in zip(states, plan.fields)]
         flat_state = [c if isinstance(c, list) else pytree.tree_leaves(c) for s in chosen for c in s]
         live, given = pick(gradients, rows), pick(leaves, rows)
-        mode = choose(executor, live, given, *flat_state, plan.tensors)
 
         memo: Memo = {}
 
         def mask(masks: tuple[Any, ...]) -> list[bool]:
             return pick(select(masks, leaves, spec, memo), rows)
 
+        for name in plan.trees:
+            extras[name] = like_params(extras[name], name, plan, leaves, rows, spec, mask)
+        mode = choose(executor, live, given, *flat_state, plan.tensors, *[extras[name] for name in plan.trees])
         kept = [list(s) for s in states]
         groups = [Group(plan, range(len(given)))]
         touched = None
@@ -738,11 +748,16 @@ def check_gradients(grads: list[Any], params: list[Any], shapes: list[Any], spec
             raise ValueError(f"grads have a gradient at {tree.quote(path)}, where params have None.")
         if not isinstance(g, Tensor):
             raise TypeError(f"Gradients must be tensors or None, but {tree.quote(path)} is a {type(g).__name__}: {g!r}.")
-        for what in ("shape", "dtype", "device"):
-            of_g, of_p = getattr(g, what), getattr(p, what)
-            if of_g != of_p:
-                of_g, of_p = (tuple(of_g), tuple(of_p)) if what == "shape" else (of_g, of_p)
-                raise ValueError(f"The gradient of {tree.quote(path)} has {what} {of_g}, but the parameter has {what} {of_p}.")
+        check_like(g, p, f"The gradient of {tree.quote(path)}")
+
+
+def check_like(x: Tensor, p: Tensor, subject: str) -> None:
+    """Refuse a tensor whose shape, dtype or device is not the parameter's."""
+    for what in ("shape", "dtype", "device"):
+        of_x, of_p = getattr(x, what), getattr(p, what)
+        if of_x != of_p:
+            of_x, of_p = (tuple(of_x), tuple(of_p)) if what == "shape" else (of_x, of_p)
+            raise ValueError(f"{subject} has {what} {of_x}, but the parameter has {what} {of_p}.")
 
 
 def devices(tensors: list[Any]) -> list[torch.device]:
@@ -773,6 +788,7 @@ FROM_CLOSURE = ("value", "value_and_grad")
 def check_extras(plan: Plan, extras: dict[str, Any]) -> None:
     """Refuse missing and unknown extra arguments, and a loss or a function that is none."""
     wanted = [(link.transform.declaration.name, name) for link in plan.links for name in link.transform.declaration.extras]
+    trees = {link.transform.declaration.name: link.transform.declaration.trees for link in plan.links}
     unknown = sorted(extras.keys() - plan.extras)
     for who, name in wanted:
         if name not in extras:
@@ -782,6 +798,9 @@ def check_extras(plan: Plan, extras: dict[str, Any]) -> None:
                 f"{who} needs {name}: give it to each update, step(grads, state, params, {name}=...){other}. An optimizer of "
                 f"purestep.optim {how}."
             )
+        if name in plan.trees and name not in trees[who]:
+            other = next(x for x, names in trees.items() if name in names)
+            raise TypeError(f"{name} is anything for {who}, but a tree for {other}: they do not go together.")
         if name == "value":
             check_value(extras[name], f"value, the loss for {who}")
         if name == "value_and_grad" and not callable(extras[name]):
@@ -803,6 +822,29 @@ def check_value(value: Any, subject: str) -> None:
         )
     if not isinstance(value, (Tensor, numbers.Real)):
         raise TypeError(f"{subject}, must be a number or a 0-d tensor, but is {value!r}.")
+
+
+def like_params(
+    given: PyTree,
+    name: str,
+    plan: Plan,
+    leaves: list[Any],
+    rows: list[int] | None,
+    spec: tree.Spec,
+    mask: Callable[[tuple[Any, ...]], list[bool]],
+) -> list[Any]:
+    """An extra argument that is a tree, as the list of the parameters that have a gradient; None where no one looks at it."""
+    found, params, paths = [pick(xs, rows) for xs in (tree.flatten_like(given, spec, name), leaves, spec.paths())]
+    needed: list[Any] = [None] * len(found)
+    for link in plan.links:
+        d = link.transform.declaration
+        for k, yes in enumerate(mask(link.masks) if name in d.trees else ()):
+            if yes and not isinstance(found[k], Tensor):
+                raise TypeError(f"{d.name} needs {name} for every gradient, but at {tree.quote(paths[k])} it is {found[k]!r}.")
+            if yes:
+                check_like(found[k], params[k], f"{name} at {tree.quote(paths[k])}")
+                needed[k] = found[k]
+    return needed
 
 
 def on_lists(function: Callable[[PyTree], Any], leaves: list[Any], rows: list[int] | None, spec: tree.Spec) -> Any:

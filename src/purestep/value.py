@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
 from purestep import maths
-from purestep.hyper import Extra, Interval, anywhere, check, check_steps, interval_of, whole_of
+from purestep.hyper import Extra, ExtraTree, Interval, anywhere, check, check_steps, interval_of, whole_of
 
 V = TypeVar("V", bound="Value")
 
@@ -36,7 +36,8 @@ class Declaration:
         """
         hints = typing.get_type_hints(function, include_extras=True)
         parameters = list(inspect.signature(function).parameters.values())[given:]
-        self.extras = tuple(p.name for p in parameters if hints.get(p.name) == Extra)
+        self.extras = tuple(p.name for p in parameters if hints.get(p.name) in (Extra, ExtraTree))
+        self.trees = tuple(name for name in self.extras if hints[name] == ExtraTree)
         self.inner = next((p.name for p in parameters if inner is not None and hints.get(p.name) is inner), "")
         parameters = [p for p in parameters if p.name not in self.extras]
         self.function = function

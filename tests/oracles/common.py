@@ -44,6 +44,12 @@ def gradient(params: Mapping[str, Any], t: int) -> Arrays:
     return dict(zip(params, found))
 
 
+def curvature(params: Mapping[str, Any], t: int) -> Arrays:
+    """The diagonal of its Hessian."""
+    found = [a + 1.5 * np.cos(5.0 * p + 0.1 * t) for p, c, a in _with_constants(params, t)]
+    return dict(zip(params, found))
+
+
 def _with_constants(params: Mapping[str, Any], t: int) -> list[tuple[Any, Any, Any]]:
     found = []
     for name, p in params.items():
@@ -72,8 +78,8 @@ def record(topic: str, made_with: Mapping[str, str], runs: list[dict[str, Any]])
         made_with: package -> version.
         runs: dicts with `name` (of the factory in purestep), `options` (its arguments), `oracle` (what was run, as a
             reader would call it) and `trajectory` (from `follow`). Optional: `part`, True if the factory gives updates that
-            are to be added with a `scale(...)` of that number after it; `before`, the same before it; `value` and
-            `value_and_grad`, True if it asks for the extra argument; `eval`, True to compare `eval_params`; `spoiled`, the
+            are to be added with a `scale(...)` of that number after it; `before`, the same before it; `value`,
+            `value_and_grad` and `hessian` (the diagonal), True if it asks for the extra argument; `eval`, True to compare `eval_params`; `spoiled`, the
             steps at which the first number of the first gradient is NaN. Among the options, a transform is a dict of `name`
             and `options`, and a function of the step is ``{"of_step": expression}``.
     """

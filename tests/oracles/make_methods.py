@@ -23,7 +23,7 @@ import schedulefree
 import torch
 from optax import contrib
 
-from tests.oracles.common import Arrays, follow, gradient, record, start, value
+from tests.oracles.common import Arrays, curvature, follow, gradient, record, start, value
 
 RUNS: list[dict[str, Any]] = []
 Step = Callable[[Arrays, Arrays, int], Mapping[str, Any]]
@@ -200,6 +200,25 @@ run(
     value_and_grad=True,
     part=-0.1,
 )
+
+for options in (
+    {"betas": (0.9, 0.8), "eps": 1e-3, "gamma": 0.3, "update_interval": 4},
+    {"betas": (0.7, 0.9), "eps": 0.1, "gamma": 0.2, "clip_threshold": None, "update_interval": 1},
+    {"eps": 1e-12, "gamma": 1.0, "clip_threshold": 0.5, "update_interval": 10},
+):
+    arguments = {**options, **dict(zip(("b1", "b2"), options.get("betas", ())))}
+    arguments.pop("betas", None)
+    estimate = optax.GradientTransformationExtraArgs(lambda p: (), lambda g, s, params=None, *, estimate: (estimate, s))
+    run(
+        "sophia",
+        {"lr": 0.05, "weight_decay": 0.1, **options},
+        f"optax.contrib.sophia(0.05, weight_decay=0.1, {', '.join(f'{k}={x}' for k, x in arguments.items())}) with a given estimate",
+        by_optax(
+            contrib.sophia(0.05, weight_decay=0.1, hessian_diagonal_fn=estimate, **arguments),
+            lambda params, grads, t: {"estimate": arrays(curvature(params, t))},
+        ),
+        hessian=True,
+    )
 
 # ----------------------------------------------------------------------------- algorithms of matrices, in numpy, as their papers
 

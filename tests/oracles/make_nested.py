@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from tests.oracles.common import Arrays, follow, record, start
 
@@ -123,6 +124,17 @@ def main() -> None:
             options = {"transform": inner, "k": k, "alpha": alpha}
             found = looking_ahead(OPTAX[id(inner)](), k, alpha, slow)
             runs.append(run("lookahead", options, "optax.lookahead", found, **({"eval": True} if slow else {})))
+    for inner, options in (
+        (MOMENTUM, {"s_init": 1.0, "weight_decay": 0.3, "eps": 1e-4, "num_betas": 4}),
+        (FALLING, {"s_init": 0.5, "weight_decay": 0.05, "eps": 1e-4, "num_betas": 4}),
+        (ADAM, {"s_init": 0.5, "weight_decay": 0.3, "eps": 1e-4, "num_betas": 3}),
+        (ADAM, {"s_init": 1.0, "weight_decay": 0.05, "eps": 1e-4, "num_betas": 8}),
+        (ADAM, {"s_init": 1e-3}),
+    ):
+        found = follow(updating(optax.contrib.mechanize(OPTAX[id(inner)](), **options)))
+        small = {"float32": "the first updates are 1e-4 of the parameters, whose rounding is multiplied"}
+        more = small if options["s_init"] < 0.1 else {}
+        runs.append(run("mechanic", {"transform": inner, **options}, "optax.contrib.mechanize", found, **more))
     for inner, text, otherwise, part in ((TRACE, "step % 3 != 1", "pass", -0.05), (ADAM, "step < 12", "zero", 1.0)):
         around = optax.conditionally_transform if otherwise == "pass" else optax.conditionally_mask
         transform = around(OPTAX[id(inner)](), eval(f"lambda step: {text}"))

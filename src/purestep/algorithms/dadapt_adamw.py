@@ -9,10 +9,9 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, zeros_like
 
-from purestep.algorithms.dog import number
 from purestep.engine import real
 from purestep.hyper import Betas, Hyper, Interval, NonNegative, Positive
-from purestep.maths import counter, inner, maximum, minimum, multiply, root, where
+from purestep.maths import counter, inner, maximum, minimum, multiply, number, root, where
 from purestep.transform import Transform, chain, whole
 from purestep.transforms.scale import direction
 

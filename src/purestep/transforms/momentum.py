@@ -8,7 +8,7 @@ from torch import Tensor, zeros_like
 
 from purestep.hyper import Hyper, NonNegative
 from purestep.maths import Scalar, counter, where
-from purestep.transform import leafwise
+from purestep.transform import Transform, leafwise
 
 
 class TraceState(NamedTuple):
@@ -54,3 +54,22 @@ def trace(
     share = where(s.step == 0, 1.0, 1 - dampening)
     b = momentum * s.momentum_buffer + share * g
     return g + momentum * b if nesterov else b, TraceState(s.step + 1, b)
+
+
+def nesterov(momentum: Hyper) -> Transform:
+    r"""Nesterov's momentum: `trace` that looks ahead along its buffer, :math:`u_t = g_t + \mu\,b_t`.
+
+    Args:
+        momentum: :math:`\mu \ge 0`.
+
+    >>> import torch, purestep as ps
+    >>> ps.nesterov(0.9)
+    trace(0.9, dampening=0.0, nesterov=True)
+    >>> opt, p = ps.nesterov(0.9), torch.zeros(1)
+    >>> opt.update(torch.ones(1), opt.init_state(p), p)[0]
+    tensor([1.9000])
+
+    Reference: Sutskever et al., `On the importance of initialization and momentum in deep learning
+    <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
+    """
+    return trace(momentum, nesterov=True)

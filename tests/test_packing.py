@@ -274,5 +274,24 @@ def test_small_tensors_on_one_thread_are_the_same(monkeypatch: pytest.MonkeyPatc
         results.append([*p, *m])
     assert difference(*results) == 0
     assert torch.get_num_threads() == threads
-    if threads > 1 and fused.OPENMP:
+    if threads > 1 and fused.OPENMP is not None:
         assert seen == [(2, threads), (10, 1), (12, threads)]
+
+
+@pytest.mark.skipif(
+    fused.OPENMP is None or torch.get_num_threads() == 1, reason="needs torch with OpenMP, and more than one thread"
+)
+def test_threads_that_begin_meanwhile_have_all_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of threads is set for the calling thread alone."""
+    found: list[int] = []
+
+    def kernel(*args: Any, **kwargs: Any) -> None:
+        found.append(torch.get_num_threads())
+        other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+
+    p = [torch.zeros(3) for _ in range(10)]
+    state = {"exp_avg": p, "exp_avg_sq": p, "step": lambda: torch.tensor(1.0)}
+    fused._adam(kernel, amsgrad=False)(p, p, state, {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}, 2)
+    assert found == [1, torch.get_num_threads()]

@@ -385,3 +385,73 @@ def test_by_module() -> None:
     assert "by_module(model, {Linear: by_ndim({2: 'hidden'}, default='rest'), Embedding: 'table'}" in repr(rule)
     with pytest.raises(ValueError, match=r"no parameter 'head.weight'; it has '0.weight', '1.weight'"):
         rule("head.weight", torch.zeros(2))
+
+
+def test_an_option_outside_the_partition_is_each_groups_own() -> None:
+    w, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    parts = ps.partition({"m": ps.scale_by_adam(), "r": ps.scale_by_adam()}, ps.by_ndim({2: "m"}, default="r"))
+    optimizer = optim.Optimizer([w, b], ps.chain(ps.clip_by_global_norm(1e9), parts, ps.scale_by_learning_rate(0.1)))
+    optimizer.param_groups[1]["lr"] = 0.0
+    w.grad, b.grad = torch.ones(2, 2), torch.ones(2)
+    optimizer.step()
+    torch.testing.assert_close((w.detach(), b.detach()), (torch.full((2, 2), 0.9), torch.ones(2)))
+    optimizer.param_groups[0]["max_norm"] = 0.1
+    with pytest.raises(ValueError, match="max_norm must be the same in all groups"):
+        optimizer.step()
+
+
+def test_maximize_differs_where_all_groups_are_seen_together() -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    groups = [{"params": params[:1], "maximize": True}, {"params": params[1:]}]
+    optimizer = optim.Optimizer(groups, ps.chain(ps.clip_by_global_norm(1.0), ps.adam(0.1)))
+    for p in params:
+        p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="same maximize in all groups"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_parts_whose_labels_spell_the_same(clipped: bool) -> None:
+    rule = ps.by_ndim({2: "m"}, default="r")
+    opt = ps.chain(
+        ps.masked(ps.partition({"m": ps.scale(10.0), "r": ps.scale(1.0)}, rule), lambda path, p: path != "v"),
+        ps.partition({"m": ps.sgd(lr=0.1), "r": ps.sgd(lr=0.1)}, rule),
+    )
+    opt = ps.chain(ps.clip_by_global_norm(1e9), opt) if clipped else opt
+    params = {"w": torch.ones(2, 2), "v": torch.ones(2, 2), "b": torch.ones(2)}
+    grads = {name: torch.ones_like(p) for name, p in params.items()}
+    expected, _ = opt.step(grads, opt.init_state(params), params)
+    leaves = {name: nn.Parameter(p.clone()) for name, p in params.items()}
+    for name, p in leaves.items():
+        p.grad = grads[name]
+    optim.Optimizer(leaves.items(), opt).step()
+    torch.testing.assert_close({name: p.detach() for name, p in leaves.items()}, expected)
+
+
+@pytest.mark.parametrize("part", [ps.clip_by_global_norm(1.0), ps.normalize(), ps.skip_if_nonfinite(ps.trace(0.9))], ids=repr)
+def test_a_part_without_gradients(part: ps.Transform) -> None:
+    opt = ps.chain(ps.masked(part, lambda path, p: path == "b"), ps.sgd(lr=0.1))
+    params = {"w": torch.ones(2, 2), "b": torch.ones(2)}
+    after, _ = opt.step({"w": torch.ones(2, 2), "b": None}, opt.init_state(params), params)
+    torch.testing.assert_close(after, {"w": torch.full((2, 2), 0.9), "b": torch.ones(2)})
+
+
+def test_inner_masks_are_asked_about_their_part_under_the_wrapper_too() -> None:
+    part = ps.chain(ps.masked(ps.scale(2.0), ps.by_ndim({2: True})), ps.sgd(lr=0.1))
+    model = network()
+    optimizer = optim.Optimizer(model.named_parameters(), ps.partition({"hidden": part, "rest": ps.sgd(lr=0.1)}, RULE))
+    set_gradients(model, 0)
+    optimizer.step()
+
+
+def test_what_torch_refuses_is_refused() -> None:
+    p, q = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    with pytest.raises(TypeError, match="ordered collections"):
+        optim.Optimizer([{"params": {p, q}}], both())
+
+
+def test_an_option_of_another_part_is_left_out() -> None:
+    w, b = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    parts = ps.partition({"m": ps.adamw(), "r": ps.sgd(momentum=0.9)}, ps.by_ndim({2: "m"}, default="r"))
+    optimizer = optim.Optimizer([{"params": [w], "momentum": 0.5}, {"params": [b]}], parts)
+    assert ["momentum" in g for g in optimizer.param_groups] == [False, True]

@@ -547,6 +547,8 @@ class Call:
         d = value.declaration
         on = self.selected(link)
         rows = None if on is None else [k for k, yes in enumerate(on) if yes]
+        if rows == []:
+            return  # none of its parameters has a gradient
         count = fields[info.step] if info.step >= 0 else None
         arguments = {n: self.lower(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
         arguments |= {n: self.extra(n, rows) for n in d.extras}

@@ -8,7 +8,10 @@ On a CPU these kernels share out every tensor among the threads, however small i
 
 from __future__ import annotations
 
+import ctypes
+import re
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,14 +30,38 @@ SERIAL = 4096
 FEW = 4
 """So many small tensors at most, among larger ones, are not worth a call of their own."""
 
-OPENMP = "parallel backend: OpenMP" in torch.__config__.parallel_info()  # elsewhere the number of threads is set only once
+
+def _openmp() -> Any:
+    """`omp_set_num_threads` of the OpenMP that torch uses, or None if it is not to be found.
+
+    It sets the number of threads of the calling thread alone; `torch.set_num_threads` would set that of all which begin
+    meanwhile.
+    """
+    loaded = Path("/proc/self/maps")
+    found = re.findall(r"/\S*lib\w*omp\S*", loaded.read_text()) if loaded.exists() else []
+    found += map(str, (Path(torch.__file__).parent / "lib").glob("lib*omp*"))
+    threads = torch.get_num_threads()
+    for path in dict.fromkeys(found):
+        try:
+            put = ctypes.CDLL(path).omp_set_num_threads
+        except (OSError, AttributeError):
+            continue
+        put(threads + 1)
+        same = torch.get_num_threads() == threads + 1
+        put(threads)
+        if same:
+            return put
+    return None
+
+
+OPENMP = _openmp()
 
 
 def _threads(run: Any) -> Any:
     """A kernel whose small tensors are done on one thread."""
 
     def divided(p: list[Tensor], g: list[Tensor], s: dict[str, Any], h: dict[str, Any], before: Any) -> None:
-        threads = torch.get_num_threads() if OPENMP and p[0].is_cpu else 1
+        threads = torch.get_num_threads() if OPENMP is not None and p[0].is_cpu else 1
         few = [x.numel() <= SERIAL for x in p] if threads > 1 else []
         if sum(few) <= min(FEW, len(p) - 1):
             return run(p, g, s, h, before)
@@ -42,11 +69,11 @@ def _threads(run: Any) -> Any:
             large = [not x for x in few]
             run(*[_where(x, large) for x in (p, g, s)], h, before)
             p, g, s = (_where(x, few) for x in (p, g, s))
-        torch.set_num_threads(1)
+        OPENMP(1)
         try:
             run(p, g, s, h, before)
         finally:
-            torch.set_num_threads(threads)
+            OPENMP(threads)
 
     return divided
 

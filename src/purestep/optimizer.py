@@ -130,7 +130,7 @@ class Optimizer(torch.optim.Optimizer):
         if flags.get("fused") and flags.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
         self._recipe, self._options, self._first, self._flags = recipe, tuple(options), dict(options), tuple(flags)
-        self._made: list[tuple[list[Any], Transform]] = []
+        self._made: list[tuple[list[Any] | None, Transform]] = []
         self._ready = False
         self._trust: dict[int, Trust] = {}  # per group; see there
         self._known: dict[Any, dict[Tensor, bool]] = {}  # which parameters masks select
@@ -193,13 +193,13 @@ class Optimizer(torch.optim.Optimizer):
         """Each group's transform; made anew only where an option has changed."""
         made = self._made
         if len(made) != len(self.param_groups):
-            made[:] = [([], chain())] * len(self.param_groups)
+            made[:] = [(None, chain())] * len(self.param_groups)
         together = bool(self._routes) and self._recipe.plan.whole
         for i, group in enumerate(self.param_groups):
             sources = self.param_groups if together else (group,)
             options = [tuple(x) if type(x := g[name]) is list else x for g in sources for name in self._names(g)]
             old = made[i][0]
-            if not old or (not all(map(operator.is_, old, options)) and not all(map(unchanged, old, options))):
+            if old is None or (not all(map(operator.is_, old, options)) and not all(map(unchanged, old, options))):
                 made[i] = (options, self._transform(group))
         return [t for _, t in made]
 
@@ -229,7 +229,7 @@ class Optimizer(torch.optim.Optimizer):
         groups = [g if isinstance(g, dict) else {"params": groups} for g in groups][: None if is_groups(groups) else 1]
         taken = self._paths() if self._ready else {}
         entries = [(g, *entry) for g in groups for entry in entries_of(g.get("params"))]
-        if not all([isinstance(p, Tensor) for _, _, p in entries]):
+        if not all([isinstance(p, Tensor) for _, _, p in entries]) or any([isinstance(g.get("params"), set) for g in groups]):
             return groups  # refused by torch
         paths = dict(taken)
         for _, name, p in entries:
@@ -241,13 +241,13 @@ class Optimizer(torch.optim.Optimizer):
         if not self._ready:
             refuse_unused([m for link in links for m in link.masks], memo)
         active = dict(zip(paths, zip(*ways)))
+        labels = {p: self._route(active[p]) for _, _, p in entries}
         made: list[dict[str, Any]] = []
         for g in groups:
             parts: dict[str, list[Any]] = {}
             for own, name, p in entries:
                 if own is g:
-                    label = self._route(active[p])
-                    parts.setdefault(label, []).append(p if name is None else (name, p))
+                    parts.setdefault(labels[p], []).append(p if name is None else (name, p))
             for label in sorted(parts, key=lambda label: self._routes[label].links):
                 params = parts[label]
                 if g.get("label", label) != label:
@@ -263,7 +263,12 @@ class Optimizer(torch.optim.Optimizer):
     def _route(self, active: tuple[bool, ...]) -> str:
         """The label of the parameters on which these links of the transform act."""
         links = [(i, link) for i, (link, yes) in enumerate(zip(self._recipe.links, active)) if yes]
-        label = "+".join(dict.fromkeys([name for _, link in links if (name := route(link.masks))])) or "unlabelled"
+        places = tuple([i for i, _ in links])
+        plain = "+".join(dict.fromkeys([name for _, link in links if (name := route(link.masks))])) or "unlabelled"
+        alike = [
+            label for label in (plain, *[f"{plain}#{k}" for k in range(2, len(self._routes) + 2)]) if label in self._routes
+        ]
+        label = next((x for x in alike if self._routes[x].links == places), f"{plain}#{len(alike) + 1}" if alike else plain)
         if label not in self._routes:
             parts = []
             for _, link in links:
@@ -274,7 +279,7 @@ class Optimizer(torch.optim.Optimizer):
             own = chain(*parts)
             full = {(i, plain): name for name, i, plain, _ in self._recipe._named(hypers=True)}
             names = {name: full[links[k][0], plain] for name, k, plain, _ in own._named(hypers=True)}
-            self._routes[label] = Route(own, own.hyperparams, names, tuple([i for i, _ in links]))
+            self._routes[label] = Route(own, own.hyperparams, names, places)
         return label
 
     def _routed(self, group: Mapping[str, Any], strict: bool) -> Transform:
@@ -291,7 +296,7 @@ class Optimizer(torch.optim.Optimizer):
         every: dict[str, Any] = {}
         for g in [*reversed([g for g in self.param_groups if g["label"] != group["label"]]), group]:
             own = self._routes[g["label"]]
-            every |= {own.names[n]: g[n] for n, x in own.first.items() if not unchanged(x, g[n])}
+            every |= {own.names[n]: g[n] for n in own.first}
         return self._recipe._replace(every, strict)
 
     def _refuse(self, groups: list[dict[str, Any]]) -> None:
@@ -366,14 +371,15 @@ class Optimizer(torch.optim.Optimizer):
         if not masks:
             return [True] * len(params)
         key = tuple(map(identity, masks))
-        known = self._known.get(key, {})
-        if not all([p in known for p in params]):
-            known = self._known[key] = self._select(masks, self._paths())
+        known = self._known.setdefault(key, {})
+        new = {p for p in params if p not in known}
+        if new:
+            paths = self._paths()
+            spec = spec_of(paths, masks, "param_names" in self.param_groups[0])
+            asked = new if self._routes else set(paths)  # a mask in one part is not asked about the others'
+            values = select(masks, [p if p in asked else None for p in paths], spec)
+            known.update({p: yes for p, yes in zip(paths, values) if p in asked})
         return [known[p] for p in params]
-
-    def _select(self, masks: tuple[Any, ...], paths: dict[Tensor, str]) -> dict[Tensor, bool]:
-        named = bool(self.param_groups) and "param_names" in self.param_groups[0]
-        return dict(zip(paths, select(masks, list(paths), spec_of(paths, masks, named))))
 
     # -- the step
 
@@ -447,10 +453,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def _again(self, group: dict[str, Any], transform: Transform) -> bool:
         """What `_advance` did last, without what has to be asked only once; False, and nothing done, if more is new."""
-        solo, trust, params = transform.plan.solo, self._trust.get(id(group)), group["params"]
-        if solo is None or trust is None or self._untouched or executor_of(group) not in (None, "fused"):
+        trust, params = self._trust.get(id(group)), group["params"]
+        if trust is None or not params or self._untouched or executor_of(group) not in (None, "fused"):
             return False
-        if torch.is_grad_enabled() or not params:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        solo = transform.plan.solo
+        if solo is None:
             return False
         return solo.again(trust, [p.grad for p in params], params, [self.state.get(p, NOTHING) for p in params])
 
@@ -820,6 +829,8 @@ def executor_of(flags: Mapping[str, Any]) -> Executor | None:
 
 def refuse_disagreement(groups: list[Group]) -> None:
     """A transform that sees all groups together has one set of hyperparameters."""
+    if len({len(g.plan.links) for g in groups}) > 1:
+        raise ValueError("A transform that sees the parameters of all groups together needs the same maximize in all groups.")
     for k, link in enumerate(groups[0].plan.links):
         value = link.transform
         others = [g.plan.links[k].transform for g in groups[1:]]

@@ -191,14 +191,10 @@ class Transform:
         leaves, spec = tree.flatten(params)
         gradients = tree.flatten_like(grads, spec, "grads")
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
-        if (
-            apply
-            and donate
-            and executor in (None, "fused")
-            and plan.solo is not None
-            and plan.solo.at_once(gradients, leaves, states)
-        ):
-            return params, state
+        if apply and donate and executor in (None, "fused") and not torch.compiler.is_compiling():
+            solo = plan.solo
+            if solo is not None and solo.at_once(gradients, leaves, states):
+                return params, state
         check_params(leaves, spec)
         shapes = [p if p is None else p.shape for p in leaves]
         check_gradients(gradients, leaves, shapes, spec)

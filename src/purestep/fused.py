@@ -54,7 +54,7 @@ def _openmp() -> Any:
     return None
 
 
-OPENMP = _openmp()
+OPENMP: Any = _openmp()
 
 
 def _threads(run: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ FEW = 4
 """So many small tensors at most, among larger ones, are not worth a call of their own."""
 
 
-def _openmp() -> Any:
+def _openmp() -> Callable[[int], Any] | None:
     """`omp_set_num_threads` of the OpenMP that torch uses, or None if it is not to be found.
 
     It sets the number of threads of the calling thread alone; `torch.set_num_threads` would set that of all which begin
@@ -43,7 +44,7 @@ def _openmp() -> Any:
     threads = torch.get_num_threads()
     for path in dict.fromkeys(found):
         try:
-            put = ctypes.CDLL(path).omp_set_num_threads
+            put: Callable[[int], Any] = ctypes.CDLL(path).omp_set_num_threads
         except (OSError, AttributeError):
             continue
         put(threads + 1)
@@ -54,26 +55,26 @@ def _openmp() -> Any:
     return None
 
 
-OPENMP: Any = _openmp()
+OPENMP = _openmp()
 
 
 def _threads(run: Any) -> Any:
     """A kernel whose small tensors are done on one thread."""
 
     def divided(p: list[Tensor], g: list[Tensor], s: dict[str, Any], h: dict[str, Any], before: Any) -> None:
-        threads = torch.get_num_threads() if OPENMP is not None and p[0].is_cpu else 1
-        few = [x.numel() <= SERIAL for x in p] if threads > 1 else []
-        if sum(few) <= min(FEW, len(p) - 1):
+        put, threads = OPENMP, torch.get_num_threads()
+        few = [x.numel() <= SERIAL for x in p] if threads > 1 and p[0].is_cpu else []
+        if put is None or sum(few) <= min(FEW, len(p) - 1):
             return run(p, g, s, h, before)
         if not all(few):
             large = [not x for x in few]
             run(*[_where(x, large) for x in (p, g, s)], h, before)
             p, g, s = (_where(x, few) for x in (p, g, s))
-        OPENMP(1)
+        put(1)
         try:
             run(p, g, s, h, before)
         finally:
-            OPENMP(threads)
+            put(threads)
 
     return divided
 

@@ -114,12 +114,12 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 FLOORS = [
     {"tree", "hyper", "maths", "foreach", "packing"},
-    {"value", "masks"},
+    {"value", "masks", "leaves"},
     {"program", "schedules"},
     {"engine"},
     {"sparse"},
     {"transform"},
-    {"transforms", "state"},
+    {"transforms", "state", "meta"},
     {"optimizer"},
     {"algorithms"},
     {"fused", "optim"},

@@ -1,6 +1,7 @@
 """Functional, stateless optimizer transforms for PyTorch. An optimizer is a value."""
 
 from purestep import fused as fused
+from purestep import meta as meta
 from purestep import optim as optim
 from purestep import schedules as schedules
 from purestep.algorithms.adabelief import AdaBeliefState as AdaBeliefState
@@ -129,6 +130,10 @@ from purestep.hyper import Hyper as Hyper
 from purestep.hyper import NonNegative as NonNegative
 from purestep.hyper import Positive as Positive
 from purestep.hyper import UnitInterval as UnitInterval
+from purestep.leaves import detach as detach
+from purestep.leaves import in_dims as in_dims
+from purestep.leaves import stack as stack
+from purestep.leaves import tensors as tensors
 from purestep.masks import by_module as by_module
 from purestep.masks import by_ndim as by_ndim
 from purestep.masks import by_path as by_path
@@ -155,10 +160,8 @@ from purestep.transform import Transform as Transform
 from purestep.transform import apply_updates as apply_updates
 from purestep.transform import chain as chain
 from purestep.transform import eval_params as eval_params
-from purestep.transform import in_dims as in_dims
 from purestep.transform import leafwise as leafwise
 from purestep.transform import nested as nested
-from purestep.transform import tensors as tensors
 from purestep.transform import whole as whole
 from purestep.transforms.average import AverageParamsState as AverageParamsState
 from purestep.transforms.average import EmaParamsState as EmaParamsState

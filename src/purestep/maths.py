@@ -59,6 +59,11 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False)
     return call
 
 
+def untraced(function: Any) -> Any:
+    """The function that an `operation` calls, for where there is no tracer; any other as it is."""
+    return function.__wrapped__ if hasattr(function, "single") else function
+
+
 @operation
 def root(x: Any) -> Any:
     r"""The square root, with slope 0 at 0.

@@ -561,7 +561,7 @@ class Writer:
             receiver, *rest = node.args
             text = f"{self.text(receiver)}.{node.target}({self.arguments(rest, node.kwargs)})"
         else:
-            text = f"{self.constant(node.target)}({self.arguments(node)})"
+            text = f"{self.constant(maths.untraced(node.target))}({self.arguments(node)})"
         self.var.update(saved)
         names = ", ".join(items.values())
         over = self.var[lists[0]] if len(lists) == 1 else f"zip({', '.join(self.var[x] for x in lists)})"

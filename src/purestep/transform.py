@@ -911,36 +911,3 @@ def eval_params(state: Any, params: PyTree) -> Any:
         averages = tree.flatten_like(state.averaged(), spec, "state")
         return tree.unflatten([p if a is None else a for p, a in zip(leaves, averages)], spec)
     return eval_params(state.inner, params) if hasattr(state, "inner") else params
-
-
-def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> T:
-    """The same transform with every hyperparameter as a 0-d tensor, ready to be differentiated with respect to.
-
-    Tensors are float64 by default: numbers are double precision in Python, and a 0-d tensor never promotes the dtype of
-    what it meets. Hyperparameters that are tensors already stay what they are.
-
-    >>> import torch, purestep as ps
-    >>> def loss(opt):
-    ...     p = torch.tensor([1.0])
-    ...     p, _ = opt.step(2 * p, opt.init_state(p), p)
-    ...     return (p**2).sum()
-    >>> torch.func.grad(loss)(ps.tensors(ps.chain(ps.scale(-0.1))))
-    chain(scale(tensor(3.2000, dtype=torch.float64)))
-    """
-
-    def convert(x: Any) -> Any:
-        if isinstance(x, (int, float)) and not isinstance(x, bool):
-            return torch.tensor(x, dtype=dtype or maths.precise(torch.device(device or "cpu")), device=device)
-        return x
-
-    return pytree.tree_map(convert, transform)
-
-
-def in_dims(transform: Any) -> Any:
-    """The ``in_dims`` for `torch.func.vmap` over a transform: 0 where a hyperparameter is a batch, else None.
-
-    >>> import torch, purestep as ps
-    >>> ps.in_dims(ps.chain(ps.scale(torch.tensor([0.1, 0.2])), ps.trace(0.9)))
-    chain(scale(0), trace(None, dampening=None, nesterov=False))
-    """
-    return pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) and x.dim() > 0 else None, transform)

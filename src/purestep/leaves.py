@@ -1,0 +1,120 @@
+"""Optimizers as pytrees: their numbers as tensors, populations of them, and pytrees cut from their past."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from purestep import maths, tree
+
+T = TypeVar("T")
+
+
+def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> T:
+    """The same transform with every hyperparameter as a 0-d tensor, ready to be differentiated with respect to.
+
+    Tensors are float64 by default: numbers are double precision in Python, and a 0-d tensor never promotes the dtype of
+    what it meets. Hyperparameters that are tensors already stay what they are.
+
+    >>> import torch, purestep as ps
+    >>> def loss(opt):
+    ...     p = torch.tensor([1.0])
+    ...     p, _ = opt.step(2 * p, opt.init_state(p), p)
+    ...     return (p**2).sum()
+    >>> torch.func.grad(loss)(ps.tensors(ps.chain(ps.scale(-0.1))))
+    chain(scale(tensor(3.2000, dtype=torch.float64)))
+    """
+
+    def convert(x: Any) -> Any:
+        if isinstance(x, (int, float)) and not isinstance(x, bool):
+            return torch.tensor(x, dtype=dtype or maths.precise(torch.device(device or "cpu")), device=device)
+        return x
+
+    return pytree.tree_map(convert, transform)
+
+
+def in_dims(transform: Any) -> Any:
+    """The ``in_dims`` for `torch.func.vmap` over a transform: 0 where a hyperparameter is a batch, else None.
+
+    >>> import torch, purestep as ps
+    >>> ps.in_dims(ps.chain(ps.scale(torch.tensor([0.1, 0.2])), ps.trace(0.9)))
+    chain(scale(0), trace(None, dampening=None, nesterov=False))
+    """
+    return pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) and x.dim() > 0 else None, transform)
+
+
+def stack(members: Sequence[T]) -> T:
+    """A population as one pytree, for `torch.func.vmap`: transforms, parameters or states of one structure.
+
+    Tensors are stacked along a new first dimension. Numbers become a 1-d tensor where the members differ, and stay one
+    number where all agree, so that ``in_dims=(purestep.in_dims(population), 0)`` maps over what differs. If all agree on
+    everything, every number is stacked: a population is a batch always.
+
+    Raises:
+        ValueError: there are no members, their structures (other algorithms, other switches) differ, or shapes do.
+
+    >>> import purestep as ps
+    >>> ps.stack([ps.adamw(lr=1e-3), ps.adamw(lr=1e-2)]).hyperparams["lr"]
+    tensor([0.0010, 0.0100], dtype=torch.float64)
+    >>> ps.stack([ps.sgd(lr=0.1), ps.sgd(lr=0.1, momentum=0.9)])
+    chain(trace(tensor([0.0000, 0.9000], dtype=torch.float64), dampening=0.0, nesterov=False), scale_by_learning_rate(0.1))
+    """
+    members = list(members)
+    if not members:
+        raise ValueError("stack needs at least one member, but got none.")
+    first, spec = pytree.tree_flatten(members[0])
+    columns: list[list[Any]] = [[x] for x in first]
+    for k, member in enumerate(members[1:], start=1):
+        leaves, other = pytree.tree_flatten(member)
+        if other != spec:
+            raise ValueError(
+                f"The members of a population must have one structure, but number {k} is {member!r}, and number 0 is "
+                f"{members[0]!r}. Different algorithms or switches cannot be mapped over at once."
+            )
+        for column, x in zip(columns, leaves):
+            column.append(x)
+    differ = [any([isinstance(x, Tensor) for x in c]) or any([x != c[0] for x in c]) for c in columns]
+    if not any(differ):
+        differ = [isinstance(c[0], numbers.Real) for c in columns]
+    paths = [tree.dotted(path) for path, _ in pytree.tree_flatten_with_path(members[0])[0]]
+    made = [together(c, path) if yes else c[0] for c, yes, path in zip(columns, differ, paths)]
+    return pytree.tree_unflatten(made, spec)
+
+
+def together(column: list[Any], path: str) -> Tensor:
+    """One leaf of each member, as one tensor."""
+    tensor = next((x for x in column if isinstance(x, Tensor)), None)
+    if not all([isinstance(x, (Tensor, numbers.Real)) for x in column]):
+        odd = next(x for x in column if not isinstance(x, (Tensor, numbers.Real)))
+        raise ValueError(f"Members that differ in {tree.quote(path)} must have numbers or tensors there, but one has {odd!r}.")
+    device = torch.device("cpu") if tensor is None else tensor.device
+    dtype = maths.precise(device) if tensor is None else tensor.dtype
+    each = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype, device=device) for x in column]
+    shapes = {tuple(x.shape) for x in each}
+    if len(shapes) > 1:
+        raise ValueError(f"The members of a population must have one shape in {tree.quote(path)}, but have {sorted(shapes)}.")
+    return torch.stack(each)
+
+
+def detach(tree: T) -> T:
+    """A pytree cut from its past: the same values, through which no derivative passes, of any level of `torch.func`.
+
+    Between the segments of a training run it makes truncated backpropagation: ``params, state = ps.detach((params, state))``.
+    What is one tensor in several places, as counters are, stays one.
+
+    >>> import torch, purestep as ps
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> ps.detach({"w": 2 * x})["w"].requires_grad
+    False
+    """
+    made: dict[int, Tensor] = {}
+
+    def cut(x: Any) -> Any:
+        return made.setdefault(id(x), x.detach()) if isinstance(x, Tensor) else x
+
+    return pytree.tree_map(cut, tree)

@@ -1,0 +1,233 @@
+"""Training as a function: so many steps of an optimizer, differentiable with respect to everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from purestep import tree
+from purestep.leaves import detach
+from purestep.meta.attach import Rule, attach, exchanged, pullback, pushforward, watched
+from purestep.transform import Transform
+
+PyTree = Any
+Loss = Callable[..., Tensor]
+
+
+class Unrolled(NamedTuple):
+    """What `unroll` returns."""
+
+    params: Any  # the parameters after the last step
+    state: Any  # the optimizer's state
+    losses: Tensor  # the loss before each step, of shape (steps,)
+
+
+class Steps(NamedTuple):
+    """Some steps of training, as `run` takes them."""
+
+    count: int
+    loss: Loss
+    batched: bool
+    first_order: bool
+
+
+def unroll(
+    opt: Transform,
+    loss: Loss,
+    params: PyTree,
+    batches: PyTree | int,
+    *,
+    state: Any = None,
+    first_order: bool = False,
+    checkpoint_every: int | None = None,
+) -> Unrolled:
+    r"""Train for some steps, as one function of the optimizer, the parameters, the state, and the batches.
+
+    .. math:: p_k = p_{k-1} + u\bigl(\nabla f(p_{k-1}, b_k), s_{k-1}, p_{k-1}\bigr), \qquad k = 1, \dots, n
+
+    Everything that comes out can be differentiated with respect to everything that went in (and whatever the loss closes over),
+    by `torch.func.grad`, `torch.func.jvp` or ``backward()``; it can be vmapped over, and compiled.
+
+    Args:
+        opt: any transform. What it asks for at each update is given: `value`, and `value_and_grad`.
+        loss: ``(params, batch) -> loss``, a 0-d tensor; or ``params -> loss``, if `batches` is a number.
+        params: the initial parameters, a pytree.
+        batches: a pytree of tensors whose first dimension is that of the steps; or a number of steps, all on the same data,
+            which the loss knows.
+        state: the initial state; by default ``opt.init_state(params)``.
+        first_order: take gradients for constants, so that no second derivatives are computed: first-order MAML. What is left
+            is the dependence through the sum of the updates, and on the hyperparameters.
+        checkpoint_every: keep only what there is after so many steps, and run each segment again when its derivatives are
+            wanted. The memory of :math:`n` steps is then that of :math:`n / k + k`, least with :math:`k = \sqrt n`, and
+            the forward computation is done twice. Values and derivatives are the same.
+
+    Returns:
+        ``(params, state, losses)``: the parameters and the state after the last step, and the loss before each.
+
+    Raises:
+        ValueError: the batches have different lengths, there are none, or `checkpoint_every` is not a number of steps.
+        TypeError: the loss is not one number; the error says its shape.
+
+    >>> import torch, purestep as ps
+    >>> def loss(p, batch):
+    ...     return ((p - batch) ** 2).sum()
+    >>> def after(lr):
+    ...     trained = ps.meta.unroll(ps.sgd(lr), loss, torch.zeros(2), torch.ones(3, 2))
+    ...     return loss(trained.params, torch.ones(2))  # 2 (1 - 2 lr)^6
+    >>> torch.func.grad(after)(torch.tensor(0.25))
+    tensor(-0.7500)
+
+    References: Maclaurin, Duvenaud & Adams, `Gradient-based Hyperparameter Optimization through Reversible Learning
+    <https://arxiv.org/abs/1502.03492>`_, 2015; Finn, Abbeel & Levine, `Model-Agnostic Meta-Learning
+    <https://arxiv.org/abs/1703.03400>`_, 2017; Chen et al., `Training Deep Nets with Sublinear Memory Cost
+    <https://arxiv.org/abs/1604.06174>`_, 2016, for the checkpoints.
+    """
+    count = number_of_steps(batches)
+    batched = not isinstance(batches, int)
+    if checkpoint_every is not None and (not isinstance(checkpoint_every, int) or checkpoint_every < 1):
+        raise ValueError(
+            f"checkpoint_every must be a number of steps, at least 1, but is {checkpoint_every!r}; the square root of the "
+            f"number of steps, here {max(1, round(count**0.5))}, needs the least memory."
+        )
+    state = opt.init_state(params) if state is None else state
+    if checkpoint_every is None:
+        return run(Steps(count, loss, batched, first_order), opt, state, params, batches)
+    losses: list[Tensor] = []
+    for start in range(0, count, checkpoint_every):
+        stop = min(start + checkpoint_every, count)
+        part = pytree.tree_map(lambda x, a=start, b=stop: x[a:b], batches) if batched else stop - start
+        steps = Steps(stop - start, loss, batched, first_order)
+        params, state, some = recomputed(steps, opt, state, params, part)
+        losses.append(some)
+    return Unrolled(params, state, torch.cat(losses))
+
+
+def run(steps: Steps, opt: Transform, state: Any, params: PyTree, batches: PyTree) -> Unrolled:
+    """These steps, one after the other."""
+    losses: list[Tensor] = []
+    names = opt.plan.extras
+    each = split(batches, steps.count) if steps.batched else [()] * steps.count
+    for batch in each:
+        given = (batch,) if steps.batched else ()
+        grads, value = differentiate(steps.loss, params, given)
+        if steps.first_order:
+            grads, value = detach((grads, value))
+        extras: dict[str, Any] = {}
+        if "value" in names:
+            extras["value"] = value
+        if "value_and_grad" in names:
+            extras["value_and_grad"] = lambda p, given=given: differentiate(steps.loss, p, given)[::-1]
+        params, state = opt.step(grads, state, params, **extras)
+        losses.append(value)
+    return Unrolled(params, state, torch.stack(losses))
+
+
+def differentiate(loss: Loss, params: PyTree, given: tuple[Any, ...]) -> tuple[PyTree, Tensor]:
+    """The gradients and the loss."""
+
+    def checked(p: PyTree) -> Tensor:
+        value = loss(p, *given)
+        if not isinstance(value, Tensor) or value.dim():
+            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"The loss must be one number, a 0-d tensor, but is {what}. Take its mean or sum.")
+        return value
+
+    return torch.func.grad_and_value(checked)(params)
+
+
+def split(batches: PyTree, count: int) -> list[PyTree]:
+    """The batch of each step."""
+    leaves, spec = pytree.tree_flatten(batches)
+    return [pytree.tree_unflatten(xs, spec) for xs in zip(*[x.unbind() for x in leaves])] if count else []
+
+
+def number_of_steps(batches: PyTree | int) -> int:
+    """How many steps these batches are for."""
+    if isinstance(batches, int) and not isinstance(batches, bool):
+        if batches < 1:
+            raise ValueError(f"unroll makes at least one step, but batches is {batches}.")
+        return batches
+    found = pytree.tree_flatten_with_path(batches)[0]
+    if not found:
+        raise ValueError(
+            "unroll needs batches to step on, but they hold no tensor. For steps on the same data give their number."
+        )
+    lengths: dict[str, int] = {}
+    for path, x in found:
+        name = tree.quote(tree.dotted(path))
+        if not isinstance(x, Tensor) or not x.dim():
+            what = "a tensor without dimensions" if isinstance(x, Tensor) else repr(x)
+            raise TypeError(
+                f"batches must be tensors whose first dimension is that of the steps, but {name} is {what}. What is the same "
+                "in every step belongs to the loss."
+            )
+        lengths[name] = len(x)
+    if len(set(lengths.values())) > 1:
+        told = ", ".join([f"{name} has {n}" for name, n in lengths.items()])
+        raise ValueError(f"batches must all be for the same number of steps, their first dimension, but {told}.")
+    if not len(found[0][1]):
+        raise ValueError("unroll makes at least one step, but the batches are for none: their first dimension is 0.")
+    return len(found[0][1])
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def recomputed(steps: Steps, opt: Transform, state: Any, params: PyTree, batches: PyTree) -> Unrolled:
+    """The same as `run`, which is called again when derivatives are wanted: until then nothing is kept but what comes out."""
+    flat, spec = pytree.tree_flatten((opt, state, params, batches))
+    given = Distinct([x for x in flat if isinstance(x, Tensor)])
+    before = [x if isinstance(x, Tensor) else None for x in flat]
+
+    def again(sources: Sequence[Tensor]) -> Unrolled:
+        found = iter(given.spread(sources))
+        filled = [x if y is None else next(found) for x, y in zip(flat, before)]
+        return run(steps, *pytree.tree_unflatten(filled, spec))
+
+    fixed = detach(given.each)
+    with torch.no_grad(), watched(fixed) as watch:
+        result = again(fixed)
+    inside = watch.found(result)
+    ends, end_spec = pytree.tree_flatten(detach(result))
+    places = [k for k, x in enumerate(ends) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
+    values = Distinct([ends[k] for k in places])
+    count = len(given.each)
+
+    def function(sources: list[Tensor]) -> list[Tensor]:
+        if inside:
+            with exchanged(inside, sources[count:]):
+                made = again(sources[:count])
+        else:
+            made = again(sources)
+        found = pytree.tree_leaves(made)
+        return values.pick([found[k] for k in places])
+
+    rule = Rule(
+        lambda _, sources, cotangents: pullback(function, sources, cotangents),
+        lambda _, sources, tangents: pushforward(function, sources, tangents),
+    )
+    for k, x in zip(places, values.spread(attach(values.each, [*given.each, *inside], rule))):
+        ends[k] = x
+    return Unrolled(*pytree.tree_unflatten(ends, end_spec))
+
+
+class Distinct:
+    """A list of tensors of which some are the same one, as counters are, and the list without repetitions."""
+
+    def __init__(self, xs: Sequence[Tensor]) -> None:
+        numbers: dict[int, int] = {}
+        self.places = [numbers.setdefault(id(x), len(numbers)) for x in xs]
+        self.firsts = [self.places.index(n) for n in range(len(numbers))]
+        self.each = self.pick(xs)
+
+    def pick(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """The first of those that are the same."""
+        return [xs[k] for k in self.firsts]
+
+    def spread(self, each: Sequence[Tensor]) -> list[Tensor]:
+        """As many again."""
+        return [each[n] for n in self.places]

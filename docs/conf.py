@@ -130,7 +130,7 @@ def check(app: Sphinx, error: Exception | None) -> None:
     if error is not None:
         return
     domain = app.env.get_domain("py")
-    for module in (project, f"{project}.schedules", f"{project}.optim"):
+    for module in (project, f"{project}.schedules", f"{project}.optim", f"{project}.meta"):
         for name, _ in public(module):
             full = f"{module}.{name}"
             if not docstring(module, name).strip():

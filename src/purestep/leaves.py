@@ -61,8 +61,8 @@ def stack(members: Sequence[T]) -> T:
     >>> import purestep as ps
     >>> ps.stack([ps.adamw(lr=1e-3), ps.adamw(lr=1e-2)]).hyperparams["lr"]
     tensor([0.0010, 0.0100], dtype=torch.float64)
-    >>> ps.stack([ps.sgd(lr=0.1), ps.sgd(lr=0.1, momentum=0.9)])
-    chain(trace(tensor([0.0000, 0.9000], dtype=torch.float64), dampening=0.0, nesterov=False), scale_by_learning_rate(0.1))
+    >>> ps.stack([ps.trace(momentum=0.5), ps.trace(momentum=0.9)])
+    trace(tensor([0.5000, 0.9000], dtype=torch.float64), dampening=0.0, nesterov=False)
     """
     members = list(members)
     if not members:

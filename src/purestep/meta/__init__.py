@@ -4,6 +4,8 @@
 an optimum without looking at the way there. `es_grad` needs no derivatives at all.
 """
 
+from purestep.meta.evolution import es_grad as es_grad
+from purestep.meta.evolution import es_grad_and_value as es_grad_and_value
 from purestep.meta.implicit import custom_fixed_point as custom_fixed_point
 from purestep.meta.implicit import custom_root as custom_root
 from purestep.meta.implicit import implicit as implicit

@@ -14,7 +14,8 @@ finds the tensors that an operation meets and nobody has passed, and `exchanged`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ from torch.utils.weak import TensorWeakRef
 from purestep import maths
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True)
+class Rule:  # no NamedTuple: torch would see a pytree of two functions in it
     """The derivatives of values with respect to the tensors they depend on, all in flat lists."""
 
     pull: Callable[[list[Tensor], list[Tensor], list[Tensor]], Sequence[Tensor | None]]
@@ -40,7 +42,13 @@ def attach(values: Sequence[Tensor], sources: Sequence[Tensor], rule: Rule) -> l
     """The same values, as functions of `sources`; a `rule` knows their derivatives. Values are floating-point or complex."""
     if not values or not (maths.transforming() or (torch.is_grad_enabled() and any([x.requires_grad for x in sources]))):
         return list(values)
-    return list(_Attached.apply(rule, len(values), *values, *sources))
+    if sum([level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ()]) > 1:
+        raise RuntimeError(  # torch would drop the mixed term without a word
+            "Forward-mode differentiation of forward-mode differentiation does not pass through torch.autograd.Function, which "
+            "unroll(checkpoint_every=...) and implicit are made of. Take one of the two derivatives in reverse: "
+            "torch.func.grad, jacrev or vjp in place of jvp or jacfwd."
+        )
+    return list(_Attached.apply(rule, len(values), *values, *sources))  # type: ignore[no-untyped-call]
 
 
 class _Attached(torch.autograd.Function):
@@ -74,7 +82,7 @@ class _Attached(torch.autograd.Function):
 def pullback(function: Callable[[list[Tensor]], Sequence[Tensor]], at: list[Tensor], cotangents: list[Tensor]) -> list[Any]:
     """The cotangents of a list, of a function of it; None for whole numbers."""
     places, of_floats = floats(function, at)
-    _, back = torch.func.vjp(of_floats, *[at[k] for k in places])
+    _, back = torch.func.vjp(of_floats, *[at[k] for k in places])  # type: ignore[misc]
     found: list[Any] = [None] * len(at)
     for k, x in zip(places, back(tuple(cotangents))):
         found[k] = x
@@ -105,14 +113,15 @@ def floats(function: Callable[[list[Tensor]], Sequence[Tensor]], at: list[Tensor
 
 def followed(x: Tensor) -> bool:
     """Whether autograd or a `torch.func` transform knows this tensor: it may have derivatives, or be a batch."""
-    while True:
-        if x.requires_grad or functorch.is_batchedtensor(x):
+    forward = forward_ad._current_level >= 0
+    while functorch.is_functorch_wrapped_tensor(x):
+        if x.requires_grad or forward or functorch.is_batchedtensor(x):  # below another level tangents are not to be seen
             return True
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-            return True
-        if not functorch.is_functorch_wrapped_tensor(x):
-            return False
         x = functorch.get_unwrapped(x)
+    if not forward:
+        return x.requires_grad
+    with torch._C._DisableFuncTorch():
+        return x.requires_grad or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def within(arguments: Any) -> Iterator[Tensor]:

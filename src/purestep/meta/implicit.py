@@ -230,7 +230,7 @@ def solution(equation: Equation, x: list[Tensor], theta: list[Tensor], v: list[T
 
     fixed_x, fixed_theta, fixed_v = detach((x, theta, v))
     if transposed:
-        _, back = torch.func.vjp(lambda *x: tuple(residual(list(x), fixed_theta)), *fixed_x)
+        _, back = torch.func.vjp(lambda *x: tuple(residual(list(x), fixed_theta)), *fixed_x)  # type: ignore[misc]
 
         def matvec(u: PyTree) -> PyTree:
             return tree.unflatten(list(back(tuple(tree.flatten_like(u, spec, "u")))), spec)

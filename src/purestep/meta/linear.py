@@ -72,11 +72,11 @@ def solve_normal_cg(matvec: MatVec, b: PyTree, *, ridge: float = 0.0, maxiter: i
 
     >>> import torch, purestep as ps
     >>> ps.meta.solve_normal_cg(lambda x: torch.stack([x[1], -2 * x[0]]), torch.tensor([1.0, 4.0]))
-    tensor([-2.,  1.])
+    tensor([-2.0000,  1.0000])
     """
     leaves, spec = tree.flatten(b)
     check_numbers(leaves, spec)
-    _, transposed = torch.func.vjp(matvec, b)  # of a linear function, wherever it is taken
+    _, transposed = torch.func.vjp(matvec, b)  # type: ignore[misc]  # of a linear function, wherever it is taken
     return solve_cg(lambda x: transposed(matvec(x))[0], transposed(b)[0], ridge=ridge, maxiter=maxiter, tol=tol)
 
 

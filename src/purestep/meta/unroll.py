@@ -29,7 +29,7 @@ class Unrolled(NamedTuple):
 class Steps(NamedTuple):
     """Some steps of training, as `run` takes them."""
 
-    count: int
+    number: int
     loss: Loss
     batched: bool
     first_order: bool
@@ -110,7 +110,7 @@ def run(steps: Steps, opt: Transform, state: Any, params: PyTree, batches: PyTre
     """These steps, one after the other."""
     losses: list[Tensor] = []
     names = opt.plan.extras
-    each = split(batches, steps.count) if steps.batched else [()] * steps.count
+    each = split(batches, steps.number) if steps.batched else [()] * steps.number
     for batch in each:
         given = (batch,) if steps.batched else ()
         grads, value = differentiate(steps.loss, params, given)

@@ -114,7 +114,7 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 FLOORS = [
     {"tree", "hyper", "maths", "foreach", "packing"},
-    {"value", "masks", "leaves"},
+    {"value", "masks", "leaves", "single"},
     {"program", "schedules"},
     {"engine"},
     {"sparse"},

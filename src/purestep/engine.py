@@ -2,8 +2,9 @@
 
 This is where a call decides how its leaf functions are run. The mode is chosen once, by `choose`:
 
-* ``leaf``: the leaf function itself, one parameter at a time, on bare tensors. Inside `torch.func`, under forward-mode
-  differentiation, or when anything requires grad.
+* ``leaf``: the program of one tensor, in operations that can be differentiated and batched, one parameter at a time or small
+  ones as one vector. Inside `torch.func`, under forward-mode differentiation, or when anything requires grad. The leaf function
+  itself runs where ``executor="leaf"`` asks for it, and where dtypes are mixed.
 * ``program``: all parameters at once on `torch._foreach_*` (see `purestep.program`), or a kernel of `KERNELS` when the end
   of a chain spells one.
 * ``traced``: the same program while `torch.compile`, `make_fx` or `torch.export` looks on; numbers stay tensors.
@@ -440,6 +441,12 @@ class Segment:
                 self.first = k
                 break
 
+    @functools.cached_property
+    def joins(self) -> bool:
+        """Whether all parameters may be one vector, and it pays: of a state that has all its fields."""
+        recipe = details(self, tuple([(False,) * len(info.names) for _, _, info in self.items]))
+        return worth_joining(program(recipe, True, False, False, *self.declarations, single=True))
+
 
 def constants(values: Sequence[Primitive]) -> list[Any] | None:
     """All hyperparameters in order as the arguments of a program, or None if one is a tensor or a schedule."""
@@ -514,6 +521,7 @@ class Call:
         self.own = False  # whether the gradients' memory is ours: true once a link has made new ones
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
+        self.made: dict[Any, Tensor] = {}  # numbers as counters
         self.writes: list[tuple[int, int, Sequence[int] | None, Any]] = []  # link, field, rows, new value
 
     def run(self, groups: Sequence[Group]) -> tuple[list[Any], list[Any]]:
@@ -697,7 +705,7 @@ class Call:
                     written += [x for column in tensors for x in column if x is not None]
                 torch.autograd.graph.increment_version(written)
         else:
-            run = self.leaf if self.mode == "leaf" else self.program
+            run = self.program if self.mode != "leaf" else self.leaf if self.executor == "leaf" else self.single
             updates, news = run(segment, grads, params, fields, apply)
         for (i, _, info), new in zip(segment.items, news):
             for f, (x, scalar) in enumerate(zip(new, info.scalars)):
@@ -736,6 +744,74 @@ class Call:
                 u = u.clone()  # the updates are handed out; the state's memory may be given away at the next step
             out.append(u if u.dtype == dtype else u.to(dtype))
         return out, news
+
+    # -- mode: single
+
+    def single(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+        """The program of one tensor, which can be differentiated and batched: parameter by parameter, or small ones as one."""
+        dtype = params[0].dtype
+        like = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]
+        if not all([x is None or x.dtype == dtype for column in like for x in column]):
+            return self.leaf(segment, grads, params, fields, apply)  # in the widest dtype
+        recipe = details(segment, tuple([tuple([c[0] is None for c in own]) for own in fields]))
+        run = runner(recipe, apply, False, False, *segment.declarations, single=True)
+        counters = [c for (_, _, info), own in zip(segment.items, fields) for c, s in zip(own, info.scalars) if s]
+        together = all([agree(c) for c in counters])
+        if (
+            together
+            and joinable(params)
+            and program(recipe, apply, False, False, *segment.declarations, single=True).elementwise
+        ):
+            flats = [
+                [c[0] if s or c[0] is None else flattened(c) for c, s in zip(own, info.scalars)]
+                for (_, _, info), own in zip(segment.items, fields)
+            ]
+            update, news = self.one(run, segment, flattened(grads), flattened(params), flats)
+            many = [
+                [[x] * len(params) if s or x is None else parted(x, params) for x, s in zip(new, info.scalars)]
+                for (_, _, info), new in zip(segment.items, news)
+            ]
+            return parted(update, params), many
+        rows = [[[c[k] for c in own] for own in fields] for k in range(len(params))]
+        found = [self.one(run, segment, g, p, row) for g, p, row in zip(grads, params, rows)]
+        result = [[[new[j][f] for _, new in found] for f in range(len(own))] for j, own in enumerate(fields)]
+        if together:
+            for columns, (_, _, info) in zip(result, segment.items):
+                for f, scalar in enumerate(info.scalars):
+                    columns[f] = columns[f][:1] * len(params) if scalar else columns[f]
+        return [u for u, _ in found], result
+
+    def one(self, run: Any, segment: Segment, g: Tensor, p: Tensor, fields: list[list[Any]]) -> tuple[Tensor, list[list[Any]]]:
+        """The program on one tensor, with one value of each field: the update, or the parameter, and the new values."""
+        given: list[Any] = []
+        places: list[tuple[int, int]] = []
+        news: list[list[Any]] = [[None] * len(own) for own in fields]
+        for j, ((_, value, info), own) in enumerate(zip(segment.items, fields)):
+            for f, (x, scalar) in enumerate(zip(own, info.scalars)):
+                if x is None:
+                    continue
+                if scalar and value.declaration.state is None:
+                    news[j][f] = self.counted(x, self.number(x) + 1)
+                    continue
+                given.append(self.number(x) if scalar else x)
+                places.append((j, f))
+        numbers = segment.numbers
+        if numbers is None:
+            numbers = self.numbers(segment, [[[x] for x in own] for own in fields])
+        update, *results = run(g, p, *given, *numbers)
+        for (j, f), x in zip(places, results):
+            news[j][f] = self.counted(fields[j][f], x)
+        return stored(p, update), news
+
+    def counted(self, old: Tensor, x: Any) -> Tensor:
+        """The new value of a field; equal numbers are one tensor."""
+        if isinstance(x, Tensor):
+            return stored(old, x)
+        key = (x, old.dtype, old.device)
+        found = self.made.get(key)
+        if found is None:
+            found = self.made[key] = stored(old, x)
+        return found
 
     # -- mode: program
 
@@ -908,14 +984,23 @@ class Call:
 
     def number(self, x: Tensor) -> Any:
         """A counter as a number: a float if it is on the CPU, else a tensor in the precision numbers are computed in."""
-        if self.mode != "program":
-            return lifted(x)
-        if not x.is_cpu:
+        if self.mode == "traced" or torch.compiler.is_compiling():
             return lifted(x)
         found = self.read.get(id(x))
         if found is None:
-            found = self.read[id(x)] = x.item()
+            found = self.read[id(x)] = self.looked_up(x)
         return found
+
+    def looked_up(self, x: Tensor) -> Any:
+        """The same, of a tensor that was not met before."""
+        if not x.is_cpu:
+            return lifted(x)
+        if self.mode == "program":
+            return x.item()
+        if torch._C._len_torch_dispatch_stack() > 0 or maths.followed(x):
+            return lifted(x)
+        with torch._C._DisableFuncTorch():  # nothing that is running has anything to do with this tensor
+            return maths.bottom(x)[0].item()
 
     def lower(self, x: Any, count: Tensor | None) -> Any:
         """A hyperparameter as a program takes it; `count` is the counter that schedules are called with."""
@@ -1136,6 +1221,43 @@ def blocks(sizes: list[int]) -> list[slice]:
 
 FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+JOINED = 2**13
+"""Parameters of so many elements on average are treated as one vector where their derivatives are recorded."""
+
+
+def joinable(params: list[Tensor]) -> bool:
+    """Whether it costs less to put tensors together, compute once, and take the result apart, than to compute often."""
+    if len(params) < 2 or torch.compiler.is_compiling():  # the compiler finds out for itself
+        return False
+    return sum([maths.bottom(p)[0].numel() for p in params]) <= JOINED * len(params)
+
+
+def worth_joining(program: Program) -> bool:
+    """Whether a program may be run on one long vector, and does more than to put it together and take it apart."""
+    return program.elementwise and program.length > SHORT
+
+
+def agree(counters: list[Any]) -> bool:
+    """Whether all counters are the same number, as far as can be seen without reading any."""
+    first = counters[0]
+    if all([x is first for x in counters]):
+        return True
+    if torch.compiler.is_compiling() or any([x is None or x.requires_grad for x in counters]):
+        return False
+    tensor, levels = maths.bottom(first)
+    return all([maths.bottom(x)[0] is tensor and maths.bottom(x)[1] == levels for x in counters[1:]])
+
+
+def flattened(xs: list[Tensor]) -> Tensor:
+    """Tensors one after the other, as one vector."""
+    return torch.cat([x.reshape(-1) for x in xs])
+
+
+def parted(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """One vector as tensors in the shapes of these: `flattened` undone."""
+    return [x.view(p.shape) for x, p in zip(torch.split(flat, [p.numel() for p in like]), like)]
 
 
 def widest(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> torch.dtype:

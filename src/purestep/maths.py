@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar, overload
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -216,7 +217,7 @@ def origin(step: Tensor, ps: list[Tensor], x0: list[Tensor]) -> list[Tensor]:
 def transforming() -> bool:
     """Whether a `torch.func` transform, or forward-mode differentiation, is running."""
     level = functorch.peek_interpreter_stack()
-    return isinstance(level, functorch.CInterpreter) or torch.autograd.forward_ad._current_level >= 0
+    return isinstance(level, functorch.CInterpreter) or forward_ad._current_level >= 0
 
 
 def readable(x: Tensor) -> bool:
@@ -227,6 +228,39 @@ def readable(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def followed(x: Tensor) -> bool:
+    """Whether autograd or a `torch.func` transform knows this tensor: it may have derivatives, or be a batch."""
+    forward = forward_ad._current_level >= 0
+    while functorch.is_functorch_wrapped_tensor(x):
+        if x.requires_grad or forward or functorch.is_batchedtensor(x):  # below another level tangents are not to be seen
+            return True
+        x = functorch.get_unwrapped(x)
+    if not forward:
+        return x.requires_grad
+    with torch._C._DisableFuncTorch():
+        return x.requires_grad or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def recording(x: Any) -> bool:
+    """Whether autograd, or the innermost level of `torch.func`, records what is done to `x`: so that `torch.autograd.grad` with
+    respect to it needs no further level."""
+    if not isinstance(x, Tensor) or not x.requires_grad:
+        return False
+    level = functorch.peek_interpreter_stack()
+    if not isinstance(level, functorch.CInterpreter):
+        return not forward_ad._current_level >= 0
+    return bool(level.key() == functorch.TransformType.Grad and functorch.maybe_get_level(x) == level.level())
+
+
+def bottom(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """What is below all levels of `torch.func`, and how it is wrapped: tensors that agree in both are the same."""
+    levels = []
+    while functorch.is_functorch_wrapped_tensor(x):
+        levels.append((functorch.maybe_get_level(x), functorch.maybe_get_bdim(x)))
+        x = functorch.get_unwrapped(x)
+    return x, tuple(levels)
 
 
 def some(flag: Any) -> bool:

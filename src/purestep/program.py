@@ -35,6 +35,7 @@ from torch.fx.proxy import GraphAppendingTracer, TraceError
 
 from purestep import maths
 from purestep.foreach import KERNELS, UNARY
+from purestep.single import SINGLE
 
 # ---------------------------------------------------------------------------------------------------------------- recipes
 
@@ -79,6 +80,7 @@ class Recipe(NamedTuple):
     apply: bool  # end with params + updates
     own_grads: bool  # the gradients' memory may be reused
     donate: bool  # so may the memory of the state, and of params when they are applied
+    single: bool = False  # one parameter instead of lists of them, and nothing is overwritten
 
 
 @dataclass(frozen=True)
@@ -102,32 +104,36 @@ _serial = itertools.count()
 _functions = types.ModuleType("purestep.programs", "Every program's function, under its name.")
 
 
-def runner(details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *declarations: LeafDeclaration) -> Any:
+def runner(
+    details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *declarations: LeafDeclaration, single: bool = False
+) -> Any:
     """The function of the program for a recipe, in a form that `torch.compile` can trace through."""
     if torch.compiler.is_compiling():
-        return getattr(_functions, name_of(details, apply, own_grads, donate, *declarations))
-    return program(details, apply, own_grads, donate, *declarations).run
+        return getattr(_functions, name_of(single, details, apply, own_grads, donate, *declarations))
+    return program(details, apply, own_grads, donate, *declarations, single=single).run
 
 
-def name_of(*recipe: Any) -> str:
+def name_of(single: bool, *recipe: Any) -> str:
     """The name of the program for a recipe: a constant, while `torch.compile` traces."""
-    return program(*recipe).name
+    return program(*recipe, single=single).name
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo, which takes a second.
 name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def program(details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *declarations: LeafDeclaration) -> Program:
+def program(
+    details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *declarations: LeafDeclaration, single: bool = False
+) -> Program:
     """The program for a recipe; traced at the first call, looked up at every other.
 
     The recipe is given as `torch.compile` can read it: plain constants, and apart from them the declarations.
     """
-    key = (details, apply, own_grads, donate, declarations)
+    key = (details, apply, own_grads, donate, single, declarations)
     found = _programs.get(key)
     if found is None:  # tracing patches nothing global: two threads may do it at once, and agree
         parts = tuple([Part(d, *rest) for d, rest in zip(declarations, details)])
-        found = _programs[key] = compile(Recipe(parts, apply, own_grads, donate))
+        found = _programs[key] = compile(Recipe(parts, apply, own_grads, donate, single))
         setattr(_functions, found.name, found.run)
     return found
 
@@ -271,7 +277,7 @@ class Writer:
 
     def __init__(self, recipe: Recipe, graph: fx.Graph, inputs: list[Input], outputs: list[Any]) -> None:
         self.recipe, self.graph, self.inputs, self.outputs = recipe, graph, inputs, outputs
-        self.space: dict[str, Any] = dict(KERNELS)
+        self.space: dict[str, Any] = dict(SINGLE if recipe.single else KERNELS)
         self.placeholders = {i.node: i for i in inputs}
         self.kinds: dict[fx.Node, str] = {}
         self.like: dict[fx.Node, bool] = {}  # the parameter's shape and dtype
@@ -282,7 +288,8 @@ class Writer:
     def program(self) -> Program:
         self.classify()
         ops = self.contract()
-        self.reuse(ops)
+        if not self.recipe.single:
+            self.reuse(ops)
         source = self.write(ops)
         name = f"program_{next(_serial)}"
         file = f"<purestep {name}: {'+'.join(p.declaration.name for p in self.recipe.parts)}>"
@@ -541,7 +548,8 @@ class Writer:
             return
         if op.inplace is None:
             out = self.var[op.out] = self.fresh("t")
-            self.lines.append(f"{out} = {op.name}({', '.join(self.text(a, True) for a in op.args)})")
+            name = "root" if self.recipe.single and op.out.target is maths.root else op.name
+            self.lines.append(f"{out} = {name}({', '.join(self.text(a, True) for a in op.args)})")
             return
         args = list(op.args)
         args.insert(0, args.pop(op.inplace))
@@ -554,7 +562,7 @@ class Writer:
         lists = list(dict.fromkeys(x for x in nodes_in((node.args, node.kwargs)) if self.kinds[x] == "list"))
         items = {x: f"x{i}" if len(lists) > 1 else "x" for i, x in enumerate(lists)}
         saved = {x: self.var[x] for x in lists}
-        self.var.update(items)
+        self.var.update(saved if self.recipe.single else items)
         if node.target in INFIX:
             text = f"{self.text(node.args[0])} {INFIX[node.target]} {self.text(node.args[1])}"
         elif node.op == "call_method":
@@ -562,6 +570,8 @@ class Writer:
             text = f"{self.text(receiver)}.{node.target}({self.arguments(rest, node.kwargs)})"
         else:
             text = f"{self.constant(maths.untraced(node.target))}({self.arguments(node)})"
+        if self.recipe.single:
+            return text
         self.var.update(saved)
         names = ", ".join(items.values())
         over = self.var[lists[0]] if len(lists) == 1 else f"zip({', '.join(self.var[x] for x in lists)})"

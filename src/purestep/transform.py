@@ -29,12 +29,16 @@ from purestep.engine import (
     Plan,
     Primitive,
     Sparse,
+    agree,
     choose,
     detail,
     fields_of,
+    flattened,
     fresh_state,
     fresh_whole_state,
     is_off,
+    joinable,
+    parted,
     pick,
     put,
     state_type,
@@ -268,6 +272,45 @@ class Transform:
 
     def _join(self, states: Sequence[Any]) -> Any:
         return states[0]
+
+    # -- all parameters as one vector
+
+    def joins(self, state: Any, leaves: list[Any], spec: tree.Spec) -> bool:
+        """Whether this transform, on parameters that are small, may as well be run on all of them as one vector."""
+        stages = self.plan.stages
+        if len(stages) != 1 or stages[0].whole or stages[0].masked or not all([isinstance(p, Tensor) for p in leaves]):
+            return False
+        states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
+        fields = [x for s in states for x in s]
+        return (
+            len({(p.dtype, p.device) for p in leaves}) == 1
+            and joinable(leaves)
+            and all([x is not None for c in fields for x in c])
+            and all([agree(c) for c in self._counters(states)])
+            and all(
+                [x.dtype == p.dtype for s, f in zip(states, self.plan.fields) for k in f.tensors for x, p in zip(s[k], leaves)]
+            )
+            and self.plan.segment(stages[0].positions).joins
+        )
+
+    def _counters(self, states: list[Any]) -> list[Any]:
+        return [c for s, info in zip(states, self.plan.fields) for c, scalar in zip(s, info.scalars) if scalar]
+
+    def joined(self, state: Any, spec: tree.Spec) -> Any:
+        """The state of one vector that holds all parameters: a counter of each kind, and the other fields as vectors."""
+        made = []
+        for link, s, info in zip(self.links, self._split(state), self.plan.fields):
+            columns = [[c[0]] if scalar else [flattened(c)] for c, scalar in zip(self._columns(link, s, spec), info.scalars)]
+            made.append(self._tree(link, columns, tree.BARE))
+        return self._join(made)
+
+    def parted(self, state: Any, leaves: list[Tensor], spec: tree.Spec) -> Any:
+        """`joined` undone."""
+        made = []
+        for link, s, info in zip(self.links, self._split(state), self.plan.fields):
+            columns = [[c] * len(leaves) if scalar else parted(c, leaves) for c, scalar in zip(s, info.scalars)]
+            made.append(self._tree(link, columns, spec))
+        return self._join(made)
 
     # -- hyperparameters
 

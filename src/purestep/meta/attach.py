@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
@@ -111,19 +110,6 @@ def floats(function: Callable[[list[Tensor]], Sequence[Tensor]], at: list[Tensor
 # ------------------------------------------------------------------------------------------------- what a function closes over
 
 
-def followed(x: Tensor) -> bool:
-    """Whether autograd or a `torch.func` transform knows this tensor: it may have derivatives, or be a batch."""
-    forward = forward_ad._current_level >= 0
-    while functorch.is_functorch_wrapped_tensor(x):
-        if x.requires_grad or forward or functorch.is_batchedtensor(x):  # below another level tangents are not to be seen
-            return True
-        x = functorch.get_unwrapped(x)
-    if not forward:
-        return x.requires_grad
-    with torch._C._DisableFuncTorch():
-        return x.requires_grad or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
-
-
 def within(arguments: Any) -> Iterator[Tensor]:
     """The tensors among the arguments of an operation."""
     for x in arguments:
@@ -144,7 +130,7 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in within((*args, *kwargs.values()) if kwargs else args):
-            if id(x) not in self.known and (id(x) not in self.met or self.met[id(x)]() is not x) and followed(x):
+            if id(x) not in self.known and (id(x) not in self.met or self.met[id(x)]() is not x) and maths.followed(x):
                 self.met[id(x)] = TensorWeakRef(x)
         return func(*args, **kwargs or {})
 

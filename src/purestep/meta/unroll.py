@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep import tree
+from purestep import maths, tree
+from purestep.engine import flattened, parted
 from purestep.leaves import detach
 from purestep.meta.attach import Rule, attach, exchanged, pullback, pushforward, watched
 from purestep.transform import Transform
@@ -108,14 +109,15 @@ def unroll(
 
 def run(steps: Steps, opt: Transform, state: Any, params: PyTree, batches: PyTree) -> Unrolled:
     """These steps, one after the other."""
+    leaves, spec = tree.flatten(params)
+    if not opt.plan.extras and opt.joins(state, leaves, spec):
+        return as_vector(steps, opt, state, leaves, spec, batches)
     losses: list[Tensor] = []
     names = opt.plan.extras
     each = split(batches, steps.number) if steps.batched else [()] * steps.number
     for batch in each:
         given = (batch,) if steps.batched else ()
-        grads, value = differentiate(steps.loss, params, given)
-        if steps.first_order:
-            grads, value = detach((grads, value))
+        grads, value = differentiate(steps.loss, params, given, record=not steps.first_order)
         extras: dict[str, Any] = {}
         if "value" in names:
             extras["value"] = value
@@ -126,8 +128,19 @@ def run(steps: Steps, opt: Transform, state: Any, params: PyTree, batches: PyTre
     return Unrolled(params, state, torch.stack(losses))
 
 
-def differentiate(loss: Loss, params: PyTree, given: tuple[Any, ...]) -> tuple[PyTree, Tensor]:
-    """The gradients and the loss."""
+def as_vector(steps: Steps, opt: Transform, state: Any, leaves: list[Tensor], spec: tree.Spec, batches: PyTree) -> Unrolled:
+    """The same, with all parameters as one vector between the steps: for small ones, where every operation costs the same."""
+
+    def loss(vector: Tensor, *given: Any) -> Tensor:
+        return steps.loss(tree.unflatten(parted(vector, leaves), spec), *given)
+
+    made = run(steps._replace(loss=loss), opt, opt.joined(state, spec), flattened(leaves), batches)
+    params = tree.unflatten(parted(made.params, leaves), spec)
+    return Unrolled(params, opt.parted(made.state, leaves, spec), made.losses)
+
+
+def differentiate(loss: Loss, params: PyTree, given: tuple[Any, ...], record: bool = True) -> tuple[PyTree, Tensor]:
+    """The gradients and the loss; constants, if they are not to be recorded."""
 
     def checked(p: PyTree) -> Tensor:
         value = loss(p, *given)
@@ -136,7 +149,16 @@ def differentiate(loss: Loss, params: PyTree, given: tuple[Any, ...]) -> tuple[P
             raise TypeError(f"The loss must be one number, a 0-d tensor, but is {what}. Take its mean or sum.")
         return value
 
-    return torch.func.grad_and_value(checked)(params)
+    leaves, spec = pytree.tree_flatten(params)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not all(map(maths.recording, leaves)):
+        grads, value = torch.func.grad_and_value(checked)(params)
+        return (grads, value) if record else detach((grads, value))
+    value = checked(params)  # a further level of torch.func is one that every operation passes through
+    found: Any = [None] * len(leaves)
+    if value.requires_grad:
+        found = torch.autograd.grad(value, leaves, create_graph=record, allow_unused=True)
+    grads = pytree.tree_unflatten([torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves)], spec)
+    return grads, value if record else value.detach()
 
 
 def split(batches: PyTree, count: int) -> list[PyTree]:

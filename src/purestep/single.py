@@ -1,0 +1,87 @@
+"""What the lines of a program of one tensor call: torch's operations, under the names that `purestep.foreach` has for lists.
+
+Nothing is overwritten, so everything can be differentiated, batched, and nested. A number is a Python float or a 0-d tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import maths
+from purestep.foreach import UNARY
+
+
+def add(x: Tensor, y: Any) -> Tensor:
+    return x + y
+
+
+def sub(x: Tensor, y: Any) -> Tensor:
+    return x - y
+
+
+def mul(x: Tensor, y: Any) -> Tensor:
+    return x * y
+
+
+def div(x: Tensor, y: Any) -> Tensor:
+    return x / y
+
+
+def rsub(x: Tensor, k: Any) -> Tensor:
+    """k - x."""
+    return k - x
+
+
+def rdiv(x: Tensor, k: Any) -> Tensor:
+    """k / x."""
+    return k / x
+
+
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+def pow(x: Tensor, k: Any) -> Tensor:
+    return x**k
+
+
+def axpy(x: Tensor, y: Any, k: Any) -> Tensor:
+    """x + k*y."""
+    if isinstance(k, Tensor):
+        return x + k * y
+    return torch.add(x, y, alpha=k) if k else x  # as torch, which leaves decay out where there is none
+
+
+def axpby(x: Tensor, y: Tensor, a: Any, b: Any) -> Tensor:
+    """a*x + b*y."""
+    return axpy(a * x, y, b)
+
+
+def addcmul(x: Tensor, y: Tensor, z: Tensor, k: Any) -> Tensor:
+    """x + k*(y*z)."""
+    return x + k * (y * z) if isinstance(k, Tensor) else torch.addcmul(x, y, z, value=k)
+
+
+def addcdiv(x: Tensor, y: Tensor, z: Tensor, k: Any) -> Tensor:
+    """x + k*(y/z), as two operations: the derivative of torch.addcdiv divides by the square of `z`, which may be 0."""
+    return axpy(x, y / z, k)
+
+
+def clone(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def cast(x: Tensor, like: Tensor) -> Tensor:
+    return x.to(like.dtype)
+
+
+SINGLE: dict[str, Any] = {name: getattr(torch, name) for name in UNARY} | {
+    f.__name__: f
+    for f in (
+        add, sub, mul, div, rsub, rdiv, square, pow, axpy, axpby, addcmul, addcdiv, clone, cast,
+        maths.untraced(maths.root), maths.untraced(maths.lerp), maths.untraced(maths.maximum), maths.untraced(maths.minimum),
+    )
+}  # fmt: skip

@@ -132,6 +132,7 @@ from purestep.hyper import Positive as Positive
 from purestep.hyper import UnitInterval as UnitInterval
 from purestep.leaves import detach as detach
 from purestep.leaves import in_dims as in_dims
+from purestep.leaves import out_dims as out_dims
 from purestep.leaves import stack as stack
 from purestep.leaves import tensors as tensors
 from purestep.masks import by_module as by_module

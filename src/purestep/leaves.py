@@ -48,6 +48,22 @@ def in_dims(transform: Any) -> Any:
     return pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) and x.dim() > 0 else None, transform)
 
 
+def out_dims(tree: Any) -> Any:
+    """The ``out_dims`` for `torch.func.vmap` of a function that returns a pytree like this one: 0 where there is a tensor.
+
+    A state holds None where a parameter needs none (without momentum, frozen, masked), and `vmap` has to be told. The same
+    tree is the ``in_dims`` of what came out.
+
+    >>> import torch, purestep as ps
+    >>> opt, members = ps.sgd(lr=0.1), torch.zeros(5, 2)
+    >>> dims = ps.out_dims(opt.init_state(members[0]))
+    >>> state = torch.func.vmap(opt.init_state, out_dims=dims)(members)
+    >>> step = torch.func.vmap(opt.step, in_dims=(0, dims, 0), out_dims=(0, dims))
+    >>> members, state = step(torch.ones(5, 2), state, members)
+    """
+    return pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, tree)
+
+
 def stack(members: Sequence[T]) -> T:
     """A population as one pytree, for `torch.func.vmap`: transforms, parameters or states of one structure.
 

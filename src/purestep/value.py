@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
@@ -219,7 +220,16 @@ def as_schedule(function: Callable[[Any], Any]) -> Schedule:
 
 
 def _function(step: Any, function: Callable[[Any], Any]) -> Any:
-    return function(step)
+    if not isinstance(step, Tensor) or torch.compiler.is_compiling() or not functorch.is_batchedtensor(step):
+        return function(step)
+    try:
+        return function(step)
+    except RuntimeError as error:
+        raise TypeError(
+            f"The schedule {show(function)} cannot be called under vmap, where each member has a step of its own: it may not "
+            f"ask for its value (float(), int(), 'if', .item()). Compute with the tensor instead, with torch's functions or "
+            f"purestep.where. torch says: {error}"
+        ) from error
 
 
 FUNCTION = Declaration(_function, given=1, name="schedule")

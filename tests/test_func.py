@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.utils import _pytree as pytree
 
 import purestep as ps
 from tests.cases import Case, Options, each, each_options, tensor
 from tests.problems import difference, grads, mlp
+
+
+@pytest.fixture(autouse=True)
+def no_fallback() -> Iterator[None]:
+    """Where vmap has no rule for an operation it loops, with a warning that in some places goes past Python's filters."""
+    functorch._set_vmap_fallback_enabled(False)
+    yield
+    functorch._set_vmap_fallback_enabled(True)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -138,6 +149,68 @@ def test_forward_and_reverse_agree(case: Case) -> None:
     torch.testing.assert_close(reverse, numeric, rtol=1e-4, atol=1e-8)
 
 
+@each("standstill", smooth=True)
+def test_derivatives_where_strengths_are_zero(case: Case) -> None:
+    """At a learning rate and a weight decay that are tensors of exactly 0: forward, reverse, and finite differences."""
+    strengths = case.transform().hyperparams.keys() & {"lr", "weight_decay"}
+    zeros = {
+        name: torch.zeros((), dtype=torch.float64) for name in strengths if not callable(case.transform().hyperparams[name])
+    }
+    if not zeros:
+        pytest.skip(f"{case} has neither")
+    function, inputs, along = line(case, case.transform().replace(**zeros))
+    check_line(function, inputs, along)
+
+
+@each(smooth=True)
+def test_second_derivatives(case: Case) -> None:
+    """The gradient of a step is differentiated along a line, by gradients, parameters, state and hyperparameters at once."""
+    function, inputs, along = line(case, case.transform())
+    slopes = torch.func.grad(lambda xs: function(xs).sum())
+    check_line(slopes, inputs, along)
+
+
+def line(case: Case, t: ps.Transform) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """A step as a function of all tensors that it depends on, away from all edges; where it is looked at, and a direction."""
+    t = used(t)
+    if isinstance(t.hyperparams.get("eps"), Tensor):  # for as much curvature as a difference can follow
+        t = t.replace(eps=torch.tensor(0.1, dtype=torch.float64))
+    params, loss = case.problem()
+    state = pytree.tree_map(
+        lambda x: 2 + x if is_counter(x) else torch.rand_like(x) + 0.1 if isinstance(x, Tensor) else x, t.init_state(params)
+    )
+    leaves, spec = pytree.tree_flatten((t, grads(loss, params), state, params))
+    places = [k for k, x in enumerate(leaves) if isinstance(x, Tensor) and not is_counter(x)]
+
+    def function(xs: list[Tensor]) -> Tensor:
+        filled = list(leaves)
+        for k, x in zip(places, xs):
+            filled[k] = x
+        t, g, state, params = pytree.tree_unflatten(filled, spec)
+        return sum((wave(x, 1) * x).sum() for x in tensors_of(t.step(g, state, params)) if not is_counter(x))
+
+    inputs = [leaves[k] for k in places]
+    return function, inputs, [wave(x, 2) * (1 + x.abs()) for x in inputs]
+
+
+def wave(x: Tensor, k: int) -> Tensor:
+    """Some numbers in the shape of a tensor."""
+    return torch.cos(k + torch.arange(x.numel(), dtype=x.dtype)).reshape(x.shape)
+
+
+def check_line(function: Any, inputs: list[Tensor], along: list[Tensor]) -> None:
+    """Along a line, the derivative of a function is what forward mode, reverse mode and finite differences say."""
+    _, forward = torch.func.jvp(function, (inputs,), (along,))
+    value, pull = torch.func.vjp(function, inputs)
+    weights = pytree.tree_map(lambda x: wave(x, 3), value)
+    reverse = sum((x * d).sum() for x, d in zip(pull(weights)[0], along))
+    ends = [function([x + k * 1e-6 * d for x, d in zip(inputs, along)]) for k in (1, -1)]
+    numeric = pytree.tree_map(lambda a, b: (a - b) / 2e-6, *ends)
+    torch.testing.assert_close(forward, numeric, rtol=1e-3, atol=1e-5)
+    weighted = sum((x * w).sum() for x, w in zip(tensors_of(forward), tensors_of(weights)))
+    torch.testing.assert_close(reverse, weighted, rtol=1e-8, atol=1e-9)
+
+
 def test_hypergradients_are_a_transform() -> None:
     """The gradient with respect to an optimizer is an optimizer; each entry agrees with finite differences."""
     params, loss = mlp()
@@ -244,19 +317,72 @@ def test_nested_vmap_over_optimizers_and_models(case: Case) -> None:
             assert difference({k: p[i, j] for k, p in together.items()}, alone) <= 1e-12
 
 
-def test_a_per_sample_hypergradient() -> None:
-    """vmap over grad over a step."""
-    lrs = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+@each()
+def test_vmap_over_everything_at_once(case: Case) -> None:
+    """A population that differs in all hyperparameters and parameters, its state handed in and out of vmap."""
+    members = [nudged(case, share) for share in (1.0, 0.97, 0.9)]
+    population = ps.stack(members)
+    params, loss = case.problem()
+    each = [{k: c * p for k, p in params.items()} for c in (1.0, 0.7, -1.0)]
 
-    def outer(lr: Tensor) -> Tensor:
-        p = torch.ones(2, dtype=torch.float64)
-        t = ps.adam(lr)
-        p, _ = t.step(2 * p, t.init_state(p), p)
-        return (p**2).sum()
+    def begin(t: ps.Transform, params: Any) -> Any:
+        return t.init_state(params)
 
-    torch.testing.assert_close(
-        torch.func.vmap(torch.func.grad(outer))(lrs), torch.stack([torch.func.grad(outer)(x) for x in lrs])
+    def step(t: ps.Transform, state: Any, params: Any) -> Any:
+        return t.step(torch.func.grad(loss)(params), state, params)
+
+    dims = ps.in_dims(population)
+    held = ps.out_dims(begin(members[0], params))  # torch.func.vmap has to be told where a state has None
+    together = ps.stack(each)
+    state = torch.func.vmap(begin, in_dims=(dims, 0), out_dims=held)(population, together)
+    for _ in range(3):
+        together, state = torch.func.vmap(step, in_dims=(dims, held, 0), out_dims=(0, held))(population, state, together)
+    for i, (t, p) in enumerate(zip(members, each)):
+        own = begin(t, p)
+        for _ in range(3):
+            p, own = step(t, own, p)
+        assert difference([x[i] for x in tensors_of((together, state))], tensors_of((p, own))) <= 1e-12
+
+
+def nudged(case: Case, share: float) -> ps.Transform:
+    """The transform with all its hyperparameters somewhat smaller, or larger where they may not be smaller."""
+    t = case.transform()
+    values = {name: x for name, x in t.hyperparams.items() if x is not None and not callable(x)}
+    return t.replace(
+        **{
+            name: pytree.tree_map(lambda x, s=1 / share if name in case.least else share: x and s * x, value)
+            for name, value in values.items()
+        }
     )
+
+
+@each()
+def test_per_sample_hypergradients(case: Case) -> None:
+    """vmap over grad over two steps, with respect to all hyperparameters and the parameters, is a loop of grads."""
+    params, loss = case.problem()
+    members = [(used(nudged(case, share)), {k: c * p for k, p in params.items()}) for share, c in ((1.0, 1.0), (0.9, -0.7))]
+    leaves, spec = pytree.tree_flatten(members[0])
+    places = [k for k, x in enumerate(leaves) if isinstance(x, Tensor)]
+
+    def outer(xs: list[Tensor]) -> Tensor:
+        filled = list(leaves)
+        for k, x in zip(places, xs):
+            filled[k] = x
+        t, params = pytree.tree_unflatten(filled, spec)
+        state = t.init_state(params)
+        for _ in range(2):
+            params, state = t.step(torch.func.grad(loss)(params), state, params)
+        return loss(params)
+
+    each = [tensors_of(member) for member in members]
+    together = torch.func.vmap(torch.func.grad(outer))(ps.stack(each))
+    for i, alone in enumerate(each):
+        assert difference([x[i] for x in together], torch.func.grad(outer)(alone)) <= 1e-10
+
+
+def test_an_operation_that_falls_back_to_a_loop_is_an_error_here() -> None:
+    with pytest.raises(RuntimeError, match="hit the vmap fallback"):
+        torch.func.vmap(lambda x: torch.histc(x, 3))(torch.ones(2, 4))
 
 
 def test_a_batch_without_vmap_is_refused() -> None:
@@ -264,6 +390,18 @@ def test_a_batch_without_vmap_is_refused() -> None:
     for executor in (None, "leaf"):
         with pytest.raises(ValueError, match=r"must be one number, but got a tensor of shape \(2,\).*vmap.*in_dims"):
             t.step(p, t.init_state(p), p, executor=executor)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [lambda t: 0.1 / (1 + float(t)), lambda t: 0.1 if t < 3 else 0.01, lambda t: 0.1 / (1 + t.item()), lambda t: math.cos(t)],
+    ids=["float", "if", "item", "math"],
+)
+def test_a_schedule_that_asks_a_batch_for_its_step(schedule: Any) -> None:
+    opt, members = ps.adam(schedule), torch.ones(3, 2)
+    state = torch.func.vmap(opt.init_state)(members)
+    with pytest.raises(TypeError, match=r"The schedule .* cannot be called under vmap.*Compute with the tensor instead"):
+        torch.func.vmap(opt.step)(members, state, members)
 
 
 def test_autograd_alone_is_enough() -> None:

@@ -20,7 +20,7 @@ import inspect
 import operator
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain as flat
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -63,10 +63,10 @@ class Fields:
     optional: bool = False  # whether a parameter may lack some
     step: int = -1  # the position of `step`
 
-    @functools.cached_property
-    def tensors(self) -> tuple[int, ...]:
-        """The positions of the fields that are like the parameters."""
-        return tuple([f for f, like in enumerate(self.like) if like])
+    tensors: tuple[int, ...] = field(init=False, default=())  # the positions of the fields that are like the parameters
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", tuple([f for f, like in enumerate(self.like) if like]))
 
 
 class LinkDeclaration(Declaration):

@@ -69,7 +69,7 @@ def unflatten(leaves: Sequence[Any], spec: Spec) -> Any:
     return leaves[0] if general is None else pytree.tree_unflatten(leaves, general)
 
 
-def flatten_like(tree: Any, spec: Spec, name: str) -> list[Any]:
+def flatten_like(tree: Any, spec: Spec, name: str, other: str = "params") -> list[Any]:
     """The leaves of `tree`, in the order of `spec`; a dict may hold its keys in any order.
 
     Raises:
@@ -87,8 +87,8 @@ def flatten_like(tree: Any, spec: Spec, name: str) -> list[Any]:
     elif kind is Tensor and type(tree) in LEAVES:
         return [tree]
     elif general is not None:
-        leaves, other = pytree.tree_flatten(tree)
-        if other == general:
+        leaves, found = pytree.tree_flatten(tree)
+        if found == general:
             return leaves
         try:
             return list(general.flatten_up_to(tree))  # the same keys in another order, or objects where leaves should be
@@ -96,21 +96,21 @@ def flatten_like(tree: Any, spec: Spec, name: str) -> list[Any]:
             pass
     elif isinstance(tree, Mapping) and kind is dict and set(tree) == set(keys):
         return [tree[key] for key in keys]
-    raise ValueError(difference(tree, spec, name))
+    raise ValueError(difference(tree, spec, name, other))
 
 
-def difference(tree: Any, spec: Spec, name: str) -> str:
+def difference(tree: Any, spec: Spec, name: str, other: str) -> str:
     """One sentence: where `tree` departs from `spec`."""
     expected = spec.paths()
     found = [dotted(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
     for path in expected:
         if path not in found:
-            return f"{name} must have the structure of params, but they have no leaf at {quote(path)}."
+            return f"{name} must have the structure of {other}, but they have no leaf at {quote(path)}."
     for path in found:
         if path not in expected:
-            return f"{name} must have the structure of params, but params have no leaf at {quote(path)}."
+            return f"{name} must have the structure of {other}, but {other} have no leaf at {quote(path)}."
     return (
-        f"{name} must have the structure of params: the paths are the same, but the containers are not "
+        f"{name} must have the structure of {other}: the paths are the same, but the containers are not "
         f"({name}: {type(tree).__name__})."
     )
 

@@ -91,7 +91,7 @@ def es_grad_and_value(
     if not sigma > 0:
         raise ValueError(f"sigma, the standard deviation of the perturbations, must be above 0, but is {sigma!r}.")
     for name, count in (("num_samples", num_samples), ("chunk_size", chunk_size)):
-        if count is not None and (not isinstance(count, int) or count < 1):
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, but is {count!r}.")
 
     def both(x: PyTree, *args: Any, seed: Any = 0) -> tuple[PyTree, Tensor]:

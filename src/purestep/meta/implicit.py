@@ -130,7 +130,7 @@ def custom_fixed_point(
 
     def difference(x: PyTree, *args: PyTree) -> PyTree:
         leaves, spec = tree.flatten(x)
-        moved = tree.flatten_like(fixed_point(x, *args), spec, "T(x)")
+        moved = tree.flatten_like(fixed_point(x, *args), spec, "the values of T", "its arguments")
         return tree.unflatten([p - q for p, q in zip(leaves, moved)], spec)
 
     return custom_root(difference, solve=solve, has_aux=has_aux)
@@ -149,6 +149,11 @@ class Equation(NamedTuple):
 
 def rooted(x: PyTree, args: tuple[PyTree, ...], optimality: Callable[..., PyTree], solve: LinearSolver) -> PyTree:
     """A solution, as a function of everything that `optimality` depends on but for itself."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "torch.compile cannot trace implicit differentiation. Compile the solver and the optimality function instead, and "
+            "leave the derivative outside."
+        )
     leaves, spec = tree.flatten(x)
     for path, p in zip(spec.paths(), leaves):
         if not isinstance(p, Tensor) or not (p.is_floating_point() or p.is_complex()):
@@ -186,7 +191,7 @@ def like_solution(found: PyTree, x: list[Tensor], spec: tree.Spec) -> list[Tenso
             "The optimality function must return what is 0 at the solution, in the structure of the solution, but it returned "
             "one number. For a loss give its gradient, torch.func.grad(loss)."
         )
-    leaves = tree.flatten_like(found, spec, "what the optimality function returns")
+    leaves = tree.flatten_like(found, spec, "the values of the optimality function", "the solutions")
     for path, y, p in zip(spec.paths(), leaves, x):
         if y.shape != p.shape:
             raise ValueError(
@@ -239,5 +244,9 @@ def solution(equation: Equation, x: list[Tensor], theta: list[Tensor], v: list[T
         def matvec(u: PyTree) -> PyTree:
             return tree.unflatten(product(tree.flatten_like(u, spec, "u"), fixed_x, fixed_theta), spec)
 
-    u = detach(tree.flatten_like(solve(matvec, tree.unflatten(fixed_v, spec)), spec, "the solution of the linear equation"))
+    u = detach(
+        tree.flatten_like(
+            solve(matvec, tree.unflatten(fixed_v, spec)), spec, "the solutions of the linear equation", "its sides"
+        )
+    )
     return attach(u, [*x, *theta, *v], theorem(Equation(linear, solve, spec)))

@@ -44,7 +44,7 @@ def solve_cg(matvec: MatVec, b: PyTree, *, ridge: float = 0.0, maxiter: int = 10
     check_numbers(r, spec)
 
     def product(d: list[Tensor]) -> list[Tensor]:
-        found = tree.flatten_like(matvec(tree.unflatten(d, spec)), spec, "the product with A")
+        found = image_of(matvec, d, spec)
         return [y + ridge * x for x, y in zip(d, found)] if ridge else found
 
     x, d = [torch.zeros_like(y) for y in r], r
@@ -108,10 +108,22 @@ def solve_neumann(matvec: MatVec, b: PyTree, *, alpha: float = 1.0, maxiter: int
         going = maths.inner(term, term) > goal
         if not maths.some(going):
             break
-        image = tree.flatten_like(matvec(tree.unflatten(term, spec)), spec, "the product with A")
+        image = image_of(matvec, term, spec)
         term = [torch.where(going, t - alpha * y, 0.0) for t, y in zip(term, image)]
         x = [y + t for y, t in zip(x, term)]
     return tree.unflatten([alpha * y for y in x], spec)
+
+
+def image_of(matvec: MatVec, x: list[Tensor], spec: tree.Spec) -> list[Tensor]:
+    """A x, which must be of the form of `x`."""
+    found = tree.flatten_like(matvec(tree.unflatten(x, spec)), spec, "the products with A", "the right-hand sides")
+    for path, y, z in zip(spec.paths(), found, x):
+        if y.shape != z.shape:
+            raise ValueError(
+                f"A must be square, but a right-hand side of shape {tuple(z.shape)} at {tree.quote(path)} has a product "
+                f"with it of shape {tuple(y.shape)}."
+            )
+    return found
 
 
 def along(x: Tensor, t: Tensor, d: Tensor) -> Tensor:

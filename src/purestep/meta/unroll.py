@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from purestep import maths, tree
 from purestep.engine import flattened, parted
@@ -64,7 +67,8 @@ def unroll(
             is the dependence through the sum of the updates, and on the hyperparameters.
         checkpoint_every: keep only what there is after so many steps, and run each segment again when its derivatives are
             wanted. The memory of :math:`n` steps is then that of :math:`n / k + k`, least with :math:`k = \sqrt n`, and
-            the forward computation is done twice. Values and derivatives are the same.
+            the forward computation is done twice. Values and derivatives are the same: random numbers are drawn again, and
+            autocast is what it was. (`torch.compile` decides by itself what to compute twice, and takes no notice.)
 
     Returns:
         ``(params, state, losses)``: the parameters and the state after the last step, and the loss before each.
@@ -87,15 +91,18 @@ def unroll(
     <https://arxiv.org/abs/1703.03400>`_, 2017; Chen et al., `Training Deep Nets with Sublinear Memory Cost
     <https://arxiv.org/abs/1604.06174>`_, 2016, for the checkpoints.
     """
+    if not isinstance(opt, Transform):
+        hint = f" Did you mean to call it: {opt.__name__}(...)?" if hasattr(opt, "declaration") else ""
+        raise TypeError(f"unroll takes a transform, such as purestep.adam(lr=0.1), but got {opt!r}.{hint}")
     count = number_of_steps(batches)
-    batched = not isinstance(batches, int)
-    if checkpoint_every is not None and (not isinstance(checkpoint_every, int) or checkpoint_every < 1):
+    batched = not isinstance(batches, Integral)
+    if checkpoint_every is not None and (not whole(checkpoint_every) or checkpoint_every < 1):
         raise ValueError(
             f"checkpoint_every must be a number of steps, at least 1, but is {checkpoint_every!r}; the square root of the "
             f"number of steps, here {max(1, round(count**0.5))}, needs the least memory."
         )
     state = opt.init_state(params) if state is None else state
-    if checkpoint_every is None:
+    if checkpoint_every is None or torch.compiler.is_compiling():  # the compiler decides by itself what is computed again
         return run(Steps(count, loss, batched, first_order), opt, state, params, batches)
     losses: list[Tensor] = []
     for start in range(0, count, checkpoint_every):
@@ -169,10 +176,10 @@ def split(batches: PyTree, count: int) -> list[PyTree]:
 
 def number_of_steps(batches: PyTree | int) -> int:
     """How many steps these batches are for."""
-    if isinstance(batches, int) and not isinstance(batches, bool):
+    if whole(batches):
         if batches < 1:
             raise ValueError(f"unroll makes at least one step, but batches is {batches}.")
-        return batches
+        return int(batches)
     found = pytree.tree_flatten_with_path(batches)[0]
     if not found:
         raise ValueError(
@@ -196,7 +203,42 @@ def number_of_steps(batches: PyTree | int) -> int:
     return len(found[0][1])
 
 
+def whole(x: Any) -> bool:
+    """Whether it is a whole number, and no bool."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
 # ------------------------------------------------------------------------------------------------------------ checkpoints
+
+
+class Surroundings:
+    """What an operation does depends on beside its arguments: the state of the random number generators, and autocast."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        bottoms = [maths.bottom(x)[0] for x in tensors]
+        self.device = next((x.device.type for x in bottoms if x.device.type not in ("cpu", "meta")), "cpu")
+        self.random = torch.get_rng_state()
+        self.devices, self.states = get_device_states(*bottoms)
+        self.casts = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
+            for kind in {"cpu", self.device}
+        ]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """As it was, for as long as it takes."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(self.devices, device_type=self.device) if self.devices else fork_cpu())
+            torch.set_rng_state(self.random)
+            set_device_states(self.devices, self.states, device_type=self.device)
+            for kind, dtype, enabled, cache in self.casts:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            yield
+
+
+def fork_cpu() -> Any:
+    """The generator of the CPU as it is now, afterwards."""
+    return torch.random.fork_rng(devices=[])
 
 
 def recomputed(steps: Steps, opt: Transform, state: Any, params: PyTree, batches: PyTree) -> Unrolled:
@@ -211,6 +253,7 @@ def recomputed(steps: Steps, opt: Transform, state: Any, params: PyTree, batches
         return run(steps, *pytree.tree_unflatten(filled, spec))
 
     fixed = detach(given.each)
+    surroundings = Surroundings(fixed)
     with torch.no_grad(), watched(fixed) as watch:
         result = again(fixed)
     inside = watch.found(result)
@@ -220,11 +263,8 @@ def recomputed(steps: Steps, opt: Transform, state: Any, params: PyTree, batches
     count = len(given.each)
 
     def function(sources: list[Tensor]) -> list[Tensor]:
-        if inside:
-            with exchanged(inside, sources[count:]):
-                made = again(sources[:count])
-        else:
-            made = again(sources)
+        with surroundings.restored(), exchanged(inside, sources[count:]) if inside else nullcontext():
+            made = again(sources[:count])
         found = pytree.tree_leaves(made)
         return values.pick([found[k] for k in places])
 

@@ -118,7 +118,7 @@ def whole_number(seed: Any, device: torch.device) -> Tensor:
     """A seed as 64 bits."""
     if isinstance(seed, Tensor):
         return (seed.round() if seed.is_floating_point() else seed).to(device, torch.int64)
-    return torch.tensor(round(seed), device=device)
+    return torch.full((), round(seed), dtype=torch.int64, device=device)  # made there: no copy to wait for
 
 
 def noise(u: Tensor, *counts: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def root(x: Any) -> Any:
     """
     if not isinstance(x, Tensor):
         return math.sqrt(x)
-    if not (torch.is_grad_enabled() or transforming()):
+    if not differentiating(x):
         return x.sqrt()
     zero = x == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
@@ -218,6 +218,19 @@ def transforming() -> bool:
     """Whether a `torch.func` transform, or forward-mode differentiation, is running."""
     level = functorch.peek_interpreter_stack()
     return isinstance(level, functorch.CInterpreter) or forward_ad._current_level >= 0
+
+
+def differentiating(x: Tensor) -> bool:
+    """Whether a derivative may be taken of what is done to `x`: under `torch.func.vmap` alone, none is."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:  # what is traced may be differentiated later
+        return transforming() or torch.is_grad_enabled()
+    if forward_ad._current_level >= 0:
+        return True
+    if transforming():
+        if any([level.key() != functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()]):
+            return True
+        x = bottom(x)[0]
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def readable(x: Tensor) -> bool:

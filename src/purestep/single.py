@@ -51,12 +51,14 @@ def pow(x: Tensor, k: Any) -> Tensor:
 def axpy(x: Tensor, y: Any, k: Any) -> Tensor:
     """x + k*y."""
     if isinstance(k, Tensor):
-        return x + k * y
+        return x + k * y if not isinstance(y, Tensor) or y.dtype != x.dtype else torch.addcmul(x, y, k.to(x.dtype))
     return torch.add(x, y, alpha=k) if k else x  # as torch, which leaves decay out where there is none
 
 
 def axpby(x: Tensor, y: Tensor, a: Any, b: Any) -> Tensor:
     """a*x + b*y."""
+    if not isinstance(b, Tensor) and b == 1:
+        return axpy(y, x, a)
     return axpy(a * x, y, b)
 
 

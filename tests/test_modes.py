@@ -138,6 +138,19 @@ def test_compiled_with_inductor(name: str, donate: bool) -> None:
     assert difference(run(t, step, torch.float32), run(t, None, torch.float32)) <= 1e-5
 
 
+def test_inductor_inside_torch_func() -> None:
+    """Gradients that are products of matrices, in an unrolled loop: Inductor (2.13) computes torch.add(x, a @ b, alpha=k) wrongly."""
+    x = torch.randn(8, 4)
+
+    def after(w: Tensor) -> Tensor:
+        opt = ps.sgd(lr=0.1, weight_decay=0.3, momentum=0.5)
+        return ps.meta.unroll(opt, lambda w: ((x @ w) ** 2).mean(), w, 2).losses.sum()
+
+    w = torch.randn(4, 3)
+    compiled = torch.compile(torch.func.grad(after), fullgraph=True)
+    assert difference(compiled(w), torch.func.grad(after)(w)) <= 1e-5
+
+
 @each("unread")
 @pytest.mark.parametrize("how", ["step", "vmap of grad"])
 def test_nothing_waits_for_the_device(case: Case, how: str) -> None:

@@ -443,9 +443,9 @@ class Segment:
 
     @functools.cached_property
     def joins(self) -> bool:
-        """Whether all parameters may be one vector, and it pays: of a state that has all its fields."""
+        """Whether all parameters may as well be one vector: of a state that has all its fields."""
         recipe = details(self, tuple([(False,) * len(info.names) for _, _, info in self.items]))
-        return worth_joining(program(recipe, True, False, False, *self.declarations, single=True))
+        return program(recipe, True, False, False, *self.declarations, single=True).elementwise
 
 
 def constants(values: Sequence[Primitive]) -> list[Any] | None:

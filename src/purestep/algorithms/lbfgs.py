@@ -437,8 +437,11 @@ def pick(flag: Flag, a: Point, b: Point) -> Point:
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """All of them as one new vector."""
-    dense = [x if x.layout is torch.strided else x.to_dense() for x in tensors]
-    dense = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in dense]
+    dense = list(tensors)
+    if not all([x.layout is torch.strided for x in dense]):
+        dense = [x if x.layout is torch.strided else x.to_dense() for x in dense]
+    if any([dtype.is_complex for dtype in {x.dtype for x in dense}]):
+        dense = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in dense]
     return torch.cat([x.reshape(-1) for x in dense]) if transforming() else joined(dense)
 
 

@@ -87,8 +87,8 @@ def where(condition: Any, x: Any, y: Any) -> Any:
         chosen, other = (x, y) if condition else (y, x)
         return torch.full_like(other, chosen) if isinstance(other, Tensor) and not isinstance(chosen, Tensor) else chosen
     if not isinstance(x, Tensor) and not isinstance(y, Tensor):
-        if x == y and not condition.dim():
-            return x  # a number stays one
+        if x == y and functorch.is_batchedtensor(condition) and not condition.dim():
+            return x  # one number for all members, instead of one for each
         x = torch.full((), x, dtype=precise(condition.device), device=condition.device)  # made there: no copy to wait for
     return torch.where(condition, x, y)
 

@@ -104,7 +104,7 @@ def es_grad_and_value(
             return as_number(function(tree.unflatten(moved, spec), *args), leaves)
 
         pairs = [torch.cat([d, -d]) for d in directions]
-        if vectorize and leaves:
+        if vectorize:
             values = torch.func.vmap(value, chunk_size=chunk_size)(*pairs)
         else:
             values = torch.stack([value(*each) for each in zip(*pairs)])

@@ -228,17 +228,16 @@ class Surroundings:
     def restored(self) -> Iterator[None]:
         """As it was, for as long as it takes."""
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(self.devices, device_type=self.device) if self.devices else fork_cpu())
+            stack.enter_context(
+                torch.random.fork_rng(self.devices, device_type=self.device)
+                if self.devices
+                else torch.random.fork_rng(devices=[])
+            )
             torch.set_rng_state(self.random)
             set_device_states(self.devices, self.states, device_type=self.device)
             for kind, dtype, enabled, cache in self.casts:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
             yield
-
-
-def fork_cpu() -> Any:
-    """The generator of the CPU as it is now, afterwards."""
-    return torch.random.fork_rng(devices=[])
 
 
 def recomputed(steps: Steps, opt: Transform, state: Any, params: PyTree, batches: PyTree) -> Unrolled:

@@ -400,6 +400,7 @@ def test_a_batch_without_vmap_is_refused() -> None:
 def test_a_schedule_that_asks_a_batch_for_its_step(schedule: Any) -> None:
     opt, members = ps.adam(schedule), torch.ones(3, 2)
     state = torch.func.vmap(opt.init_state)(members)
+    state = tuple([s._replace(step=torch.arange(3.0)) if "step" in s._fields else s for s in state])
     with pytest.raises(TypeError, match=r"The schedule .* cannot be called under vmap.*Compute with the tensor instead"):
         torch.func.vmap(opt.step)(members, state, members)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import purestep as ps
+import purestep.blocks
 import purestep.engine
 from purestep import fused, optim
 from tests.cases import Case, Options, each_options
@@ -215,8 +216,8 @@ def test_two_threads_may_step_one_transform() -> None:
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
 def test_blocks(case: Case, options: Options, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of 12, 30 and 1 elements in blocks of 7; nothing given is changed unless it was given away."""
-    monkeypatch.setattr(purestep.engine, "CHUNK", 7)
-    monkeypatch.setattr(purestep.engine, "SIZE", 0)
+    monkeypatch.setattr(purestep.blocks, "CHUNK", 7)
+    monkeypatch.setattr(purestep.blocks, "SIZE", 0)
     shapes = [s for s in ((3, 4), (30,), (5, 3), ()) if case.treats(torch.zeros(s))]
 
     def drawn(seed: int) -> list[Tensor]:
@@ -243,10 +244,10 @@ def test_blocks(case: Case, options: Options, donate: bool, monkeypatch: pytest.
 
 def test_blocks_are_what_runs_on_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    original = purestep.engine.blocks
-    monkeypatch.setattr(purestep.engine, "CHUNK", 8)
-    monkeypatch.setattr(purestep.engine, "SIZE", 0)
-    monkeypatch.setattr(purestep.engine, "blocks", lambda given: sizes.append(max(given)) or original(given))
+    original = purestep.blocks.blocks
+    monkeypatch.setattr(purestep.blocks, "CHUNK", 8)
+    monkeypatch.setattr(purestep.blocks, "SIZE", 0)
+    monkeypatch.setattr(purestep.blocks, "blocks", lambda given: sizes.append(max(given)) or original(given))
     t, p = ps.nadam(0.1), torch.zeros(100)
     t.step(torch.ones(100), t.init_state(p), p)
     assert sizes[-1] == 8

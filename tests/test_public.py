@@ -116,6 +116,8 @@ FLOORS = [
     {"tree", "hyper", "maths", "foreach", "packing"},
     {"value", "masks", "leaves", "single"},
     {"program", "schedules"},
+    {"blocks"},
+    {"batches"},
     {"engine"},
     {"sparse"},
     {"transform"},

@@ -30,11 +30,13 @@ from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils import _pytree as pytree
 
-from purestep import maths
+from purestep import batches, maths
+from purestep.batches import Level
+from purestep.blocks import calculate, pieces
 from purestep.masks import Label
 from purestep.maths import Scalar
-from purestep.packing import SIZE, Scratch, small, split
-from purestep.program import Program, call, program, runner
+from purestep.packing import Scratch, small, split
+from purestep.program import call, program, runner
 from purestep.value import Declaration, Schedule, Value
 
 Executor: TypeAlias = Literal["leaf", "foreach", "fused"]
@@ -248,12 +250,6 @@ class Solo(NamedTuple):
 
 KERNELS: list[Kernel] = []
 """Filled by `purestep.fused`; the first whose pattern is the tail of a chain is used."""
-
-SHORT = 4
-"""A program of so many operations costs less without blocks, where there is nothing that may be overwritten."""
-
-CHUNK = 2**18
-"""On a CPU a program works on this many elements at a time: its temporaries stay small, and in the cache."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- states
@@ -520,6 +516,7 @@ class Call:
         self.executor, self.trust, self.extras = executor, trust, extras
         self.own = False  # whether the gradients' memory is ours: true once a link has made new ones
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
+        self.level = Level.now() if mode == "leaf" and executor is None else None  # of vmap, if it can be stepped out of
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
         self.made: dict[Any, Tensor] = {}  # numbers as counters
         self.writes: list[tuple[int, int, Sequence[int] | None, Any]] = []  # link, field, rows, new value
@@ -753,10 +750,13 @@ class Call:
         like = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]
         if not all([x is None or x.dtype == dtype for column in like for x in column]):
             return self.leaf(segment, grads, params, fields, apply)  # in the widest dtype
-        recipe = details(segment, tuple([tuple([c[0] is None for c in own]) for own in fields]))
+        recipe = details(segment, absent(fields))
         run = runner(recipe, apply, False, False, *segment.declarations, single=True)
         counters = [c for (_, _, info), own in zip(segment.items, fields) for c, s in zip(own, info.scalars) if s]
-        together = all([agree(c) for c in counters])
+        together = all([agree(c) or self.equal(c) for c in counters])
+        stacked = self.stacked(segment, recipe, grads, params, fields, apply) if together else None
+        if stacked is not None:
+            return stacked
         if (
             together
             and joinable(params)
@@ -780,6 +780,24 @@ class Call:
                 for f, scalar in enumerate(info.scalars):
                     columns[f] = columns[f][:1] * len(params) if scalar else columns[f]
         return [u for u, _ in found], result
+
+    def stacked(
+        self, segment: Segment, recipe: Any, grads: Any, params: Any, fields: Any, apply: bool
+    ) -> tuple[Any, Any] | None:
+        """All members of a vmap, and all parameters, at once, if that is possible."""
+        if self.level is None:
+            return None
+        columns, places, news = self.arranged(segment, fields)
+        numbers = segment.numbers if segment.numbers is not None else self.numbers(segment, fields)
+        found = batches.run(self.level, recipe, segment.declarations, (grads, params, columns), numbers, apply)
+        if found is None:
+            return None
+        for (j, f), x in zip(places, found[1:]):
+            news[j][f] = x
+        for own, new in zip(fields, news):
+            for f, (old, x) in enumerate(zip(own, new)):
+                new[f] = x if x is None or isinstance(x, list) else [self.counted(old[0], x)] * len(params)
+        return list(found[0]), news
 
     def one(self, run: Any, segment: Segment, g: Tensor, p: Tensor, fields: list[list[Any]]) -> tuple[Tensor, list[list[Any]]]:
         """The program on one tensor, with one value of each field: the update, or the parameter, and the new values."""
@@ -819,8 +837,7 @@ class Call:
         """Many small tensors as one, if that is possible."""
         if (apply and segment.kernel is not None) or not (small(params) and small(grads)):
             return None  # on small tensors a kernel costs less than to gather them
-        absent = tuple([tuple([c[0] is None for c in own]) for own in fields])
-        recipe = program(details(segment, absent), False, True, self.donate, *segment.declarations)
+        recipe = program(details(segment, absent(fields)), False, True, self.donate, *segment.declarations)
         columns = [(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.tensors if fields[j][f][0] is not None]
         if not recipe.elementwise or not recipe.recipe.parts:
             return None
@@ -886,49 +903,42 @@ class Call:
     def foreach(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """The traced program of these links."""
         dtype = params[0].dtype
-        columns: list[Any] = []
-        places: list[tuple[int, int]] = []
-        news: list[list[Any]] = [[None] * len(own) for own in fields]
-        absent: list[tuple[bool, ...]] = []
-        for j, ((_, value, info), own) in enumerate(zip(segment.items, fields)):
-            absent.append(tuple([c[0] is None for c in own]))
-            for f, (c, scalar) in enumerate(zip(own, info.scalars)):
-                if c[0] is None:
-                    continue
-                if scalar:
-                    number = self.number(c[0])
-                    if value.declaration.state is None:
-                        news[j][f] = number + 1
-                        continue
-                    columns.append(number)
-                else:
-                    if [x.dtype for x in c].count(dtype) != len(c):
-                        return self.promoted(segment, grads, params, fields, apply)
-                    columns.append(c)
-                places.append((j, f))
-        recipe = details(segment, tuple(absent))
+        columns, places, news = self.arranged(segment, fields)
+        if not all([[x.dtype for x in c].count(dtype) == len(c) for c in columns if isinstance(c, list)]):
+            return self.promoted(segment, grads, params, fields, apply)
+        recipe = details(segment, absent(fields))
         numbers = segment.numbers if segment.numbers is not None else self.numbers(segment, fields)
-        cuts = chunks(params) if self.mode == "program" else None
-        if cuts is None:
-            run = runner(recipe, apply, self.own, self.donate, *segment.declarations)
-            updates, *results = run(grads, params, *columns, *numbers)
-        elif (
-            blocks := Blocks.of(
-                program(recipe, apply, self.own, True, *segment.declarations), grads, params, columns, self.donate
+        if self.mode == "program":
+            given = (grads, params, columns)
+            updates, *results = calculate(
+                recipe, segment.declarations, given, numbers, apply=apply, own=self.own, donate=self.donate
             )
-        ) is not None:
-            updates, *results = blocks.run(numbers, self.donate)
         else:
-            run = runner(recipe, apply, self.own, self.donate, *segment.declarations)
-            made = [
-                run(grads[cut], params[cut], *[c[cut] if isinstance(c, list) else c for c in columns], *numbers) for cut in cuts
-            ]
-            updates, *results = [list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*made)]
+            updates, *results = runner(recipe, apply, self.own, self.donate, *segment.declarations)(
+                grads, params, *columns, *numbers
+            )
         if any([isinstance(x, Tensor) for x in (*columns, *numbers)]):  # a 0-d parameter is promoted by a 0-d number
             updates, *results = [x if isinstance(x, (Tensor, float)) else cast(x, dtype) for x in (updates, *results)]
         for (j, f), x in zip(places, results):
             news[j][f] = list(x) if isinstance(x, tuple) else x
         return list(updates) if isinstance(updates, tuple) else updates, news
+
+    def arranged(self, segment: Segment, fields: Any) -> tuple[list[Any], list[tuple[int, int]], list[list[Any]]]:
+        """The fields that a program takes, lists and numbers; the link and the number of each; and the new fields, empty but
+        for the counters of links without a state of their own, which no program sees."""
+        columns: list[Any] = []
+        places: list[tuple[int, int]] = []
+        news: list[list[Any]] = [[None] * len(own) for own in fields]
+        for j, ((_, value, info), own) in enumerate(zip(segment.items, fields)):
+            for f, (c, scalar) in enumerate(zip(own, info.scalars)):
+                if c[0] is None:
+                    continue
+                if scalar and value.declaration.state is None:
+                    news[j][f] = self.number(c[0]) + 1
+                    continue
+                columns.append(self.number(c[0]) if scalar else c)
+                places.append((j, f))
+        return columns, places, news
 
     def numbers(self, segment: Segment, fields: Any) -> list[Any]:
         """The hyperparameters in order, as the arguments of a program."""
@@ -998,9 +1008,20 @@ class Call:
         if self.mode == "program":
             return x.item()
         if torch._C._len_torch_dispatch_stack() > 0 or maths.followed(x):
-            return lifted(x)
+            value = None if self.level is None else self.level.read(x)
+            return value if isinstance(value, float) else lifted(x)
         with torch._C._DisableFuncTorch():  # nothing that is running has anything to do with this tensor
             return maths.bottom(x)[0].item()
+
+    def equal(self, counters: list[Any]) -> bool:
+        """Whether these are the same number for each member of a batch."""
+        if self.level is None or counters[0] is None:
+            return False
+        first, *others = [self.level.read(x) for x in counters]
+        if not isinstance(first, Tensor):
+            return first is not None and all([not isinstance(x, Tensor) and x == first for x in others])
+        with torch._C._DisableFuncTorch():
+            return all([isinstance(x, Tensor) and torch.equal(x, first) for x in others])
 
     def lower(self, x: Any, count: Tensor | None) -> Any:
         """A hyperparameter as a program takes it; `count` is the counter that schedules are called with."""
@@ -1144,78 +1165,6 @@ def check_nested(d: Any, after: Any, count: int) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- blocks
-
-
-class Blocks(NamedTuple):
-    """An elementwise program, and lists of large tensors, to be run on pieces that fit the cache.
-
-    The program overwrites what it is given. What was not given away is copied first, piece by piece, into memory that is
-    handed out in the end.
-    """
-
-    program: Program
-    grads: list[Tensor]
-    params: list[Tensor]
-    columns: list[Any]  # lists, and numbers
-
-    @classmethod
-    def of(cls, program: Program, grads: list[Tensor], params: list[Tensor], columns: list[Any], donate: bool) -> Blocks | None:
-        """None if the program must see whole tensors, they are not each in one piece, or to copy them costs more than it."""
-        if not donate and program.length <= SHORT:
-            return None
-        lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
-        if not program.elementwise or not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
-            return None
-        return cls(program, grads, params, columns)
-
-    def run(self, numbers: list[Any], donate: bool) -> tuple[Any, ...]:
-        """What the program returns for the whole."""
-        apply = self.program.recipe.apply
-
-        def room(xs: list[Tensor]) -> list[Tensor]:
-            return [torch.empty_like(x) for x in xs]
-
-        params = room(self.params) if apply and not donate else self.params
-        columns = [room(c) if isinstance(c, list) and not donate else c for c in self.columns]
-        updates = params if apply else room(self.params)
-        sizes = [p.numel() for p in self.params]
-        fresh = [(a, b) for a, b in zip((self.params, *self.columns), (params, *columns)) if a is not b]
-        copies = [(cut(a, sizes), cut(b, sizes)) for a, b in fresh]
-        new = [cut(c, sizes) for c in (params, *columns) if isinstance(c, list)]
-        grads, out = cut(self.grads, sizes), cut(updates, sizes)
-        results: tuple[Any, ...] = ()
-        for block in blocks([x.numel() for x in grads]):
-            for x, y in copies:
-                torch._foreach_copy_(y[block], x[block])
-            pieces = iter(new)
-            p = next(pieces)[block]
-            given = [next(pieces)[block] if isinstance(c, list) else c for c in columns]
-            results = self.program.run(grads[block], p, *given, *numbers)
-            if not apply:
-                torch._foreach_copy_(out[block], list(results[0]))
-        return updates, *[c if isinstance(c, list) else x for c, x in zip(columns, results[1:])]
-
-
-def cut(xs: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """Large tensors in pieces, the others as they are."""
-    pieces: list[Tensor] = []
-    for x, size in zip(xs, sizes):
-        pieces += torch.split(x.view(-1), CHUNK) if size > CHUNK else (x,)
-    return pieces
-
-
-def blocks(sizes: list[int]) -> list[slice]:
-    """Consecutive slices of about `CHUNK` elements each."""
-    cuts, start, size = [], 0, 0
-    for k, n in enumerate(sizes):
-        if size and size + n > CHUNK:
-            cuts.append(slice(start, k))
-            start, size = k, 0
-        size += n
-    return [*cuts, slice(start, len(sizes))]
-
-
 # --------------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -1232,11 +1181,6 @@ def joinable(params: list[Tensor]) -> bool:
     if len(params) < 2 or torch.compiler.is_compiling():  # the compiler finds out for itself
         return False
     return sum([maths.bottom(p)[0].numel() for p in params]) <= JOINED * len(params)
-
-
-def worth_joining(program: Program) -> bool:
-    """Whether a program may be run on one long vector, and does more than to put it together and take it apart."""
-    return program.elementwise and program.length > SHORT
 
 
 def agree(counters: list[Any]) -> bool:
@@ -1323,6 +1267,11 @@ def stored(old: Tensor, x: Any) -> Tensor:
     if isinstance(x, Tensor):
         return x if x.dtype == old.dtype else x.to(old.dtype)
     return torch.full((), x, dtype=old.dtype, device=old.device)
+
+
+def absent(fields: Any) -> tuple[tuple[bool, ...], ...]:
+    """Which fields of their states these parameters do not have."""
+    return tuple([tuple([c[0] is None for c in own]) for own in fields])
 
 
 def details(segment: Segment, absent: tuple[tuple[bool, ...], ...]) -> tuple[Any, ...]:
@@ -1441,16 +1390,3 @@ def same_layout(tensors: Sequence[Tensor]) -> bool:
     """Whether the same element stands at the same place in the memory of all of them, with no gaps."""
     strides = tensors[0].stride()
     return all([t.stride() == strides for t in tensors]) and is_non_overlapping_and_dense_or_false(tensors[0])
-
-
-def chunks(params: list[Tensor]) -> list[slice] | None:
-    """Slices of the parameters of about `CHUNK` elements each; None for all at once: for small ones, and on accelerators."""
-    if not params[0].is_cpu:
-        return None
-    sizes = [p.numel() for p in params]
-    return None if sum(sizes) <= max(2 * CHUNK, SIZE * len(sizes)) else blocks(sizes)
-
-
-def pieces(flat: Tensor) -> list[Tensor]:
-    """One long tensor in pieces that fit the cache."""
-    return list(torch.split(flat, CHUNK))

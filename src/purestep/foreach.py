@@ -2,7 +2,8 @@
 
 Every operation takes lists of tensors, one entry per parameter, and numbers. A number is a Python float, or a 0-d tensor
 where it lives on a device, is being traced or was given as one; torch's foreach operations take tensors in only some of the
-places where they take floats. A name that ends in an underscore overwrites its first argument, as in torch.
+places where they take floats. It may also be a column of numbers, one for each row of every tensor. A name that ends in an
+underscore overwrites its first argument, as in torch.
 """
 
 from __future__ import annotations
@@ -27,14 +28,35 @@ def direct(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
 
 
+def each(x: Lists, k: Tensor) -> list[Tensor]:
+    """A number as one for each tensor of a list. A column must not promote it; a 0-d tensor does not."""
+    return [k.to(x[0].dtype) if k.dim() else k] * len(x)
+
+
 def add(x: Lists, y: Any) -> Lists:
-    return torch._foreach_add(x, [y] * len(x) if isinstance(y, Tensor) else y)
+    return torch._foreach_add(x, each(x, y) if isinstance(y, Tensor) else y)
 
 
 def add_(x: Lists, y: Any) -> None:
     if isinstance(y, Tensor):  # a list of it: torch would read its value, which no tracer permits
-        y = [y] * len(x)
+        y = each(x, y)
     torch._foreach_add_(x, y)
+
+
+def mul(x: Lists, y: Any) -> Lists:
+    return torch._foreach_mul(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
+
+
+def mul_(x: Lists, y: Any) -> None:
+    torch._foreach_mul_(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
+
+
+def div(x: Lists, y: Any) -> Lists:
+    return torch._foreach_div(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
+
+
+def div_(x: Lists, y: Any) -> None:
+    torch._foreach_div_(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
 
 
 def sub(x: Lists, y: Any) -> Lists:
@@ -58,7 +80,7 @@ def rsub_(x: Lists, k: Any) -> None:
 
 def rdiv(x: Lists, k: Any) -> Lists:
     y = torch._foreach_reciprocal(x)
-    torch._foreach_mul_(y, k)
+    mul_(y, k)
     return y
 
 
@@ -69,7 +91,7 @@ def rdiv_(x: Lists, k: Any) -> None:
             torch.div(b, a, out=a)
     else:
         torch._foreach_reciprocal_(x)
-        torch._foreach_mul_(x, k)
+        mul_(x, k)
 
 
 def square(x: Lists) -> Lists:
@@ -81,7 +103,7 @@ def square_(x: Lists) -> None:
 
 
 def pow(x: Lists, k: Any) -> Lists:
-    return [t**k for t in x] if isinstance(k, Tensor) else torch._foreach_pow(x, k)
+    return [t**i for t, i in zip(x, each(x, k))] if isinstance(k, Tensor) else torch._foreach_pow(x, k)
 
 
 def pow_(x: Lists, k: Any) -> None:
@@ -89,7 +111,7 @@ def pow_(x: Lists, k: Any) -> None:
 
 
 def maximum(x: Lists, y: Any) -> Lists:
-    return [torch.clamp_min(t, y) for t in x] if isinstance(y, Tensor) else torch._foreach_maximum(x, y)
+    return [torch.clamp_min(t, k) for t, k in zip(x, each(x, y))] if isinstance(y, Tensor) else torch._foreach_maximum(x, y)
 
 
 def maximum_(x: Lists, y: Any) -> None:
@@ -97,7 +119,7 @@ def maximum_(x: Lists, y: Any) -> None:
 
 
 def minimum(x: Lists, y: Any) -> Lists:
-    return [torch.clamp_max(t, y) for t in x] if isinstance(y, Tensor) else torch._foreach_minimum(x, y)
+    return [torch.clamp_max(t, k) for t, k in zip(x, each(x, y))] if isinstance(y, Tensor) else torch._foreach_minimum(x, y)
 
 
 def minimum_(x: Lists, y: Any) -> None:
@@ -120,13 +142,13 @@ def lerp_(x: Lists, y: Lists, k: Any) -> None:
 def axpy(x: Lists, y: Any, k: Any) -> Lists:
     """x + k*y."""
     if isinstance(k, Tensor):
-        return torch._foreach_add(x, torch._foreach_mul(y, k))
+        return torch._foreach_addcmul(x, y, each(x, k)) if k.dim() else torch._foreach_add(x, mul(y, k))
     return torch._foreach_add(x, y, alpha=k)
 
 
 def axpy_(x: Lists, y: Any, k: Any) -> None:
     if isinstance(k, Tensor):
-        torch._foreach_add_(x, torch._foreach_mul(y, k))
+        torch._foreach_addcmul_(x, y, each(x, k)) if k.dim() else torch._foreach_add_(x, mul(y, k))
     elif k != 0:  # as torch, which leaves decay out where there is none
         torch._foreach_add_(x, y, alpha=k)
 
@@ -135,13 +157,13 @@ def axpby(x: Lists, y: Lists, a: Any, b: Any) -> Lists:
     """a*x + b*y."""
     if not isinstance(a, Tensor) and not isinstance(b, Tensor) and b == 1:
         return torch._foreach_add(y, x, alpha=a)
-    z = torch._foreach_mul(x, a)
+    z = mul(x, a)
     axpy_(z, y, b)
     return z
 
 
 def axpby_(x: Lists, y: Lists, a: Any, b: Any) -> None:
-    torch._foreach_mul_(x, a)
+    mul_(x, a)
     axpy_(x, y, b)
 
 
@@ -173,12 +195,13 @@ def cast(x: Lists, like: Lists) -> Lists:
 
 KERNELS: dict[str, Any] = {
     name: kernel
-    for base in (*UNARY, "mul", "div")
+    for base in UNARY
     for name, kernel in zip((base, f"{base}_"), direct(base))
 } | {
     f.__name__: f
     for f in (
-        add, add_, sub, sub_, rsub, rsub_, rdiv, rdiv_, square, square_, pow, pow_, maximum, maximum_, minimum, minimum_,
-        lerp, lerp_, axpy, axpy_, axpby, axpby_, addcmul, addcmul_, addcdiv, addcdiv_, clone, cast,
+        add, add_, sub, sub_, mul, mul_, div, div_, rsub, rsub_, rdiv, rdiv_, square, square_, pow, pow_,
+        maximum, maximum_, minimum, minimum_, lerp, lerp_, axpy, axpy_, axpby, axpby_, addcmul, addcmul_,
+        addcdiv, addcdiv_, clone, cast,
     )
 } | {"copy_": torch._foreach_copy_}  # fmt: skip

@@ -92,6 +92,7 @@ class Program:
     source: str
     run: Callable[..., tuple[Any, ...]] = field(repr=False)
     elementwise: bool = False  # every number of the result depends on the numbers in its own place only
+    broadcasts: bool = False  # takes tensors that are to be broadcast in the places of numbers
     reads_params: bool = True  # other than to add the updates to them
     length: int = 0  # how many operations
 
@@ -297,8 +298,10 @@ class Writer:
         exec(builtins.compile(source, file, "exec"), self.space)
         elementwise = all(self.shaped[i.node] for i in self.inputs if not i.number)
         elementwise &= all(op.name != "loop" and self.shaped[op.out] for op in ops)
+        loops = [op.out for op in ops if op.name in ("loop", "where", "compare")]  # a number would change the dtype in these
+        broadcasts = elementwise and all(self.is_list(x) for node in loops for x in nodes_in((node.args, node.kwargs)))
         reads = self.uses.get(self.inputs[1].node, 0) > 0
-        return Program(self.recipe, name, source, self.space["program"], elementwise, reads, len(ops))
+        return Program(self.recipe, name, source, self.space["program"], elementwise, broadcasts, reads, len(ops))
 
     # -- 1. kinds
 

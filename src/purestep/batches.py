@@ -1,0 +1,194 @@
+"""One level of `torch.func.vmap`, stepped out of: a program on stacked tensors instead of a batched operation for each line.
+
+`vmap` puts a dimension in front of every tensor and sends each operation through its rules, which costs several
+microseconds and keeps every temporary. An elementwise program does not care for shapes, so it can be run on the stacked
+tensors themselves, below that level. What differs from member to member is numbers: where members are large, the program
+runs for one after the other, with plain numbers; where they are small, for some at a time, with a column of numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd import forward_ad
+
+from purestep.blocks import CHUNK, SHORT, Blocks, calculate, room
+from purestep.program import LeafDeclaration, program
+
+LARGE = 2**16
+"""From so many elements on a member is run by itself."""
+
+FEW = 2**22
+"""Up to so many elements in all members together, small ones are run at once: temporaries cost less than blocks."""
+
+
+class Level(NamedTuple):
+    """The innermost level of `torch.func`, a vmap around nothing but eager operations."""
+
+    number: int
+    size: int
+
+    @classmethod
+    def now(cls) -> Level | None:
+        """None if there is no such level, or if something else looks on."""
+        if torch.compiler.is_compiling():
+            return None
+        stack = functorch.get_interpreter_stack()
+        if (
+            stack is None
+            or len(stack) != 1
+            or stack[0].key() != functorch.TransformType.Vmap
+            or forward_ad._current_level >= 0
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._len_torch_function_stack() > 0
+        ):
+            return None
+        return cls(stack[0].level(), functorch.CVmapInterpreterPtr(stack[0]).batchSize())
+
+    def stacked(self, x: Tensor) -> Tensor | None:
+        """A tensor with the batch in its first dimension; None if it is not batched, or autograd follows it."""
+        if not functorch.is_batchedtensor(x):
+            return None
+        inside, dim = functorch.get_unwrapped(x), functorch.maybe_get_bdim(x)
+        if torch.is_grad_enabled() and inside.requires_grad:
+            return None
+        return (inside.movedim(dim, 0) if dim else inside).contiguous()
+
+    def read(self, x: Any) -> Any:
+        """A number: as it is, or a tensor of one for each member if they differ; None if they cannot be known."""
+        if not isinstance(x, Tensor):
+            return x
+        column = functorch.get_unwrapped(x) if functorch.is_batchedtensor(x) else x
+        if not column.is_cpu or (torch.is_grad_enabled() and column.requires_grad) or x.dim():
+            return None
+        with torch._C._DisableFuncTorch():
+            values = column.tolist()
+        if not isinstance(values, list):
+            return values
+        return values[0] if values.count(values[0]) == len(values) else column
+
+    def batched(self, x: Tensor) -> Tensor:
+        """A stacked tensor as one of this level."""
+        made: Tensor = functorch._add_batch_dim(x, 0, self.number)
+        return made
+
+
+def run(
+    level: Level,
+    recipe: tuple[Any, ...],
+    declarations: Sequence[LeafDeclaration],
+    given: tuple[list[Tensor], list[Tensor], list[Any]],
+    numbers: list[Any],
+    apply: bool,
+) -> tuple[Any, ...] | None:
+    """What the program of a recipe returns, as `purestep.blocks.calculate` does; None if it takes a vmap to know.
+
+    Every tensor must be batched: what does not depend on the member must not come out as if it did.
+    """
+    if not program(recipe, apply, False, False, *declarations).elementwise:
+        return None
+    grads, params, columns = given
+    with temporarily_pop_interpreter_stack():
+        lists = [[level.stacked(x) for x in xs] for xs in (grads, params, *[c for c in columns if isinstance(c, list)])]
+        values = [level.read(x) for x in (*[c for c in columns if not isinstance(c, list)], *numbers)]
+        if any([x is None for xs in (*lists, values) for x in xs]):
+            return None
+        g, p, *rest = lists
+        tensors, floats = iter(rest), iter(values)
+        own: tuple[Any, ...] = (g, p, [next(tensors) if isinstance(c, list) else next(floats) for c in columns])
+        hypers = list(floats)
+        if not any([isinstance(x, Tensor) for x in values]):
+            results = calculate(recipe, declarations, own, hypers, apply=apply, own=False, donate=False)
+        else:
+            found = by_member(recipe, declarations, own, hypers, apply, level.size)
+            if found is None:
+                return None
+            results = found
+    return tuple([outside(level, x) for x in results])
+
+
+def outside(level: Level, x: Any) -> Any:
+    """A result of stacked tensors, as what it is to a member."""
+    if isinstance(x, (list, tuple)):
+        return [level.batched(y) for y in x]
+    return level.batched(x) if isinstance(x, Tensor) else x
+
+
+def by_member(
+    recipe: tuple[Any, ...],
+    declarations: Sequence[LeafDeclaration],
+    given: tuple[Any, ...],
+    hypers: list[Any],
+    apply: bool,
+    size: int,
+) -> tuple[Any, ...] | None:
+    """The same where numbers differ from member to member, in memory that is made once for all of them."""
+    grads, params, columns = given
+    elements = sum([p[0].numel() for p in params])
+    plain = program(recipe, apply, False, False, *declarations)
+    if plain.broadcasts and (plain.length <= SHORT or (elements < LARGE and size * elements <= FEW)):
+        every = Members(0, size)
+        found = plain.run(*every.of(grads, params, columns), *every.numbers(hypers))
+        return tuple([rearranged(x, params) if isinstance(x, (list, tuple)) else collected([x]) for x in found])
+    step = 1 if elements >= LARGE else max(1, CHUNK // max(1, elements))
+    if step > 1 and not plain.broadcasts:
+        return None
+    donating = program(recipe, apply, False, True, *declarations)
+    new_params = room(params) if apply else params
+    new_columns = [room(c) if isinstance(c, list) else c for c in columns]
+    updates = new_params if apply else room(params)
+    results: list[tuple[Any, ...]] = []
+    for start in range(0, size, step):
+        some = Members(start, min(step, size - start), alone=step == 1)
+        g, p, *old = some.of(grads, params, columns)
+        home = [some.rows(c) if isinstance(c, list) else x for c, x in zip(new_columns, old)]
+        place = some.rows(new_params) if apply else p
+        out = place if apply else some.rows(updates)
+        results.append(Blocks(donating, g, p, old).fill(some.numbers(hypers), place, home, out))
+    return updates, *[c if isinstance(c, list) else collected(x) for c, *x in zip(new_columns, *results)]
+
+
+class Members(NamedTuple):
+    """Some consecutive members of a batch."""
+
+    start: int
+    many: int
+    alone: bool = False  # a single one, whose numbers are plain
+
+    def rows(self, xs: list[Tensor]) -> list[Tensor]:
+        """Of stacked tensors: a matrix with a row for each member, or a vector if it is alone."""
+        if self.alone:
+            return [x[self.start].view(-1) for x in xs]
+        chosen = [x.narrow(0, self.start, self.many) for x in xs]
+        return [x.flatten(1) if x.dim() > 1 else x[:, None] for x in chosen]
+
+    def numbers(self, xs: list[Any]) -> list[Any]:
+        """Of numbers that may differ: columns, or floats if it is alone."""
+        if self.alone:
+            return [x[self.start].item() if isinstance(x, Tensor) else x for x in xs]
+        return [x.narrow(0, self.start, self.many)[:, None] if isinstance(x, Tensor) else x for x in xs]
+
+    def of(self, grads: list[Tensor], params: list[Tensor], columns: list[Any]) -> list[Any]:
+        """Of all that a program is given."""
+        return [
+            self.rows(grads),
+            self.rows(params),
+            *[self.rows(c) if isinstance(c, list) else self.numbers([c])[0] for c in columns],
+        ]
+
+
+def rearranged(xs: Sequence[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Rows as stacked tensors again."""
+    return [x.view(p.shape) for x, p in zip(xs, like)]
+
+
+def collected(values: list[Any]) -> Any:
+    """What came out for some members at a time: a number, if it is the same for all of them."""
+    if any([isinstance(x, Tensor) for x in values]):
+        return torch.cat([x.reshape(-1) for x in values])
+    return values[0] if values.count(values[0]) == len(values) else torch.tensor(values, dtype=torch.float64)

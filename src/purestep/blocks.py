@@ -1,0 +1,137 @@
+"""Large tensors, run through a program in pieces that stay in the cache.
+
+A program makes as many passes over its tensors as it has lines. Over 2^18 elements at a time all passes but the first find
+them in the cache, and temporaries stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain as flat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from purestep.packing import SIZE
+from purestep.program import LeafDeclaration, Program, program
+
+SHORT = 4
+"""A program of so many operations costs less without blocks, where there is nothing that may be overwritten."""
+
+CHUNK = 2**18
+"""On a CPU a program works on this many elements at a time."""
+
+
+def calculate(
+    recipe: tuple[Any, ...],
+    declarations: Sequence[LeafDeclaration],
+    given: tuple[list[Tensor], list[Tensor], list[Any]],
+    numbers: list[Any],
+    *,
+    apply: bool,
+    own: bool,
+    donate: bool,
+) -> tuple[Any, ...]:
+    """What the program of a recipe returns: run on all tensors at once, or in blocks if they are large.
+
+    `given` are the gradients, the parameters, and the fields of the state, each a list or a number.
+    """
+    grads, params, columns = given
+    cuts = chunks(params)
+    if cuts is None:
+        return program(recipe, apply, own, donate, *declarations).run(grads, params, *columns, *numbers)
+    found = Blocks.of(program(recipe, apply, own, True, *declarations), grads, params, columns, donate)
+    if found is not None:
+        return found.run(numbers, donate)
+    run = program(recipe, apply, own, donate, *declarations).run
+    made = [run(grads[s], params[s], *[c[s] if isinstance(c, list) else c for c in columns], *numbers) for s in cuts]
+    return tuple([list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*made)])
+
+
+class Blocks(NamedTuple):
+    """An elementwise program, and lists of large tensors, to be run on pieces that fit the cache.
+
+    The program overwrites what it is given. What was not given away is copied first, piece by piece, into memory that is
+    handed out in the end.
+    """
+
+    program: Program
+    grads: list[Tensor]
+    params: list[Tensor]
+    columns: list[Any]  # lists, and numbers
+
+    @classmethod
+    def of(cls, program: Program, grads: list[Tensor], params: list[Tensor], columns: list[Any], donate: bool) -> Blocks | None:
+        """None if the program must see whole tensors, they are not each in one piece, or to copy them costs more than it."""
+        if not donate and program.length <= SHORT:
+            return None
+        lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
+        if not program.elementwise or not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
+            return None
+        return cls(program, grads, params, columns)
+
+    def run(self, numbers: list[Any], donate: bool) -> tuple[Any, ...]:
+        """What the program returns for the whole."""
+        apply = self.program.recipe.apply
+        params = room(self.params) if apply and not donate else self.params
+        columns = [room(c) if isinstance(c, list) and not donate else c for c in self.columns]
+        updates = params if apply else room(self.params)
+        results = self.fill(numbers, params, columns, updates)
+        return updates, *[c if isinstance(c, list) else x for c, x in zip(columns, results)]
+
+    def fill(self, numbers: list[Any], params: list[Tensor], columns: list[Any], updates: list[Tensor]) -> tuple[Any, ...]:
+        """Write what the program returns to these places, which may be those of what is given; return the numbers of it."""
+        sizes = [p.numel() for p in self.params]
+        fresh = [(a, b) for a, b in zip((self.params, *self.columns), (params, *columns)) if a is not b and isinstance(a, list)]
+        copies = [(cut(a, sizes), cut(b, sizes)) for a, b in fresh]
+        new = [cut(c, sizes) for c in (params, *columns) if isinstance(c, list)]
+        grads, out = cut(self.grads, sizes), cut(updates, sizes)
+        results: tuple[Any, ...] = ()
+        for block in blocks([x.numel() for x in grads]):
+            for x, y in copies:
+                torch._foreach_copy_(y[block], x[block])
+            pieces = iter(new)
+            p = next(pieces)[block]
+            given = [next(pieces)[block] if isinstance(c, list) else c for c in columns]
+            results = self.program.run(grads[block], p, *given, *numbers)
+            if not self.program.recipe.apply:
+                torch._foreach_copy_(out[block], list(results[0]))
+        return results[1:]
+
+
+def room(xs: list[Tensor]) -> list[Tensor]:
+    """Memory for as many tensors of the same shapes."""
+    return [torch.empty_like(x) for x in xs]
+
+
+def cut(xs: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """Large tensors in pieces, the others as they are."""
+    pieces: list[Tensor] = []
+    for x, size in zip(xs, sizes):
+        pieces += torch.split(x.view(-1), CHUNK) if size > CHUNK else (x,)
+    return pieces
+
+
+def blocks(sizes: list[int]) -> list[slice]:
+    """Consecutive slices of about `CHUNK` elements each."""
+    cuts, start, size = [], 0, 0
+    for k, n in enumerate(sizes):
+        if size and size + n > CHUNK:
+            cuts.append(slice(start, k))
+            start, size = k, 0
+        size += n
+    return [*cuts, slice(start, len(sizes))]
+
+
+def chunks(params: list[Tensor]) -> list[slice] | None:
+    """Slices of the parameters of about `CHUNK` elements each; None for all at once: for small ones, and on accelerators."""
+    if not params[0].is_cpu:
+        return None
+    sizes = [p.numel() for p in params]
+    return None if sum(sizes) <= max(2 * CHUNK, SIZE * len(sizes)) else blocks(sizes)
+
+
+def pieces(flat: Tensor) -> list[Tensor]:
+    """One long tensor in pieces that fit the cache."""
+    return list(torch.split(flat, CHUNK))

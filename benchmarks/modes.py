@@ -313,7 +313,7 @@ class Mode:
 
 
 TORCH = ("torch default", "torch loop", "torch foreach", "torch fused")
-WRAPPER = ("wrapper", "wrapper foreach")
+WRAPPER = ("wrapper", "wrapper foreach", "wrapper compiled")
 
 MODES = {
     "torch default": Mode(Stateful, torch.optim, "name"),
@@ -322,6 +322,7 @@ MODES = {
     "torch fused": Mode(Stateful, torch.optim, "name", {"fused": True}),  # every class that has this flag has it for CPUs
     "wrapper": Mode(Stateful, optim, "name"),
     "wrapper foreach": Mode(Stateful, optim, "name", {"foreach": True}),
+    "wrapper compiled": Mode(Stateful, optim, "name", {"compile": True}),
     "donated": Mode(partial(Functional, donate=True), purestep, "key"),
     "pure": Mode(partial(Functional, donate=False), purestep, "key"),
 }

@@ -20,6 +20,7 @@ import inspect
 import operator
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain as flat
 from types import MappingProxyType
@@ -30,16 +31,16 @@ from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils import _pytree as pytree
 
-from purestep import batches, maths
+from purestep import batches, compiled, maths
 from purestep.batches import Level
 from purestep.blocks import calculate, pieces
 from purestep.masks import Label
 from purestep.maths import Scalar
-from purestep.packing import Scratch, small, split
+from purestep.packing import COUNT, SIZE, Scratch, small, split
 from purestep.program import call, program, runner
 from purestep.value import Declaration, Schedule, Value
 
-Executor: TypeAlias = Literal["leaf", "foreach", "fused"]
+Executor: TypeAlias = Literal["leaf", "foreach", "fused", "compiled"]
 Sparse: TypeAlias = Literal["rows", "dense"] | None
 Mode: TypeAlias = Literal["leaf", "program", "traced"]
 
@@ -623,7 +624,7 @@ class Call:
         if self.executor == "fused" and apply:
             for group in groups:
                 demand_kernel(group.plan.segment(group.plan.stages[n].positions), self.params)
-        if len(groups) == 1 and self.uniform(stage):
+        if len(groups) == 1 and self.uniform(stage) and not self.mixed():
             self.grads = self.bucket(groups[0].plan.segment(stage.positions), None, apply)
         else:
             out = list(self.grads)
@@ -647,12 +648,21 @@ class Call:
                 return False
         return alike([p.dtype for p in params]) and (all([p.is_cpu for p in params]) or alike([p.device for p in params]))
 
+    def mixed(self) -> bool:
+        """Whether there are small tensors that are better packed, and large ones that are not."""
+        if self.executor != "compiled" or self.mode != "program":
+            return False
+        few = sum([p.numel() <= SIZE for p in self.params])
+        return COUNT <= few < len(self.params)
+
     def buckets(self, group: Group, stage: Stage) -> list[tuple[list[int], tuple[int, ...]]]:
         """The rows that one program can take together, and the links that act on them."""
         plan, rows = group.plan, group.rows
         params = [self.params[k] for k in rows]
         masks = [None if m is None else [m[k] for k in rows] for m in [self.selected(plan.links[i]) for i in stage.positions]]
         keys: list[Sequence[Any]] = [[(p.dtype, p.device) for p in params], *[m for m in masks if m is not None]]
+        if self.mixed():
+            keys.append([p.numel() <= SIZE for p in params])
         for i, f in (*stage.columns, *stage.scalars):
             values = [self.states[i][f][k] for k in rows]
             keys.append([x is None for x in values])
@@ -692,8 +702,10 @@ class Call:
             kinds = [info.scalars for _, _, info in segment.items]
             fields = [[c if scalar else real(c) for c, scalar in zip(own, scalars)] for own, scalars in zip(fields, kinds)]
         if self.mode == "program":
-            with torch._C._AutoDispatchBelowAutograd():  # nothing requires grad; to ask each tensor costs a tenth of a step
-                packed = self.packed(segment, grads, params, fields, apply) if self.executor is None else None
+            below = torch._C._AutoDispatchBelowAutograd  # nothing requires grad; to ask each tensor costs a tenth of a step
+            with nullcontext() if self.executor == "compiled" else below():
+                packs = self.executor in (None, "compiled")
+                packed = self.packed(segment, grads, params, fields, apply) if packs else None
                 updates, news = packed or self.program(segment, grads, params, fields, apply)
             if self.donate:  # what was written in place, below autograd's sight
                 written = list(params) if apply else []
@@ -835,7 +847,8 @@ class Call:
 
     def packed(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any] | None:
         """Many small tensors as one, if that is possible."""
-        if (apply and segment.kernel is not None) or not (small(params) and small(grads)):
+        kernel = apply and segment.kernel is not None and self.executor != "compiled"
+        if kernel or not (small(params) and small(grads)):
             return None  # on small tensors a kernel costs less than to gather them
         recipe = program(details(segment, absent(fields)), False, True, self.donate, *segment.declarations)
         columns = [(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.tensors if fields[j][f][0] is not None]
@@ -863,13 +876,13 @@ class Call:
             flat = scratch.joined(given[j][f])
             if flat is None:
                 given[j][f], flat = scratch.join(given[j][f])
-            flats[j][f] = pieces(flat)
+            flats[j][f] = self.pieces(flat)
         torch._foreach_copy_(scratch.grads, grads)
         add = apply and not reads  # the updates to the parameters where these are
         if reads:
             torch._foreach_copy_(scratch.params, params)
         own, self.own, trust, self.trust = self.own, True, self.trust, None
-        out, news = self.program(segment, pieces(scratch.grad), pieces(scratch.param), flats, apply and not add)
+        out, news = self.program(segment, self.pieces(scratch.grad), self.pieces(scratch.param), flats, apply and not add)
         self.own, self.trust = own, trust
         for j, f in columns:
             if news[j][f][0] is flats[j][f][0]:
@@ -877,7 +890,7 @@ class Call:
             else:
                 news[j][f] = split(torch.cat(news[j][f]), params)
         if add:
-            overwrite(pieces(scratch.grad), out)
+            overwrite(self.pieces(scratch.grad), out)
             if self.donate:
                 torch._foreach_add_(params, scratch.grads)
                 return params, news
@@ -887,9 +900,13 @@ class Call:
             return params, news
         return split(torch.cat(out), params), news
 
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """One long tensor as a program takes it: in pieces that fit the cache; a kernel sees it once anyway."""
+        return [flat] if self.executor == "compiled" else pieces(flat)
+
     def program(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """All parameters at once: the tail of the chain as a fused kernel if there is one, the rest as a program."""
-        if apply and segment.kernel is not None and self.executor != "foreach" and self.mode == "program":
+        if apply and segment.kernel is not None and self.executor not in ("foreach", "compiled") and self.mode == "program":
             k = segment.first
             pays = self.donate or segment.kernel.copies or self.executor == "fused"
             if pays and k:
@@ -904,13 +921,18 @@ class Call:
         """The traced program of these links."""
         dtype = params[0].dtype
         columns, places, news = self.arranged(segment, fields)
-        if not all([[x.dtype for x in c].count(dtype) == len(c) for c in columns if isinstance(c, list)]):
+        mixed = not all([[x.dtype for x in c].count(dtype) == len(c) for c in columns if isinstance(c, list)])
+        if mixed and not (self.executor == "compiled" and self.mode == "program"):
             return self.promoted(segment, grads, params, fields, apply)
         recipe = details(segment, absent(fields))
         numbers = segment.numbers if segment.numbers is not None else self.numbers(segment, fields)
         if self.mode == "program":
-            given = (grads, params, columns)
-            updates, *results = calculate(
+            given, found = (grads, params, columns), None
+            if self.executor == "compiled":
+                found = compiled.run(recipe, segment.declarations, given, numbers, apply=apply, donate=self.donate)
+                if found is None and mixed:
+                    return self.promoted(segment, grads, params, fields, apply)
+            updates, *results = found or calculate(
                 recipe, segment.declarations, given, numbers, apply=apply, own=self.own, donate=self.donate
             )
         else:

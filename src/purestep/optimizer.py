@@ -55,9 +55,9 @@ SHARED: Any = "shared"
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-FLAGS = ("foreach", "capturable", "differentiable", "fused")
+FLAGS = ("foreach", "capturable", "differentiable", "fused", "compile")
 
-KEPT = ("_recipe", "_options", "_first", "_flags", "_ready", "_routes")
+KEPT = ("_recipe", "_options", "_first", "_flags", "_ready", "_routes", "_compile")
 """What an optimizer is made of, but for parameters and state."""
 
 
@@ -86,6 +86,8 @@ class Optimizer(torch.optim.Optimizer):
         capturable: keep every number on the parameters' device; purestep always does on accelerators.
         differentiable: let autograd run through the step.
         fused: insist on a fused kernel (True), or do without (False). By default one is used where it fits.
+        compile: make one kernel of every run of elementwise transforms, with Inductor, at the first step; see
+            `Transform.update`. It is not part of a checkpoint.
 
     Raises:
         TypeError: `transform` is not one, or a parameter is not a tensor.
@@ -106,6 +108,8 @@ class Optimizer(torch.optim.Optimizer):
     _before: ClassVar[Mapping[str, Any]] = {}
     """Options that a checkpoint may be too old to have, with the values they had before they existed."""
 
+    _compile = False
+
     def __init__(
         self,
         params: Params,
@@ -116,10 +120,11 @@ class Optimizer(torch.optim.Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        compile: bool = False,
     ) -> None:
         if not isinstance(transform, Transform):
             raise TypeError(f"Optimizer takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.")
-        flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "capturable": capturable}
+        flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "compile": compile}
         flags |= {"differentiable": differentiable, "fused": fused}
         self._begin(params, transform, {} if routed(transform) else transform.hyperparams, flags)
 
@@ -129,6 +134,10 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if flags.get("fused") and flags.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
+        self._compile = bool(flags.pop("compile", False))
+        others = [name for name in ("foreach", "fused", "differentiable") if flags.get(name)]
+        if self._compile and others:
+            raise RuntimeError(f"`compile` and `{others[0]}` cannot be `True` together.")
         self._recipe, self._options, self._first, self._flags = recipe, tuple(options), dict(options), tuple(flags)
         self._made: list[tuple[list[Any] | None, Transform]] = []
         self._ready = False
@@ -454,7 +463,7 @@ class Optimizer(torch.optim.Optimizer):
     def _again(self, group: dict[str, Any], transform: Transform) -> bool:
         """What `_advance` did last, without what has to be asked only once; False, and nothing done, if more is new."""
         trust, params = self._trust.get(id(group)), group["params"]
-        if trust is None or not params or self._untouched or executor_of(group) not in (None, "fused"):
+        if trust is None or not params or self._untouched or self._executor(group) not in (None, "fused"):
             return False
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
@@ -497,7 +506,7 @@ class Optimizer(torch.optim.Optimizer):
             for rows, (_, transform) in zip(together, groups):
                 self._fill(params[rows.rows.start : rows.rows.stop], transform)
             columns = self._gather(params, states, together, keys)
-        executor = executor_of(groups[0][0])
+        executor = self._executor(groups[0][0])
         if len(groups) > 1:
             refuse_disagreement(together)
         seen: tuple[Any, ...] = ()
@@ -545,6 +554,16 @@ class Optimizer(torch.optim.Optimizer):
                     for state, x, y in zip(states, new, old):
                         if x is not y:  # not where a mask is in the way: the name may be another link's too
                             state[name] = x
+
+    def _executor(self, group: Mapping[str, Any]) -> Executor | None:
+        """What the flags ask of the engine."""
+        if group.get("fused"):
+            return "fused"
+        if group.get("foreach") is False and group.get("fused") is None:
+            return "leaf"
+        if self._compile:
+            return "compiled"
+        return "foreach" if group.get("foreach") or group.get("fused") is False else None
 
     def _accept(self, grads: list[Tensor], params: list[Tensor]) -> None:
         """For a class to refuse gradients, before anything has changed."""
@@ -816,15 +835,6 @@ def unchanged(a: Any, b: Any) -> bool:
     """Whether a group's option is still what it was."""
     b = tuple(b) if type(b) is list else b
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and type(a) is type(b) and bool(a == b))
-
-
-def executor_of(flags: Mapping[str, Any]) -> Executor | None:
-    """What torch's flags ask of the engine."""
-    if flags.get("fused"):
-        return "fused"
-    if flags.get("foreach") is False and flags.get("fused") is None:
-        return "leaf"
-    return "foreach" if flags.get("foreach") or flags.get("fused") is False else None
 
 
 def refuse_disagreement(groups: list[Group]) -> None:

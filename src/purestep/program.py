@@ -24,7 +24,7 @@ import itertools
 import linecache
 import operator
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -81,6 +81,7 @@ class Recipe(NamedTuple):
     own_grads: bool  # the gradients' memory may be reused
     donate: bool  # so may the memory of the state, and of params when they are applied
     single: bool = False  # one parameter instead of lists of them, and nothing is overwritten
+    split: bool = False  # the same, but what is computed of numbers alone is a function of its own
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Program:
     broadcasts: bool = False  # takes tensors that are to be broadcast in the places of numbers
     reads_params: bool = True  # other than to add the updates to them
     length: int = 0  # how many operations
+    coefficients: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]] | None = field(default=None, repr=False)
+    """Of a split program: from all numbers to those that it takes in their place, as one tensor, and to those it returns."""
 
     def __str__(self) -> str:
         return self.source
@@ -124,17 +127,23 @@ name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def program(
-    details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *declarations: LeafDeclaration, single: bool = False
+    details: tuple[Any, ...],
+    apply: bool,
+    own_grads: bool,
+    donate: bool,
+    *declarations: LeafDeclaration,
+    single: bool = False,
+    split: bool = False,
 ) -> Program:
     """The program for a recipe; traced at the first call, looked up at every other.
 
     The recipe is given as `torch.compile` can read it: plain constants, and apart from them the declarations.
     """
-    key = (details, apply, own_grads, donate, single, declarations)
+    key = (details, apply, own_grads, donate, single, split, declarations)
     found = _programs.get(key)
     if found is None:  # tracing patches nothing global: two threads may do it at once, and agree
         parts = tuple([Part(d, *rest) for d, rest in zip(declarations, details)])
-        found = _programs[key] = compile(Recipe(parts, apply, own_grads, donate, single))
+        found = _programs[key] = compile(Recipe(parts, apply, own_grads, donate, single or split, split))
         setattr(_functions, found.name, found.run)
     return found
 
@@ -284,6 +293,9 @@ class Writer:
         self.like: dict[fx.Node, bool] = {}  # the parameter's shape and dtype
         self.shaped: dict[fx.Node, bool] = {}  # the parameter's shape
         self.single: set[fx.Node] = set()  # one number per parameter
+        self.coefficients: dict[str, str] | None = (
+            None  # in a line of a split program: the number that stands for an expression
+        )
         self.uses: dict[fx.Node, int] = {}
 
     def program(self) -> Program:
@@ -301,7 +313,8 @@ class Writer:
         loops = [op.out for op in ops if op.name in ("loop", "where", "compare")]  # a number would change the dtype in these
         broadcasts = elementwise and all(self.is_list(x) for node in loops for x in nodes_in((node.args, node.kwargs)))
         reads = self.uses.get(self.inputs[1].node, 0) > 0
-        return Program(self.recipe, name, source, self.space["program"], elementwise, broadcasts, reads, len(ops))
+        run, numbers = self.space["program"], self.space.get("coefficients")
+        return Program(self.recipe, name, source, run, elementwise, broadcasts, reads, len(ops), numbers)
 
     # -- 1. kinds
 
@@ -511,20 +524,39 @@ class Writer:
                 name, k = f"{given.node.name}_{k}", k + 1
             taken.add(name)
             self.var[given.node] = name
-        arguments = ", ".join(self.var[i.node] for i in self.inputs)
         self.taken = taken
         by_node = {op.out: op for op in ops}
+        coefficients: dict[str, str] = {}
+        numbers: list[str] = []
         for node in self.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
             if self.kinds[node] == "number":
                 self.number(node)
             elif node in by_node:
+                if self.recipe.split:
+                    numbers, self.lines, self.coefficients = self.lines, numbers, coefficients
                 self.statement(by_node[node])
+                if self.recipe.split:
+                    numbers, self.lines, self.coefficients = self.lines, numbers, None
+        if self.recipe.split:
+            return self.halves(coefficients, numbers)
         self.homecoming()
-        results = ", ".join(self.result(x) for x in self.outputs)
-        body = "".join(f"    {line}\n" for line in [*self.lines, f"return {results},"])
-        return f"def program({arguments}):\n{body}"
+        return function("program", [self.var[i.node] for i in self.inputs], self.lines, map(self.result, self.outputs))
+
+    def halves(self, coefficients: dict[str, str], lines: list[str]) -> str:
+        """A split program: what is done with numbers, and what is done with tensors."""
+        scalars = [x for x in self.outputs if not self.is_list(x)]
+        arguments = [self.var[i.node] for i in self.inputs if i.number]
+        results = [
+            f"({', '.join(coefficients)}{',' * bool(coefficients)})",
+            f"({''.join(f'{self.text(x)}, ' for x in scalars)})",
+        ]
+        first = function("coefficients", arguments, self.lines, results)
+        unpacked = [f"{', '.join(coefficients.values())}, = k.unbind()"] if coefficients else []
+        arguments = [*[self.var[i.node] for i in self.inputs if not i.number], "k"]
+        outputs = [self.result(x) for x in self.outputs if self.is_list(x)]
+        return first + "\n\n" + function("program", arguments, unpacked + lines, outputs)
 
     def number(self, node: fx.Node) -> None:
         """A number: its expression, bound to a name only if it is used more than once."""
@@ -618,6 +650,12 @@ class Writer:
 
     def text(self, x: Any, bare: bool = False) -> str:
         """An argument as source."""
+        if self.coefficients is not None and (isinstance(x, Scale) or (isinstance(x, fx.Node) and self.kinds[x] == "number")):
+            held, self.coefficients = self.coefficients, None
+            text, self.coefficients = self.text(x, True), held
+            if text.lstrip("-").replace(".", "").isdigit():
+                return text
+            return held.setdefault(text, self.fresh("k"))
         if isinstance(x, fx.Node):
             text = self.var[x]
             return text[1:-1] if bare and text.startswith("(") and text.count("(") == 1 else text
@@ -663,6 +701,12 @@ class Writer:
             k += 1
         self.taken.add(f"{prefix}{k}")
         return f"{prefix}{k}"
+
+
+def function(name: str, arguments: Sequence[str], lines: Sequence[str], results: Iterable[str]) -> str:
+    """The source of a function that returns a tuple."""
+    body = "".join(f"    {line}\n" for line in [*lines, f"return {', '.join(results)},"])
+    return f"def {name}({', '.join(arguments)}):\n{body}"
 
 
 class Name(str):

@@ -137,6 +137,7 @@ class Transform:
         params: PyTree,
         *,
         donate: bool = False,
+        compile: bool = False,
         executor: Executor | None = None,
         **extras: Any,
     ) -> tuple[Any, Any]:
@@ -148,6 +149,9 @@ class Transform:
             state: what `init_state` or the last update returned.
             params: the parameters.
             donate: give the memory of `state` away: it is reused, and the old state must not be used again.
+            compile: make one kernel of every run of elementwise transforms, with Inductor, at its first use in the process;
+                it serves tensors of every shape. What is not elementwise runs as it would without. The same as
+                ``executor="compiled"``. Inside `torch.func` and `torch.compile` it changes nothing.
             executor: how the leaf functions are run. By default the fastest way that fits; ``"leaf"`` runs them one
                 parameter at a time, so that an error appears on its author's line; ``"foreach"`` runs all parameters at
                 once; ``"fused"`` insists on one of torch's fused kernels.
@@ -160,7 +164,7 @@ class Transform:
             TypeError: the state belongs to another transform, a parameter cannot be optimized, or an extra argument is
                 missing or unknown.
         """
-        return self._advance(grads, state, params, False, donate, executor, extras)
+        return self._advance(grads, state, params, False, donate, executor_of(compile, executor), extras)
 
     def step(
         self,
@@ -169,6 +173,7 @@ class Transform:
         params: PyTree,
         *,
         donate: bool = False,
+        compile: bool = False,
         executor: Executor | None = None,
         **extras: Any,
     ) -> tuple[Any, Any]:
@@ -177,7 +182,7 @@ class Transform:
         With ``donate=True`` the memory of both `state` and `params` is given away and reused in place. All else is as in
         `update`.
         """
-        return self._advance(grads, state, params, True, donate, executor, extras)
+        return self._advance(grads, state, params, True, donate, executor_of(compile, executor), extras)
 
     def _advance(
         self,
@@ -747,6 +752,15 @@ def share(column: list[Any], params: list[Any]) -> list[Any]:
         else:
             result.append(shared.setdefault((p.device, x.dtype), x))
     return result
+
+
+def executor_of(compile: bool, executor: Executor | None) -> Executor | None:
+    """How the leaf functions are asked to be run."""
+    if not compile:
+        return executor
+    if executor not in (None, "compiled"):
+        raise ValueError(f"compile=True asks for one way to run, and executor={executor!r} for another; give one of them.")
+    return "compiled"
 
 
 def check_params(leaves: list[Any], spec: tree.Spec) -> None:

@@ -88,4 +88,5 @@ class Adadelta(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 1.0, rho: Hyper = 0.9, eps: Hyper = 1e-6, weight_decay: Hyper = 0.0,
         foreach: bool | None = None, *, capturable: bool = False, maximize: bool = False, differentiable: bool = False,
+        compile: bool = False,
     ) -> None: ...  # fmt: skip

@@ -107,5 +107,5 @@ class Adagrad(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 1e-2, lr_decay: Hyper = 0.0, weight_decay: Hyper = 0.0,
         initial_accumulator_value: Hyper = 0.0, eps: Hyper = 1e-10, foreach: bool | None = None, *, maximize: bool = False,
-        differentiable: bool = False, fused: bool | None = None,
+        differentiable: bool = False, fused: bool | None = None, compile: bool = False,
     ) -> None: ...  # fmt: skip

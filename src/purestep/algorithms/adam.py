@@ -171,7 +171,7 @@ class Adam(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 1e-3, betas: Betas = (0.9, 0.999), eps: Hyper = 1e-8, weight_decay: Hyper = 0.0,
         amsgrad: bool = False, *, foreach: bool | None = None, maximize: bool = False, capturable: bool = False,
-        differentiable: bool = False, fused: bool | None = None, decoupled_weight_decay: bool = False,
+        differentiable: bool = False, fused: bool | None = None, decoupled_weight_decay: bool = False, compile: bool = False,
     ) -> None: ...  # fmt: skip
 
 
@@ -184,5 +184,5 @@ class AdamW(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 1e-3, betas: Betas = (0.9, 0.999), eps: Hyper = 1e-8, weight_decay: Hyper = 1e-2,
         amsgrad: bool = False, *, maximize: bool = False, foreach: bool | None = None, capturable: bool = False,
-        differentiable: bool = False, fused: bool | None = None,
+        differentiable: bool = False, fused: bool | None = None, compile: bool = False,
     ) -> None: ...  # fmt: skip

@@ -99,4 +99,5 @@ class Adamax(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 2e-3, betas: Betas = (0.9, 0.999), eps: Hyper = 1e-8, weight_decay: Hyper = 0.0,
         foreach: bool | None = None, *, maximize: bool = False, differentiable: bool = False, capturable: bool = False,
+        compile: bool = False,
     ) -> None: ...  # fmt: skip

@@ -126,5 +126,5 @@ class NAdam(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 2e-3, betas: Betas = (0.9, 0.999), eps: Hyper = 1e-8, weight_decay: Hyper = 0.0,
         momentum_decay: Hyper = 4e-3, decoupled_weight_decay: bool = False, *, foreach: bool | None = None,
-        maximize: bool = False, capturable: bool = False, differentiable: bool = False,
+        maximize: bool = False, capturable: bool = False, differentiable: bool = False, compile: bool = False,
     ) -> None: ...  # fmt: skip

@@ -98,5 +98,5 @@ class RAdam(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 1e-3, betas: Betas = (0.9, 0.999), eps: Hyper = 1e-8, weight_decay: Hyper = 0.0,
         decoupled_weight_decay: bool = False, *, foreach: bool | None = None, maximize: bool = False, capturable: bool = False,
-        differentiable: bool = False,
+        differentiable: bool = False, compile: bool = False,
     ) -> None: ...  # fmt: skip

@@ -109,4 +109,5 @@ class Rprop(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 1e-2, etas: Etas = (0.5, 1.2), step_sizes: StepSizes = (1e-6, 50.0), *,
         capturable: bool = False, foreach: bool | None = None, maximize: bool = False, differentiable: bool = False,
+        compile: bool = False,
     ) -> None: ...  # fmt: skip

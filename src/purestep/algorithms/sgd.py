@@ -63,5 +63,5 @@ class SGD(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 1e-3, momentum: Hyper = 0.0, dampening: Hyper = 0.0, weight_decay: Hyper = 0.0,
         nesterov: bool = False, *, maximize: bool = False, foreach: bool | None = None, differentiable: bool = False,
-        fused: bool | None = None,
+        fused: bool | None = None, compile: bool = False,
     ) -> None: ...  # fmt: skip

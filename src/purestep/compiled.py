@@ -1,0 +1,131 @@
+"""A whole chain as one kernel: its program, compiled by Inductor for vectors of any length.
+
+A program makes one pass over memory for each of its lines; a kernel makes one for all of them. What is compiled is the
+program of one tensor, on vectors, with all that it needs of hyperparameters and counters in one small vector. So one
+kernel, made once for a recipe and a dtype, serves every tensor of every model in the process, and every learning rate.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+from purestep.program import LeafDeclaration, Program, program
+
+WARM = 2**16
+"""A kernel is compiled on vectors of so many elements: the compiler asks them whether threads pay."""
+
+Function: TypeAlias = Callable[..., list[Tensor]]
+
+_kernels: dict[Any, tuple[Function, Function]] = {}
+_lock = threading.Lock()
+
+
+@torch.no_grad()
+def run(
+    recipe: tuple[Any, ...],
+    declarations: Sequence[LeafDeclaration],
+    given: tuple[list[Tensor], list[Tensor], list[Any]],
+    numbers: list[Any],
+    *,
+    apply: bool,
+    donate: bool,
+) -> tuple[Any, ...] | None:
+    """What the program of a recipe returns, as `purestep.blocks.calculate` does; None if it cannot be one kernel.
+
+    The fields of the state may be of other dtypes than the parameters: what is computed is computed in the widest.
+    """
+    split = program(recipe, apply, False, False, *declarations, split=True)
+    if not split.elementwise or split.coefficients is None:
+        return None
+    grads, params, columns = given
+    lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # the compiler would ask of a view what it is a view of
+        vectors = [flat(xs) for xs in zip(*lists)]
+    if not all(vectors):
+        return None
+    found, scalars = split.coefficients(*[c for c in columns if not isinstance(c, list)], *numbers)
+    dtypes = tuple([xs[0].dtype for xs in lists])
+    k = vector(found, precision(widest(dtypes)), params[0].device)
+    plain, kernel = compiled(split, dtypes, k, donate)
+    made = [(kernel if x[0].numel() > 1 else plain)(k, *x) for x in vectors]  # of a single element it would be another
+    news = [[shaped(y, p) for y, p in zip(ys, params)] for ys in zip(*made)]
+    updates = params if apply and donate else news.pop(0)
+    tensors, floats = iter(lists[2:] if donate else news), iter(scalars)
+    return updates, *[next(tensors) if isinstance(c, list) else next(floats) for c in columns]
+
+
+def compiled(split: Program, dtypes: tuple[torch.dtype, ...], k: Tensor, donate: bool) -> tuple[Function, Function]:
+    """The function of the coefficients, a gradient, a parameter and the fields of its state, all of them vectors; and its
+    kernel. They return the update or the new parameter and the new fields, but for what they write in place."""
+    key = (split.name, dtypes, k.device, donate)
+    found = _kernels.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        if key not in _kernels:
+            plain = function(split, widest(dtypes), donate)
+            kernel = torch.compile(plain, dynamic=True, fullgraph=True)
+            kernel(k, *[torch.ones(WARM, dtype=dtype, device=k.device) for dtype in dtypes])
+            _kernels[key] = plain, kernel
+        return _kernels[key]
+
+
+def function(split: Program, dtype: torch.dtype, donate: bool) -> Function:
+    """What is compiled."""
+    run, apply = split.run, split.recipe.apply
+
+    def kernel(k: Tensor, *given: Tensor) -> list[Tensor]:
+        found = run(*[x.to(dtype) for x in given], k)
+        results: list[Tensor] = [x.to(old.dtype) for x, old in zip(found, given[1:])]
+        if not apply and any([x is results[0] for x in results[1:]]):
+            results[0] = results[0].clone()  # updates are handed out; the state's memory may be given away at the next step
+        if not donate:
+            return results
+        for old, x in zip(given[2 - apply :], results[1 - apply :]):
+            old.copy_(x)
+        return results[: 1 - apply]
+
+    # Dynamo counts compilations, and refuses too many, by code object
+    return FunctionType(kernel.__code__.replace(co_name=split.name), kernel.__globals__, split.name, None, kernel.__closure__)
+
+
+def flat(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Tensors of one shape as vectors that share their memory; nothing if their elements are not in the same order."""
+    if all([x.is_contiguous() for x in tensors]):
+        return [x.view(-1) for x in tensors]
+    strides = tensors[0].stride()
+    if any([x.stride() != strides for x in tensors]) or not is_non_overlapping_and_dense_or_false(tensors[0]):
+        return []
+    return [x.as_strided((x.numel(),), (1,)) for x in tensors]
+
+
+def shaped(x: Tensor, like: Tensor) -> Tensor:
+    """A vector as a tensor again."""
+    return x.view(like.shape) if like.is_contiguous() else x.as_strided(like.shape, like.stride())
+
+
+def vector(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers, some of which may live on a device, as one tensor there."""
+    if not any([isinstance(x, Tensor) for x in numbers]):
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.stack(
+        [x.to(device, dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device) for x in numbers]
+    )
+
+
+def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype that all of these promote to."""
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def precision(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the numbers that go with tensors of this one."""
+    return torch.promote_types(dtype, torch.float32)

@@ -246,7 +246,7 @@ def timed(step: Callable[[], None]) -> float:
 
 def progress(rounds: Iterable[int], label: str) -> Iterable[int]:
     """The same rounds, with a progress bar on stderr where tqdm is installed."""
-    return rounds if tqdm is None else tqdm(rounds, desc=label, unit="round", leave=False)
+    return rounds if tqdm is None else tqdm(rounds, desc=label, unit="round", leave=False, disable=None)
 
 
 def spread(values: list[float]) -> float:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from purestep.program import LeafDeclaration, Program, program
 
@@ -24,7 +24,7 @@ WARM = 2**16
 
 Function: TypeAlias = Callable[..., list[Tensor]]
 
-_kernels: dict[Any, tuple[Function, Function]] = {}
+_kernels: dict[Any, Function] = {}
 _lock = threading.Lock()
 
 
@@ -54,27 +54,27 @@ def run(
     found, scalars = split.coefficients(*[c for c in columns if not isinstance(c, list)], *numbers)
     dtypes = tuple([xs[0].dtype for xs in lists])
     k = vector(found, precision(widest(dtypes)), params[0].device)
-    plain, kernel = compiled(split, dtypes, k, donate)
-    made = [(kernel if x[0].numel() > 1 else plain)(k, *x) for x in vectors]  # of a single element it would be another
+    kernel = compiled(split, dtypes, k, donate)
+    made = [kernel(k, *x) for x in vectors]
     news = [[shaped(y, p) for y, p in zip(ys, params)] for ys in zip(*made)]
     updates = params if apply and donate else news.pop(0)
     tensors, floats = iter(lists[2:] if donate else news), iter(scalars)
     return updates, *[next(tensors) if isinstance(c, list) else next(floats) for c in columns]
 
 
-def compiled(split: Program, dtypes: tuple[torch.dtype, ...], k: Tensor, donate: bool) -> tuple[Function, Function]:
-    """The function of the coefficients, a gradient, a parameter and the fields of its state, all of them vectors; and its
-    kernel. They return the update or the new parameter and the new fields, but for what they write in place."""
+def compiled(split: Program, dtypes: tuple[torch.dtype, ...], k: Tensor, donate: bool) -> Function:
+    """The kernel of a program: it takes the coefficients, a gradient, a parameter and the fields of its state, all of them
+    vectors, and returns the update or the new parameter and the new fields, but for what it writes in place."""
     key = (split.name, dtypes, k.device, donate)
     found = _kernels.get(key)
     if found is not None:
         return found
     with _lock:
         if key not in _kernels:
-            plain = function(split, widest(dtypes), donate)
-            kernel = torch.compile(plain, dynamic=True, fullgraph=True)
-            kernel(k, *[torch.ones(WARM, dtype=dtype, device=k.device) for dtype in dtypes])
-            _kernels[key] = plain, kernel
+            given = [k, *[torch.ones(WARM, dtype=dtype, device=k.device) for dtype in dtypes]]
+            graph = make_fx(function(split, widest(dtypes), donate), tracing_mode="symbolic")(*given)
+            like = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+            _kernels[key] = torch._inductor.standalone_compile(graph, like, dynamic_shapes="from_graph")
         return _kernels[key]
 
 
@@ -93,8 +93,7 @@ def function(split: Program, dtype: torch.dtype, donate: bool) -> Function:
             old.copy_(x)
         return results[: 1 - apply]
 
-    # Dynamo counts compilations, and refuses too many, by code object
-    return FunctionType(kernel.__code__.replace(co_name=split.name), kernel.__globals__, split.name, None, kernel.__closure__)
+    return kernel
 
 
 def flat(tensors: tuple[Tensor, ...]) -> list[Tensor]:

@@ -104,6 +104,10 @@ def run(cls: Any, event: Event, **options: Any) -> tuple[list[Tensor], list[Any]
         ("SGD", {"lr": 0.1, "momentum": 0.9}),
         ("SGD", {"lr": 0.1}),
         ("Adagrad", {"lr": 0.1}),
+        ("Adamax", {"lr": 0.1}),
+        ("RMSprop", {"lr": 0.01, "centered": True, "momentum": 0.9}),
+        ("Rprop", {"lr": 0.01}),
+        ("RAdam", {"lr": 0.1}),
     ],
     ids=str,
 )
@@ -115,12 +119,35 @@ def test_whatever_changed_the_numbers_are_torchs(event: str, name: str, options:
     torch.testing.assert_close(our_state, their_state, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("count", [3, 20])
+@pytest.mark.parametrize("name", ["RAdam", "NAdam", "AdamW", "ASGD"])
+def test_the_shorter_way_is_the_same_way(name: str, count: int, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit: with few parameters and with so many that they are packed."""
+    results = []
+    for way in ("shorter", "whole"):
+        if way == "whole":
+            monkeypatch.setattr(engine.Solo, "again", lambda *args: False)
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(3, k + 1, generator=generator)) for k in range(count)]
+        optimizer = getattr(optim, name)(params, **flags)
+        for step in range(6):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            optimizer.step()
+        results.append([params, [optimizer.state[p] for p in params]])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_the_shorter_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[bool] = []
     original = engine.Solo.again
     monkeypatch.setattr(engine.Solo, "again", lambda *args: taken.append(original(*args)) or taken[-1])
-    run(optim.AdamW, EVENTS["no gradient"], lr=0.01)
-    assert taken == [True] * 3 + [False] * 4  # the first step makes the state known; in the end the counters differ
+    for cls in (optim.AdamW, optim.NAdam):
+        taken.clear()
+        run(cls, EVENTS["no gradient"], lr=0.01)
+        assert taken == [True] * 3 + [False] * 4  # the first step makes the state known; in the end the counters differ
 
 
 def test_a_frozen_parameter_gets_no_entry_in_the_state() -> None:

@@ -153,40 +153,57 @@ class Kernel(NamedTuple):
 
 
 class Trust:
-    """The state tensors that a kernel was last given, and need not be looked at again while they are the same objects."""
+    """The tensors that a plan was last run on, and need not be looked at again while they are the same objects."""
 
     def __init__(self) -> None:
         self.dtype: torch.dtype | None = None
         self.sizes: list[int] = []
         self.states: list[list[Tensor]] = []
 
+    def keep(self, params: list[Tensor], states: list[list[Any]]) -> None:
+        """Remember these, if there is nothing special about them."""
+        dtype = params[0].dtype
+        plain = [set(map(type, xs)) <= PLAIN and [x.dtype for x in xs].count(dtype) == len(xs) for xs in states]
+        self.dtype, self.sizes, self.states = dtype, list(map(Tensor.numel, params)) if all(plain) else [], states
+
 
 class Solo(NamedTuple):
-    """A plan that is one call of a kernel, with plain numbers."""
+    """A plan that is one segment, with plain numbers."""
 
-    kernel: Kernel
-    hypers: dict[str, Any]
-    fields: tuple[str, ...]  # of the state, as the kernel knows them
+    segment: Segment
+    kernel: Kernel | None
+    names: tuple[str, ...]  # of the fields that are like the parameters, as a kernel knows them
     keys: tuple[str, ...]  # the same, as the chain's state calls them
-    step: str  # the key of the counter; empty if there is none
-    places: tuple[tuple[int, int], ...]  # the link and the number of each of these fields
-    counter: tuple[int, int]  # of the counter
+    places: tuple[tuple[int, int], ...]  # the item of the segment and the number of each of these fields
+    counters: tuple[tuple[str, int, int], ...]  # the key, the item and the number of those that are one number
 
     @classmethod
     def of(cls, plan: Plan) -> Solo | None:
         """None if there is more to a plan."""
         stage = plan.stages[0]
         segment = plan.segment(stage.positions) if len(plan.stages) == 1 and stage.positions and not stage.masked else None
-        if segment is None or segment.kernel is None or segment.first or segment.numbers is None:
+        if segment is None or segment.numbers is None or segment.first:
             return None
-        places = tuple([(i, f) for i, _, info in segment.items for f in info.tensors])
-        names, keys = ([column[i][f] for i, f in places] for column in ([x.names for x in plan.fields], plan.keys))
-        counters = [(i, info.step) for i, _, info in segment.items if info.step >= 0]
-        step, counter = ("step", counters[0]) if counters else ("", (-1, -1))
-        return cls(segment.kernel, segment.hypers, tuple(names), tuple(keys), step, places, counter)
+        places = tuple([(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.tensors])
+        names, keys = [], []
+        for j, f in places:
+            i, _, info = segment.items[j]
+            names.append(info.names[f])
+            keys.append(plan.keys[i][f])
+        counters = tuple(
+            [(plan.keys[i][f], j, f) for j, (i, _, info) in enumerate(segment.items) for f, s in enumerate(info.scalars) if s]
+        )
+        return cls(segment, segment.kernel, tuple(names), tuple(keys), places, counters)
 
-    def again(self, trust: Trust, grads: list[Any], params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
-        """The update that a kernel made last, with new gradients and numbers, and nothing on the way to it.
+    def again(
+        self,
+        trust: Trust,
+        grads: list[Any],
+        params: list[Tensor],
+        states: Sequence[Mapping[str, Any]],
+        executor: Executor | None = None,
+    ) -> bool:
+        """The update that was made last, with new gradients and numbers, and nothing on the way to it.
 
         Nothing has changed if it is False: then more is new than those, and it takes a `Call` to look at it.
         """
@@ -203,25 +220,55 @@ class Solo(NamedTuple):
                 and all(map(Tensor.is_contiguous, xs))
             ):
                 return False
-        counters = [s.get(self.step) for s in states] if self.step else [torch.zeros(())]
-        if not one(counters, "program") or not isinstance(counters[0], Tensor) or not counters[0].is_cpu:
-            return False
-        before = counters[0].item()
-        after = stored(counters[0], before + 1)
-        self.run(params, grads, trust.states, before, after)
-        for s in states if self.step else ():
-            s[self.step] = after  # type: ignore[index]
+        counts: list[Tensor] = []
+        for key, _, _ in self.counters:
+            found = [s.get(key) for s in states]
+            if not one(found, "program") or not isinstance(found[0], Tensor) or not found[0].is_cpu:
+                return False
+            counts.append(found[0])
+        if self.kernel is not None and executor in (None, "fused"):
+            before = counts[0].item() if counts else 0
+            after = [stored(x, x.item() + 1) for x in counts]
+            self.run(params, grads, trust.states, before, after[0] if after else torch.zeros(()))
+        else:
+            after = self.repeat(trust, grads, params, counts, states, executor)
+        for (key, _, _), x in zip(self.counters, after):
+            for s in states:
+                s[key] = x  # type: ignore[index]
         return True
 
+    def repeat(
+        self, trust: Trust, grads: list[Any], params: list[Tensor], counts: list[Tensor], states: Any, executor: Executor | None
+    ) -> list[Tensor]:
+        """The program of the plan, in place; the new counters."""
+        fields: list[list[Any]] = [[None] * len(info.names) for _, _, info in self.segment.items]
+        for (j, f), column in zip(self.places, trust.states):
+            fields[j][f] = column
+        for (_, j, f), x in zip(self.counters, counts):
+            fields[j][f] = [x]
+        call = Call(
+            grads, params, [], lambda masks: [], "program",
+            apply=True, donate=True, alone=False, executor=executor, trust=trust, seen=True,
+        )  # fmt: skip
+        _, news = call.execute(self.segment, grads, params, fields, True)
+        for key, column, (j, f) in zip(self.keys, trust.states, self.places):
+            if not all(map(operator.is_, column, news[j][f])):
+                for s, x in zip(states, news[j][f]):
+                    s[key] = x
+        torch.autograd.graph.increment_version(params)
+        return [stored(x, news[j][f]) for (_, j, f), x in zip(self.counters, counts)]
+
     def at_once(self, grads: list[Any], params: list[Any], states: list[Any]) -> bool:
-        """The update of parameters and states that were given away, all of them in place, if nothing is special about any.
+        """The update of parameters and states that were given away, all of them in place, by a kernel, if there is one and
+        nothing is special about any of them.
 
         Nothing has changed if it is False: then it takes a `Call`, or an error, to say what is.
         """
-        columns = [states[i][f] for i, f in self.places]
-        counters = states[self.counter[0]][self.counter[1]] if self.step else [torch.zeros(())]
-        if choose(None) != "program" or not params or type(params[0]) not in PLAIN:
+        if self.kernel is None or choose(None) != "program" or not params or type(params[0]) not in PLAIN:
             return False
+        links = [i for i, _, _ in self.segment.items]
+        columns = [states[links[j]][f] for j, f in self.places]
+        counters = [states[links[j]][f] for _, j, f in self.counters]
         dtype, shapes, n = params[0].dtype, [p.shape if type(p) in PLAIN else None for p in params], len(params)
         for xs in (params, grads, *columns):
             if not (
@@ -231,21 +278,21 @@ class Solo(NamedTuple):
                 and all([x.is_cpu and x.layout is torch.strided and x.is_contiguous() for x in xs])
             ):
                 return False
-        if torch.is_grad_enabled() and any([any([x.requires_grad for x in xs]) for xs in (params, grads, counters, *columns)]):
+        if torch.is_grad_enabled() and any([any([x.requires_grad for x in xs]) for xs in (params, grads, *counters, *columns)]):
             return False
-        count = counters[0]
-        if dtype not in FUSED_DTYPES or not one(counters, "program") or type(count) is not Tensor or not count.is_cpu:
+        if dtype not in FUSED_DTYPES or not all([one(c, "program") and type(c[0]) is Tensor and c[0].is_cpu for c in counters]):
             return False
-        before = count.item()
-        self.run(params, grads, columns, before, count.fill_(before + 1))
+        before = counters[0][0].item() if counters else 0
+        after = [c[0].add_(1) for c in counters]
+        self.run(params, grads, columns, before, after[0] if after else torch.zeros(()))
         torch.autograd.graph.increment_version(flat.from_iterable(columns))
         return True
 
     def run(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], before: float, after: Tensor) -> None:
         """Call the kernel, in place."""
-        given = {**dict(zip(self.fields, states)), "step": lambda: after}
+        given = {**dict(zip(self.names, states)), "step": lambda: after}
         with torch._C._AutoDispatchBelowAutograd():
-            self.kernel.run(params, grads, given, self.hypers, before)
+            self.kernel.run(params, grads, given, self.segment.hypers, before)  # type: ignore[union-attr]
         torch.autograd.graph.increment_version(params)
 
 
@@ -428,6 +475,7 @@ class Segment:
         self.hypers = arguments_of(values)
         self.scratch: list[Scratch] = []  # taken out while in use
         self.kernel: Kernel | None = None
+        self.first = 0
         self.head = self.tail = self
         for kernel in KERNELS:
             k = tail(kernel, self.declarations)
@@ -493,8 +541,8 @@ class Call:
     parameters (or, in a whole transform, also a value of its own). Every parameter has a gradient: the others never get
     here. `mask` says which of these parameters some masks select.
     `alone` says that no one else holds their counters. With `trust` the
-    state is the caller's own: no one looks at its version counters, and it is inspected once. `extras` are the arguments
-    that some whole transforms ask for at each update.
+    state is the caller's own: no one looks at its version counters, and it is inspected once; `seen` says that it has been.
+    `extras` are the arguments that some whole transforms ask for at each update.
     """
 
     def __init__(
@@ -510,11 +558,12 @@ class Call:
         alone: bool,
         executor: Executor | None,
         trust: Trust | None = None,
+        seen: bool = False,
         extras: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.grads, self.params, self.states = grads, params, states
         self.mask, self.mode, self.apply, self.donate, self.alone = mask, mode, apply, donate, alone
-        self.executor, self.trust, self.extras = executor, trust, extras
+        self.executor, self.trust, self.seen, self.extras = executor, trust, seen, extras
         self.own = False  # whether the gradients' memory is ours: true once a link has made new ones
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
         self.level = Level.now() if mode == "leaf" and executor is None else None  # of vmap, if it can be stepped out of
@@ -702,11 +751,10 @@ class Call:
             kinds = [info.scalars for _, _, info in segment.items]
             fields = [[c if scalar else real(c) for c, scalar in zip(own, scalars)] for own, scalars in zip(fields, kinds)]
         if self.mode == "program":
-            below = torch._C._AutoDispatchBelowAutograd  # nothing requires grad; to ask each tensor costs a tenth of a step
-            with nullcontext() if self.executor == "compiled" else below():
-                packs = self.executor in (None, "compiled")
-                packed = self.packed(segment, grads, params, fields, apply) if packs else None
-                updates, news = packed or self.program(segment, grads, params, fields, apply)
+            updates, news = self.execute(segment, grads, params, fields, apply)
+            kernel = segment.kernel is not None and self.executor in (None, "fused")  # which keeps its own
+            if self.trust is not None and self.donate and apply and rows is None and not complex_ and not kernel:
+                self.trust.keep(params, [new[f] for (_, _, info), new in zip(segment.items, news) for f in info.tensors])
             if self.donate:  # what was written in place, below autograd's sight
                 written = list(params) if apply else []
                 if self.trust is None:
@@ -727,6 +775,14 @@ class Call:
                     x = imaginary(x)
                 self.states[i][f] = x if rows is None else put(self.states[i][f], rows, x)
         return imaginary(updates) if complex_ else updates
+
+    def execute(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+        """Run these links, in the way that suits the tensors; what it writes in place is below autograd's sight."""
+        below = torch._C._AutoDispatchBelowAutograd  # nothing requires grad; to ask each tensor costs a tenth of a step
+        with nullcontext() if self.executor == "compiled" else below():
+            packs = self.executor in (None, "compiled")
+            packed = self.packed(segment, grads, params, fields, apply) if packs else None
+            return packed or self.program(segment, grads, params, fields, apply)
 
     # -- mode: leaf
 
@@ -848,7 +904,7 @@ class Call:
     def packed(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any] | None:
         """Many small tensors as one, if that is possible."""
         kernel = apply and segment.kernel is not None and self.executor != "compiled"
-        if kernel or not (small(params) and small(grads)):
+        if kernel or not (small(params) and (self.seen or small(grads))):
             return None  # on small tensors a kernel costs less than to gather them
         recipe = program(details(segment, absent(fields)), False, True, self.donate, *segment.declarations)
         columns = [(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.tensors if fields[j][f][0] is not None]
@@ -856,7 +912,9 @@ class Call:
             return None
         lists = [grads, params, *[fields[j][f] for j, f in columns]]
         dtype, shapes = params[0].dtype, [p.shape for p in params]
-        if not all([[x.dtype for x in xs].count(dtype) == len(shapes) and [x.shape for x in xs] == shapes for xs in lists]):
+        if not self.seen and not all(
+            [[x.dtype for x in xs].count(dtype) == len(shapes) and [x.shape for x in xs] == shapes for xs in lists]
+        ):
             return None
         scratch = segment.scratch.pop() if segment.scratch else None
         if scratch is None or scratch.shapes != shapes or scratch.dtype != dtype:

@@ -462,15 +462,15 @@ class Optimizer(torch.optim.Optimizer):
 
     def _again(self, group: dict[str, Any], transform: Transform) -> bool:
         """What `_advance` did last, without what has to be asked only once; False, and nothing done, if more is new."""
-        trust, params = self._trust.get(id(group)), group["params"]
-        if trust is None or not params or self._untouched or self._executor(group) not in (None, "fused"):
+        trust, params, executor = self._trust.get(id(group)), group["params"], self._executor(group)
+        if trust is None or not params or self._untouched or executor == "leaf":
             return False
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         solo = transform.plan.solo
         if solo is None:
             return False
-        return solo.again(trust, [p.grad for p in params], params, [self.state.get(p, NOTHING) for p in params])
+        return solo.again(trust, [p.grad for p in params], params, [self.state.get(p, NOTHING) for p in params], executor)
 
     def _advance(
         self, groups: list[tuple[dict[str, Any], Transform]], extras: Mapping[str, Any] = NOTHING, loss: Any = None
@@ -528,7 +528,7 @@ class Optimizer(torch.optim.Optimizer):
         call = Call(
             grads, given, columns, lambda masks: self._selected(masks, params), mode,
             apply=True, donate=not torch.is_grad_enabled(), alone=alone and not params[0].is_cpu, executor=executor,
-            trust=self._trust.setdefault(id(groups[0][0]), Trust()),
+            trust=self._trust.setdefault(id(groups[0][0]), Trust()) if touched is None else Trust(),
             extras=extras,
         )  # fmt: skip
         try:

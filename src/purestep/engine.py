@@ -33,11 +33,11 @@ from torch.utils import _pytree as pytree
 
 from purestep import batches, compiled, maths
 from purestep.batches import Level
-from purestep.blocks import calculate, pieces
+from purestep.blocks import SHORT, calculate, pieces
 from purestep.masks import Label
 from purestep.maths import Scalar
 from purestep.packing import COUNT, SIZE, Scratch, small, split
-from purestep.program import call, program, runner
+from purestep.program import Program, call, program, runner
 from purestep.value import Declaration, Schedule, Value
 
 Executor: TypeAlias = Literal["leaf", "foreach", "fused", "compiled"]
@@ -486,11 +486,10 @@ class Segment:
                 self.first = k
                 break
 
-    @functools.cached_property
-    def joins(self) -> bool:
-        """Whether all parameters may as well be one vector: of a state that has all its fields."""
+    def joins(self, params: list[Tensor]) -> bool:
+        """Whether these may as well be one vector: of a state that has all its fields."""
         recipe = details(self, tuple([(False,) * len(info.names) for _, _, info in self.items]))
-        return program(recipe, True, False, False, *self.declarations, single=True).elementwise
+        return joinable(params, program(recipe, True, False, False, *self.declarations, single=True))
 
 
 def constants(values: Sequence[Primitive]) -> list[Any] | None:
@@ -827,8 +826,8 @@ class Call:
             return stacked
         if (
             together
-            and joinable(params)
-            and program(recipe, apply, False, False, *segment.declarations, single=True).elementwise
+            and not torch.compiler.is_compiling()  # the compiler finds out for itself
+            and joinable(params, program(recipe, apply, False, False, *segment.declarations, single=True))
         ):
             flats = [
                 [c[0] if s or c[0] is None else flattened(c) for c, s in zip(own, info.scalars)]
@@ -1253,14 +1252,16 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 JOINED = 2**13
-"""Parameters of so many elements on average are treated as one vector where their derivatives are recorded."""
+"""Parameters of so many elements on average are treated as one vector where their derivatives are recorded; four times as
+many where there are more operations than a `SHORT` program has, which then run once."""
 
 
-def joinable(params: list[Tensor]) -> bool:
+def joinable(params: list[Tensor], program: Program) -> bool:
     """Whether it costs less to put tensors together, compute once, and take the result apart, than to compute often."""
-    if len(params) < 2 or torch.compiler.is_compiling():  # the compiler finds out for itself
+    if len(params) < 2 or not program.elementwise:
         return False
-    return sum([maths.bottom(p)[0].numel() for p in params]) <= JOINED * len(params)
+    limit = JOINED if program.length <= SHORT else 4 * JOINED
+    return sum([maths.bottom(p)[0].numel() for p in params]) <= limit * len(params)
 
 
 def agree(counters: list[Any]) -> bool:

@@ -37,7 +37,6 @@ from purestep.engine import (
     fresh_state,
     fresh_whole_state,
     is_off,
-    joinable,
     parted,
     pick,
     put,
@@ -285,17 +284,18 @@ class Transform:
         stages = self.plan.stages
         if len(stages) != 1 or stages[0].whole or stages[0].masked or not all([isinstance(p, Tensor) for p in leaves]):
             return False
+        if torch.compiler.is_compiling():  # the compiler finds out for itself
+            return False
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
         fields = [x for s in states for x in s]
         return (
             len({(p.dtype, p.device) for p in leaves}) == 1
-            and joinable(leaves)
             and all([x is not None for c in fields for x in c])
             and all([agree(c) for c in self._counters(states)])
             and all(
                 [x.dtype == p.dtype for s, f in zip(states, self.plan.fields) for k in f.tensors for x, p in zip(s[k], leaves)]
             )
-            and self.plan.segment(stages[0].positions).joins
+            and self.plan.segment(stages[0].positions).joins(leaves)
         )
 
     def _counters(self, states: list[Any]) -> list[Any]:

@@ -441,6 +441,15 @@ class Optimizer(torch.optim.Optimizer):
             torch._C._set_grad_enabled(grad)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, or set them to zero; see `torch.optim.Optimizer.zero_grad`."""
+        if not set_to_none or _profiler_enabled():
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
     def _extras(self, plan: Plan, closure: Any, loss: Any) -> dict[str, Any]:
         """What transforms ask for at each update, as far as a closure and its last value can give it."""
         for link in plan.links:

@@ -1,11 +1,22 @@
-"""What is measured: algorithms, sets of parameters, and the ways of taking one step, purestep's and its peers'."""
+"""What is measured: algorithms and chains, sets of parameters, and the ways of taking one step, purestep's and its peers'.
+
+The modes of an *algorithm* are found: a library has it under its name, with these options and flags, or it has not. A
+*chain* is composed, and so its counterparts are written out here, as a training loop has them: torch's pieces one after
+another, all of them timed.
+
+Clipping is the one piece that spoils what it is given: `torch.nn.utils.clip_grad_norm_` scales the gradients in place,
+where `clip_by_global_norm` leaves them alone. In training the backward pass has just written them, and writes them again
+for the next step, so neither is to be charged for a copy. Therefore all modes of such a chain share one set of gradients
+that may be written to, and before each step of each mode, outside of what is timed, it is filled anew: every mode finds the
+same numbers, in caches that are in the same state.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -22,6 +33,7 @@ except ImportError:
 
 Shape: TypeAlias = tuple[int, ...]
 Gradient: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
+Leaves: TypeAlias = list[torch.nn.Parameter]
 
 
 # ------------------------------------------------------------------------------------------------------------- algorithms
@@ -59,22 +71,41 @@ def numbers(gradient: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Algorithm:
-    """An algorithm, and what it is measured with. Which modes it has is what the signatures of its factories say."""
+class Subject:
+    """An algorithm or a chain, and what it is measured with."""
 
-    key: str  # in purestep and torchopt, whose factories are functions
-    name: str  # in torch.optim and purestep.optim, whose factories are classes
-    options: Mapping[str, Any]
-    words: int  # numbers that a step has to read or write, each once, per number of the gradient
+    key: str
+    name: str  # in tables
+    _: KW_ONLY
+    words: int | Callable[[Shape], int]  # numbers that a step has to read or write, each once, per number of the gradient
     takes: Callable[[Shape], bool] = every  # which tensors of a set
     gradient: Gradient = dense
     closure: bool = False  # whether a step evaluates loss and gradient itself
+    spends: bool = False  # whether some mode writes to the gradients, which are then filled anew before each step
     tolerance: float = 1e-4  # between modes after all steps, relative to the farthest that a parameter has moved
+    looser: Mapping[str, float] = field(default_factory=dict)  # the tolerances of modes that need other ones
     without: Mapping[str, str] = field(default_factory=dict)  # modes that are left out, and why
     note: str = ""  # for the reader of a table
 
+    def traffic(self, grads: list[Tensor]) -> int:
+        """The bytes that a step has to move."""
+        words = self.words if callable(self.words) else lambda shape, words=self.words: words
+        return sum(words(tuple(g.shape)) * 4 * numbers(g).numel() for g in grads)
+
+
+@dataclass(frozen=True)
+class Algorithm(Subject):
+    """An algorithm. Which modes it has is what the signatures of its factories say.
+
+    The key is its name in purestep and torchopt, whose factories are functions; the name is that in torch.optim and
+    purestep.optim, whose factories are classes.
+    """
+
+    options: Mapping[str, Any]
+
 
 HISTORY, ITERATIONS = 2, 2  # of L-BFGS
+ROUNDED = 5e-2  # Muon computes in bfloat16, and compiled code does not round what stays within a kernel
 
 ALGORITHMS = {
     algorithm.key: algorithm
@@ -84,7 +115,8 @@ ALGORITHMS = {
         Algorithm("sgd", "SGD", {"lr": 1e-3, "momentum": 0.9}, words=5),  # reads p, g, b; writes p, b
         Algorithm("adamax", "Adamax", {"lr": 1e-3, "eps": 1e-8}, words=7),  # as Adam; torchopt has another eps by default
         Algorithm("nadam", "NAdam", {"lr": 1e-3}, words=7),  # as Adam
-        Algorithm("radam", "RAdam", {"lr": 1e-2, "eps": 1e-8}, words=7),  # as Adam; torchopt has another eps by default
+        # As Adam; torchopt has another eps by default. Compiled, torch's rectification is in float32, where it cancels.
+        Algorithm("radam", "RAdam", {"lr": 1e-2, "eps": 1e-8}, words=7, looser={"torch compiled": 5e-3}),
         Algorithm("adagrad", "Adagrad", {"lr": 1e-3}, words=5),  # reads p, g, sum; writes p, sum
         Algorithm("adadelta", "Adadelta", {"lr": 1.0}, words=7),  # reads p, g, v, delta; writes p, v, delta
         Algorithm("rmsprop", "RMSprop", {"lr": 1e-3}, words=5),  # reads p, g, v; writes p, v
@@ -96,7 +128,15 @@ ALGORITHMS = {
         # torch.norm, with which torch's takes root mean squares, gives 0.24 % too little for the 38.6 M of the token embedding.
         Algorithm("adafactor", "Adafactor", {"lr": 1e-3}, words=3, tolerance=5e-3),
         # Reads p, g, b; writes p, b. What takes the time is the matrix products, of which the floor knows nothing.
-        Algorithm("muon", "Muon", {"lr": 1e-3}, words=5, takes=hidden, note="the matrices without the token embedding"),
+        Algorithm(
+            "muon",
+            "Muon",
+            {"lr": 1e-3},
+            words=5,
+            takes=hidden,
+            looser={"torch compiled": ROUNDED},
+            note="the matrices without the token embedding",
+        ),
         Algorithm(
             "sparse_adam",
             "SparseAdam",
@@ -144,9 +184,9 @@ class ParameterSet:
         """The size of the parameters, which are float32."""
         return 4 * self.parameters
 
-    def of(self, algorithm: Algorithm) -> ParameterSet:
-        """The tensors among these that the algorithm takes."""
-        return replace(self, shapes=[shape for shape in self.shapes if algorithm.takes(shape)])
+    def of(self, subject: Subject) -> ParameterSet:
+        """The tensors among these that an algorithm or a chain takes."""
+        return replace(self, shapes=[shape for shape in self.shapes if subject.takes(shape)])
 
     def draw(self, seed: int, gradient: Gradient = dense) -> list[Tensor]:
         """Normal numbers in these shapes, the same for the same seed."""
@@ -167,6 +207,27 @@ def many() -> list[Shape]:
     return [(46, 46), (46,)] * 400
 
 
+def resnet() -> list[Shape]:
+    """The 161 tensors of ResNet-50, 25.6 M parameters: a few large convolutions among many small vectors.
+
+    53 convolutions without bias, each under a batch norm with weight and bias, and one linear layer.
+    """
+    expansion, classes = 4, 1000
+
+    def convolution(inputs: int, outputs: int, size: int) -> list[Shape]:
+        return [(outputs, inputs, size, size), (outputs,), (outputs,)]
+
+    shapes, inputs = convolution(3, 64, 7), 64
+    for width, blocks in zip((64, 128, 256, 512), (3, 4, 6, 3)):
+        for block in range(blocks):
+            outputs = expansion * width
+            shapes += [*convolution(inputs, width, 1), *convolution(width, width, 3), *convolution(width, outputs, 1)]
+            if block == 0:  # the shortcut past it has to change the width too
+                shapes += convolution(inputs, outputs, 1)
+            inputs = outputs
+    return [*shapes, (classes, inputs), (classes,)]
+
+
 def gpt2() -> list[Shape]:
     """The 148 tensors of the smallest GPT-2, with MLPs 1472 wide instead of 3072: 94.9 M parameters instead of 124.4 M.
 
@@ -183,6 +244,7 @@ def gpt2() -> list[Shape]:
 SETS = {
     "mlp": ParameterSet("mlp", mlp(), rounds=1000),
     "many": ParameterSet("many", many(), rounds=200),
+    "resnet": ParameterSet("resnet", resnet(), rounds=60),
     "gpt2": ParameterSet("gpt2", gpt2(), rounds=30),
 }
 
@@ -205,16 +267,22 @@ class Run(Protocol):
 class Stateful:
     """An optimizer with the interface of `torch.optim`."""
 
-    def __init__(self, factory: Callable[..., Any], algorithm: Algorithm, params: list[Tensor], grads: list[Tensor]) -> None:
-        self.leaves = [torch.nn.Parameter(p) for p in params]
-        for p, g in zip(self.leaves, grads):
-            p.grad = torch.empty_like(p) if algorithm.closure else g
-        self.closure = bowl(self.leaves) if algorithm.closure else None
-        self.optimizer = factory(self.leaves)
+    def __init__(
+        self,
+        factory: Callable[..., Any],
+        subject: Subject,
+        params: list[Tensor],
+        grads: list[Tensor],
+        compiled: bool = False,
+    ) -> None:
+        self.leaves = leaves_of(params, None if subject.closure else grads)
+        self.closure = bowl(self.leaves) if subject.closure else None
+        step = factory(self.leaves).step
+        self.advance = torch.compile(step) if compiled else step
 
     def step(self) -> None:
         """Update the parameters in place."""
-        self.optimizer.step(self.closure)
+        self.advance(self.closure)
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now."""
@@ -225,16 +293,26 @@ class Functional:
     """A transform of purestep, on dicts of tensors."""
 
     def __init__(
-        self, factory: Callable[..., Any], algorithm: Algorithm, params: list[Tensor], grads: list[Tensor], donate: bool
+        self,
+        factory: Callable[..., Any],
+        subject: Subject,
+        params: list[Tensor],
+        grads: list[Tensor],
+        donate: bool,
+        compiled: bool = False,
     ) -> None:
         self.transform = factory()
-        self.params, self.grads, self.donate = named(params), named(grads), donate
-        self.extras: dict[str, Any] = {"value_and_grad": functional_bowl} if algorithm.closure else {}
+        self.params, self.grads = named(params), named(grads)
+        self.options: dict[str, Any] = {"donate": donate}
+        if compiled:
+            self.options["compile"] = True
+        if subject.closure:
+            self.options["value_and_grad"] = functional_bowl
         self.state = self.transform.init_state(self.params)
 
     def step(self) -> None:
         """Replace parameters and state by the next ones, or update them in place if they are donated."""
-        self.params, self.state = self.transform.step(self.grads, self.state, self.params, donate=self.donate, **self.extras)
+        self.params, self.state = self.transform.step(self.grads, self.state, self.params, **self.options)
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now."""
@@ -244,7 +322,7 @@ class Functional:
 class TorchOpt:
     """A transformation of torchopt, on dicts of tensors, which it leaves as they are."""
 
-    def __init__(self, factory: Callable[..., Any], algorithm: Algorithm, params: list[Tensor], grads: list[Tensor]) -> None:
+    def __init__(self, factory: Callable[..., Any], subject: Subject, params: list[Tensor], grads: list[Tensor]) -> None:
         self.transform = factory()
         self.params, self.grads = named(params), named(grads)
         self.state = self.transform.init(self.params)
@@ -259,12 +337,48 @@ class TorchOpt:
         return list(self.params.values())
 
 
+class Loop:
+    """Pieces of torch put together by hand, as the loop around a model has them."""
+
+    def __init__(self, leaves: Leaves, step: Callable[[], None]) -> None:
+        self.leaves, self.advance = leaves, step
+
+    def step(self) -> None:
+        """Update the parameters in place."""
+        self.advance()
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters as they are now."""
+        return [p.detach() for p in self.leaves]
+
+
+class Repeated:
+    """Several steps of another run as one: what acts at every fourth step has no other step that means anything."""
+
+    def __init__(self, run: Run, times: int) -> None:
+        self.run, self.times = run, times
+        self.parameters = run.parameters
+
+    def step(self) -> None:
+        """Take all of them."""
+        for _ in range(self.times):
+            self.run.step()
+
+
+def leaves_of(params: list[Tensor], grads: list[Tensor] | None) -> Leaves:
+    """Parameters that have these gradients, or gradients that are still to be computed."""
+    leaves = [torch.nn.Parameter(p) for p in params]
+    for i, p in enumerate(leaves):
+        p.grad = torch.empty_like(p) if grads is None else grads[i]
+    return leaves
+
+
 def named(tensors: list[Tensor]) -> dict[str, Tensor]:
     """A flat dict, as `dict(model.named_parameters())` is one. Names of one length sort in the order of the list."""
     return {f"parameter{i:04d}": x for i, x in enumerate(tensors)}
 
 
-def bowl(leaves: list[torch.nn.Parameter]) -> Callable[[], Tensor]:
+def bowl(leaves: Leaves) -> Callable[[], Tensor]:
     """A closure that costs little: a sum of squares, whose gradient is the parameters, or twice them in every other tensor.
 
     Gradients that stayed the same would never enter the history of L-BFGS: its cost would not be measured. The loss is not
@@ -295,12 +409,15 @@ class Mode:
     library: Any
     case: Literal["key", "name"]  # under which of its names the library has an algorithm
     flags: Mapping[str, Any] = field(default_factory=dict)
+    classed: str | None = None  # a flag that the class in purestep.optim has to have, where the factory has none
 
     def factory(self, algorithm: Algorithm) -> Callable[..., Any] | None:
         """What makes the optimizer; None if the library does not have it, or not with these options and flags."""
         found = getattr(self.library, algorithm.key if self.case == "key" else algorithm.name, None)
         wanted = {**algorithm.options, **self.flags}
         if found is None or not wanted.keys() <= inspect.signature(found).parameters.keys():
+            return None
+        if self.classed and self.classed not in inspect.signature(getattr(optim, algorithm.name)).parameters:
             return None
         return partial(found, **wanted)
 
@@ -314,22 +431,242 @@ class Mode:
 
 TORCH = ("torch default", "torch loop", "torch foreach", "torch fused")
 WRAPPER = ("wrapper", "wrapper foreach", "wrapper compiled")
+COMPILED = ("torch compiled", "wrapper compiled", "donated compiled")
+ON_REQUEST = ("torch compiled",)  # it compiles for minutes on many tensors, and is not among those that "torch's best" is of
 
 MODES = {
     "torch default": Mode(Stateful, torch.optim, "name"),
     "torch loop": Mode(Stateful, torch.optim, "name", {"foreach": False}),
     "torch foreach": Mode(Stateful, torch.optim, "name", {"foreach": True}),
     "torch fused": Mode(Stateful, torch.optim, "name", {"fused": True}),  # every class that has this flag has it for CPUs
+    "torch compiled": Mode(partial(Stateful, compiled=True), torch.optim, "name"),
     "wrapper": Mode(Stateful, optim, "name"),
     "wrapper foreach": Mode(Stateful, optim, "name", {"foreach": True}),
     "wrapper compiled": Mode(Stateful, optim, "name", {"compile": True}),
     "donated": Mode(partial(Functional, donate=True), purestep, "key"),
+    "donated compiled": Mode(partial(Functional, donate=True, compiled=True), purestep, "key", classed="compile"),
     "pure": Mode(partial(Functional, donate=False), purestep, "key"),
 }
 if torchopt is not None:
     MODES["torchopt"] = Mode(TorchOpt, torchopt, "key")
 
 
-def modes_of(algorithm: Algorithm) -> list[str]:
-    """The modes that an algorithm can be measured in."""
-    return [name for name, mode in MODES.items() if name not in algorithm.without and mode.factory(algorithm)]
+# ----------------------------------------------------------------------------------------------------------------- chains
+
+
+Start: TypeAlias = Callable[[list[Tensor], list[Tensor]], Run]
+"""What makes a run from parameters, which it takes over, and gradients."""
+
+
+@dataclass(frozen=True)
+class Chain(Subject):
+    """A composed transform, and what others do instead."""
+
+    transform: Callable[[], purestep.Transform]
+    others: Mapping[str, Start]  # by mode
+    _: KW_ONLY
+    times: int = 1  # how many gradients make one step
+
+    def starts(self) -> dict[str, Start]:
+        """What begins each of its modes."""
+
+        def wrapper(**flags: Any) -> Start:
+            return lambda params, grads: self.repeated(
+                Stateful(lambda leaves: optim.Optimizer(leaves, self.transform(), **flags), self, params, grads)
+            )
+
+        def functional(**flags: Any) -> Start:
+            return lambda params, grads: self.repeated(Functional(self.transform, self, params, grads, **flags))
+
+        return {
+            **self.others,
+            "wrapper": wrapper(),
+            "wrapper compiled": wrapper(compile=True),
+            "donated": functional(donate=True),
+            "donated compiled": functional(donate=True, compiled=True),
+            "pure": functional(donate=False),
+        }
+
+    def repeated(self, run: Run) -> Run:
+        """The same run, with all the gradients of a step in one."""
+        return run if self.times == 1 else Repeated(run, self.times)
+
+
+# The learning rate starts above zero: without a first step modes would differ in nothing. Adam undoes what scales all
+# gradients alike, but for eps: with this one, a gradient that was not clipped takes the parameters elsewhere.
+PEAK, WARM_UP_STEPS, TOTAL_STEPS, EPS = 1e-3, 10, 2000, 1e-4
+NESTEROV: Mapping[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+LR = {"hidden": 1e-3, "rest": 1e-3}
+ACCUMULATED = 4
+
+
+def warmed_up(step: int) -> float:
+    """The share of the peak that `purestep.schedules.warmup_cosine` has at this step, as one writes it for torch."""
+    if step < WARM_UP_STEPS:
+        return (1 + step * (WARM_UP_STEPS - 1) / WARM_UP_STEPS) / WARM_UP_STEPS
+    return 0.5 * (1 + math.cos(math.pi * min((step - WARM_UP_STEPS) / (TOTAL_STEPS - WARM_UP_STEPS), 1.0)))
+
+
+def scheduled() -> purestep.schedules.Schedule:
+    """The same as a schedule of purestep."""
+    return purestep.schedules.warmup_cosine(
+        PEAK, warmup_steps=WARM_UP_STEPS, total_steps=TOTAL_STEPS, start=PEAK / WARM_UP_STEPS
+    )
+
+
+def clip_adamw(
+    params: list[Tensor], grads: list[Tensor], clip: bool | None = None, compiled: bool = False, **flags: Any
+) -> Run:
+    """Clipping, AdamW and its scheduler, one after another. `LambdaLR` is the cheapest of torch's schedulers that do this."""
+    leaves = leaves_of(params, grads)
+    # Compiled code takes a number for a constant, and would be compiled again for the next learning rate.
+    optimizer = torch.optim.AdamW(leaves, lr=torch.tensor(PEAK) if compiled else PEAK, eps=EPS, **flags)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmed_up)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(leaves, 1.0, foreach=clip)
+        optimizer.step()
+
+    run = torch.compile(update) if compiled else update
+
+    def step() -> None:
+        run()
+        scheduler.step()
+
+    return Loop(leaves, step)
+
+
+def clip_adamw_torchopt(params: list[Tensor], grads: list[Tensor]) -> Run:
+    """The same chain in torchopt."""
+
+    def factory() -> Any:
+        return torchopt.chain(
+            torchopt.clip.clip_grad_norm(1.0), torchopt.adamw(lr=lambda step: PEAK * warmed_up(int(step)), eps=EPS)
+        )
+
+    return TorchOpt(factory, CHAINS["clip_adamw"], params, grads)
+
+
+def sgd_nesterov(params: list[Tensor], grads: list[Tensor], compiled: bool = False, **flags: Any) -> Run:
+    """SGD as torch has it, all in one."""
+    factory = partial(torch.optim.SGD, **NESTEROV, **flags)
+    return Stateful(factory, CHAINS["sgd_nesterov"], params, grads, compiled)
+
+
+def muon_adamw(params: list[Tensor], grads: list[Tensor], compiled: bool = False, **flags: Any) -> Run:
+    """Two optimizers, each for its part."""
+    leaves = leaves_of(params, grads)
+    muon = torch.optim.Muon([p for p in leaves if hidden(tuple(p.shape))], lr=LR["hidden"])
+    adamw = torch.optim.AdamW([p for p in leaves if not hidden(tuple(p.shape))], lr=LR["rest"], **flags)
+
+    def step() -> None:
+        muon.step()
+        adamw.step()
+
+    return Loop(leaves, torch.compile(step) if compiled else step)
+
+
+def accumulate_adamw(params: list[Tensor], grads: list[Tensor], compiled: bool = False, **flags: Any) -> Run:
+    """The first gradient is copied, which spares filling the sum with zeros, and the others are added to it."""
+    leaves = leaves_of(params, [torch.zeros_like(p) for p in params])
+    sums = [p.grad for p in leaves if p.grad is not None]
+    optimizer = torch.optim.AdamW(leaves, lr=PEAK, eps=EPS, **flags)
+
+    def step() -> None:
+        torch._foreach_copy_(sums, grads)
+        for _ in range(ACCUMULATED - 1):
+            torch._foreach_add_(sums, grads)
+        optimizer.step()
+
+    return Loop(leaves, torch.compile(step) if compiled else step)
+
+
+CHAINS: dict[str, Chain] = {
+    chain.key: chain
+    for chain in [
+        # Reads g for its norm; then it is AdamW. A small g is still in the cache the second time, a large one is not.
+        Chain(
+            "clip_adamw",
+            "clip + AdamW + schedule",
+            lambda: purestep.chain(purestep.clip_by_global_norm(1.0), purestep.adamw(scheduled(), eps=EPS)),
+            {
+                "torch default": clip_adamw,
+                "torch loop": partial(clip_adamw, clip=False, foreach=False),
+                "torch foreach": partial(clip_adamw, clip=True, foreach=True),
+                "torch fused": partial(clip_adamw, clip=True, fused=True),
+                "torch compiled": partial(clip_adamw, compiled=True),
+                **({} if torchopt is None else {"torchopt": clip_adamw_torchopt}),
+            },
+            words=8,
+            spends=True,
+        ),
+        Chain(
+            "sgd_nesterov",
+            "SGD + Nesterov + decay",
+            lambda: purestep.sgd(**NESTEROV),
+            {
+                "torch default": sgd_nesterov,
+                "torch loop": partial(sgd_nesterov, foreach=False),
+                "torch foreach": partial(sgd_nesterov, foreach=True),
+                "torch fused": partial(sgd_nesterov, fused=True),
+                "torch compiled": partial(sgd_nesterov, compiled=True),
+                **(
+                    {}
+                    if torchopt is None
+                    else {
+                        "torchopt": lambda params, grads: TorchOpt(
+                            partial(torchopt.sgd, **NESTEROV), CHAINS["sgd_nesterov"], params, grads
+                        )
+                    }
+                ),
+            },
+            words=5,  # reads p, g, b; writes p, b
+        ),
+        Chain(
+            "lion_ema",
+            "Lion + EMA",
+            lambda: purestep.chain(purestep.lion(1e-4, weight_decay=0.1), purestep.ema_params(0.999)),
+            {},  # neither torch nor torchopt has Lion
+            words=7,  # reads p, g, m, average; writes p, m, average
+        ),
+        Chain(
+            "muon_adamw",
+            "Muon and AdamW",
+            lambda: purestep.partition(
+                {"hidden": purestep.muon(LR["hidden"]), "rest": purestep.adamw(LR["rest"])},
+                lambda path, p: "hidden" if hidden(tuple(p.shape)) else "rest",
+            ),
+            {"torch fused": partial(muon_adamw, fused=True), "torch compiled": partial(muon_adamw, compiled=True)},
+            words=lambda shape: 5 if hidden(shape) else 7,  # as Muon's and AdamW's
+            looser={"torch compiled": ROUNDED},
+            note="Muon for the matrices without the token embedding",
+        ),
+        # The first gradient is read, and the sum written; the second and third are read, and the sum both; the fourth is read
+        # with the sum and p, m, v, and p, m, v are written. Nothing has to write the last sum, or zeros.
+        Chain(
+            "accumulate",
+            "accumulate AdamW",
+            lambda: purestep.accumulate(purestep.adamw(PEAK, eps=EPS), ACCUMULATED, average=False),
+            {
+                "torch fused": partial(accumulate_adamw, fused=True),
+                "torch compiled": partial(accumulate_adamw, compiled=True),
+            },
+            words=2 + 3 * (ACCUMULATED - 2) + 8,
+            times=ACCUMULATED,
+            note=f"a step is {ACCUMULATED} gradients and one update",
+        ),
+    ]
+}
+
+
+SUBJECTS: dict[str, Subject] = {**ALGORITHMS, **CHAINS}
+
+
+def starts(subject: Subject) -> dict[str, Start]:
+    """What begins each of the modes that an algorithm or a chain can be measured in."""
+    if isinstance(subject, Chain):
+        found = subject.starts()
+        return {name: found[name] for name in MODES if name in found and name not in subject.without}
+    assert isinstance(subject, Algorithm)
+    possible = [name for name, mode in MODES.items() if name not in subject.without and mode.factory(subject)]
+    return {name: partial(MODES[name].start, subject) for name in possible}

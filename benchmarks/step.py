@@ -2,15 +2,25 @@
 
     python -m benchmarks.step
     python -m benchmarks.step --algorithms all --summary
+    python -m benchmarks.step --algorithms everything --record
     python -m benchmarks.step --sets mlp many --algorithms adamw --modes "torch fused" wrapper --rounds 50 --json step.json
 
 Without arguments AdamW, Adam and SGD are measured, for as many rounds as give steady medians. "all" are all the algorithms of
-torch.optim that purestep has, each on what it takes and in the modes that its classes have flags for; there a table is given
-some seconds, and a slow algorithm gets fewer rounds.
+torch.optim that purestep has, each on what it takes and in the modes that its classes have flags for; "chains" are five
+composed transforms beside the same pieces of torch, put together by hand; "everything" is both. With these words a table is
+given some seconds, and what is slow gets fewer rounds.
+
+A table's *torch's best* is the fastest of torch's modes, but for "torch compiled", which is `torch.compile(optimizer.step)`.
+That compiles for minutes on many tensors, and is measured only where `--modes` asks for it; what torch cannot compile runs
+in it as it would without. Where torch has no counterpart the column is empty.
 
 All modes of a table are measured in one process. In each round every mode takes one step, in an order that is shuffled
 anew, so that whatever else happens on the machine happens to all of them. The figures are medians and interquartile
 ranges over the rounds.
+
+*compile s* is what the first steps of a compiled mode take beyond what as many of the timed ones do, with nothing in
+Inductor's cache on disk when the process begins. What an earlier mode or table has compiled is used again where that is
+possible, as it would be in a process that trains two models. Loading the compiler is measured by itself, before all else.
 
 The *floor* is the time it takes to move the bytes that a step has to read and write, at the speed of the faster of a plain
 copy and a plain addition in place; both take their turns in every round. The copy alone would put the floor too high:
@@ -22,6 +32,8 @@ its results, three times the parameters with Adam, because the old ones live unt
 
 The *summary* compares defaults, the classes without any flags, which is what changing the import changes; the fastest of
 purestep's wrapper modes with the fastest of torch's; and single modes with their closest relatives. Below 1 is faster.
+
+`--record` writes all of it to benchmarks/history, where `python -m benchmarks.history` compares the newest two.
 """
 
 from __future__ import annotations
@@ -33,10 +45,13 @@ import json
 import os
 import platform
 import random
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -54,16 +69,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.modes import (
     ALGORITHMS,
+    CHAINS,
+    COMPILED,
     MEASURABLE,
     MODES,
+    ON_REQUEST,
     SETS,
+    SUBJECTS,
     TORCH,
     WRAPPER,
-    Algorithm,
     ParameterSet,
     Run,
-    modes_of,
+    Subject,
     numbers,
+    starts,
 )
 
 try:
@@ -71,10 +90,12 @@ try:
 except ImportError:
     tqdm = None
 
-USUAL, ALL = ("adamw", "adam", "sgd"), "all"
+USUAL = ("adamw", "adam", "sgd")
+WORDS = {"all": MEASURABLE, "chains": list(CHAINS), "everything": [*MEASURABLE, *CHAINS]}
+HISTORY = Path(__file__).parent / "history"
 COPY, UPDATE = "copy", "update"  # timed among the modes
 WARM_UP = 3  # steps: the first traces programs and makes states, the second finds them made
-SECONDS, FEWEST = 6.0, 4  # of the rounds of a table of "all", and the rounds it has at least; two warm-up steps do there
+SECONDS, FEWEST = 6.0, 4  # of the rounds of a table of a word, and the rounds it has at least; two warm-up steps do there
 COPY_WORDS, UPDATE_WORDS = 2, 3  # numbers read or written per element by `Traffic.copy` and `Traffic.update`
 BUFFER_LIMIT = 2**28  # bytes; beyond the caches the speed of memory no longer depends on how much is moved
 
@@ -93,6 +114,7 @@ class Row:
     to_floor: float
     peak_bytes: int
     peak_multiple: float  # of the parameters' size
+    compile_s: float | None  # that the first steps took longer; None if nothing is compiled
 
 
 @dataclass(frozen=True)
@@ -140,6 +162,8 @@ class Summary:
     wrapper_to_torch: float | None
     donated_to_torch: float | None
     pure_to_torchopt: float | None
+    compiled_to_floor: float | None
+    compiled_to_torch: float | None
 
 
 @dataclass(frozen=True)
@@ -165,6 +189,8 @@ def summarize(table: Table) -> Summary:
         wrapper_to_torch=table.over(["wrapper"], TORCH),
         donated_to_torch=table.over(["donated"], TORCH),
         pure_to_torchopt=table.over(["pure"], ["torchopt"]),
+        compiled_to_floor=next((row.to_floor for row in table.rows if row.mode == "wrapper compiled"), None),
+        compiled_to_torch=table.over(["wrapper compiled"], TORCH),
     )
 
 
@@ -219,20 +245,44 @@ class Traffic:
         return Floor(self.size, copy_speed, update_speed, median_ms=scale * median(times), iqr_ms=scale * spread(times))
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int, seconds: float | None, label: str) -> dict[str, list[float]]:
-    """The milliseconds of every step in every round. A limit in seconds makes it fewer rounds where they are slow."""
-    last = dict.fromkeys(steps, 0.0)
+def nothing() -> None:
+    """What comes before a step that needs no preparation."""
+
+
+def warm_up(
+    steps: Mapping[str, Callable[[], None]], seconds: float | None = None, before: Callable[[], None] = nothing
+) -> dict[str, list[float]]:
+    """The milliseconds of the first steps, which compile programs and make states."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
         for _ in range(WARM_UP if seconds is None else 2):
-            last[name] = timed(step)
+            before()
+            milliseconds[name].append(timed(step))
+    return milliseconds
+
+
+def measure(
+    steps: Mapping[str, Callable[[], None]],
+    rounds: int,
+    seconds: float | None,
+    label: str,
+    before: Callable[[], None] = nothing,
+    first: dict[str, list[float]] | None = None,
+) -> dict[str, list[float]]:
+    """The milliseconds of every step in every round. A limit in seconds makes it fewer rounds where they are slow.
+
+    `before` is called before every step, and not timed. `first` is what `warm_up` returned, if the caller has done that.
+    """
+    first = first or warm_up(steps, seconds, before)
     if seconds is not None:
-        rounds = min(rounds, max(FEWEST, int(1e3 * seconds / sum(last.values()))))
+        rounds = min(rounds, max(FEWEST, int(1e3 * seconds / sum(times[-1] for times in first.values()))))
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle
     for _ in progress(range(rounds), label):
         shuffle(order)
         for name in order:
+            before()
             milliseconds[name].append(timed(steps[name]))
     return milliseconds
 
@@ -257,10 +307,12 @@ def spread(values: list[float]) -> float:
     return third - first
 
 
-def peak_memory(run: Run) -> int:
+def peak_memory(run: Run, before: Callable[[], None] = nothing) -> int:
     """The most bytes that were allocated at once during a step, above those at its start."""
+    before()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run.step()  # the profiler sees only what it saw allocated being freed: here a pure step's state is allocated
+        before()
         with record_function("measured"):
             run.step()
     # The profiler's tables add up what each operator allocates; only the raw events tell what was alive at one time.
@@ -279,15 +331,15 @@ class DisagreementError(RuntimeError):
     """Modes did not compute the same thing: there is nothing to compare."""
 
 
-def check(algorithm: Algorithm, runs: dict[str, Run], begin: list[Tensor], grads: list[Tensor], given: list[Tensor]) -> None:
+def check(subject: Subject, runs: dict[str, Run], begin: list[Tensor], grads: list[Tensor], given: list[Tensor]) -> None:
     """Refuse to compare modes that did not compute the same thing."""
-    if not all(torch.equal(numbers(g), numbers(h)) for g, h in zip(grads, given)):
+    if not subject.spends and not all(torch.equal(numbers(g), numbers(h)) for g, h in zip(grads, given)):
         raise DisagreementError("A mode has written to the gradients, which all modes share.")
     (first, reference), *others = [(name, run.parameters()) for name, run in runs.items()]
     moved = farthest(reference, begin)
     for name, params in others:
         difference = farthest(reference, params)
-        if not difference <= algorithm.tolerance * moved:
+        if not difference <= max(subject.looser.get(mode, subject.tolerance) for mode in (first, name)) * moved:
             raise DisagreementError(
                 f"After the same steps, by which they moved up to {moved:.1e}, the parameters of {name!r} and {first!r} differ "
                 f"by {difference:.1e}."
@@ -299,19 +351,20 @@ def farthest(xs: list[Tensor], ys: list[Tensor]) -> float:
     return torch.stack([(x - y).abs().max() for x, y in zip(xs, ys)]).max().item()
 
 
-def compare(
-    algorithm: Algorithm, parameter_set: ParameterSet, modes: Sequence[str], rounds: int, seconds: float | None
-) -> Table:
+def compare(subject: Subject, parameter_set: ParameterSet, modes: Sequence[str], rounds: int, seconds: float | None) -> Table:
     """Measure these modes against each other."""
-    parameter_set = parameter_set.of(algorithm)
-    params, grads = parameter_set.draw(seed=0), parameter_set.draw(seed=1, gradient=algorithm.gradient)
+    parameter_set = parameter_set.of(subject)
+    params, grads = parameter_set.draw(seed=0), parameter_set.draw(seed=1, gradient=subject.gradient)
     given = clones(grads)
-    runs = {mode: MODES[mode].start(algorithm, clones(params), grads) for mode in modes}
-    traffic = Traffic(algorithm.words * 4 * sum(numbers(g).numel() for g in grads))
+    possible = starts(subject)
+    runs = {mode: possible[mode](clones(params), grads) for mode in modes}
+    traffic = Traffic(subject.traffic(grads))
+    before = partial(torch._foreach_copy_, grads, given) if subject.spends else nothing
     steps = {mode: run.step for mode, run in runs.items()} | {COPY: traffic.copy, UPDATE: traffic.update}
-    milliseconds = measure(steps, rounds, seconds, f"{algorithm.name} on {parameter_set.name}")
-    peaks = {mode: peak_memory(run) for mode, run in runs.items()}
-    check(algorithm, runs, params, grads, given)
+    first = warm_up(steps, seconds, before)
+    milliseconds = measure(steps, rounds, seconds, f"{subject.name} on {parameter_set.name}", before, first)
+    peaks = {mode: peak_memory(run, before) for mode, run in runs.items()}
+    check(subject, runs, params, grads, given)
 
     medians = {name: median(times) for name, times in milliseconds.items()}
     floor = traffic.floor(milliseconds[COPY], milliseconds[UPDATE])
@@ -325,19 +378,30 @@ def compare(
             to_floor=medians[mode] / floor.median_ms,
             peak_bytes=peaks[mode],
             peak_multiple=peaks[mode] / parameter_set.bytes,
+            compile_s=compile_time(first[mode], medians[mode]) if mode in COMPILED else None,
         )
         for mode in modes
     ]
     return Table(
-        algorithm.name,
+        subject.name,
         parameter_set.name,
         tensors=len(parameter_set.shapes),
         parameters=parameter_set.parameters,
-        note=algorithm.note,
+        note=subject.note,
         rounds=len(milliseconds[COPY]),
         floor=floor,
         rows=rows,
     )
+
+
+def load_compiler() -> float:
+    """The seconds from nothing to the first and least of compiled functions, which the first mode would have to pay."""
+    return timed(lambda: torch.compile(lambda x: x + 1)(torch.ones(2))) / 1e3
+
+
+def compile_time(first: list[float], usual: float) -> float:
+    """The seconds that these first steps took longer than usual ones, all in milliseconds."""
+    return max(0.0, sum(first) - usual * len(first)) / 1e3
 
 
 # ----------------------------------------------------------------------------------------------------------------- output
@@ -389,9 +453,11 @@ def show(table: Table) -> str:
         f"{name}: {table.tensors} tensors, {table.parameters / 1e6:.2f} M parameters, "
         f"{table.rounds} rounds; a copy moves {floor.copy_speed:.1f} GB/s, an update in place {floor.update_speed:.1f} GB/s"
     )
-    header = ("mode", "median ms", "IQR ms", "/ torch's best", "/ floor", "peak MB", "/ parameters")
+    compiled = any(row.compile_s is not None for row in table.rows)
+    header = ["mode", "median ms", "IQR ms", "/ torch's best", "/ floor", "peak MB", "/ parameters"]
+    header += ["compile s"] * compiled
     lines = [
-        (
+        [
             row.mode,
             f"{row.median_ms:.3f}",
             f"{row.iqr_ms:.3f}",
@@ -399,10 +465,11 @@ def show(table: Table) -> str:
             ratio(row.to_floor),
             f"{row.peak_bytes / 1e6:.2f}",
             ratio(row.peak_multiple),
-        )
+            *["" if row.compile_s is None else f"{row.compile_s:.1f}"] * compiled,
+        ]
         for row in table.rows
     ]
-    lines.append(("floor", f"{floor.median_ms:.3f}", f"{floor.iqr_ms:.3f}", "", "1.00", "", ""))
+    lines.append(["floor", f"{floor.median_ms:.3f}", f"{floor.iqr_ms:.3f}", "", "1.00", "", "", *[""] * compiled])
     return f"{title}\n\n{render(header, lines)}\n"
 
 
@@ -410,7 +477,7 @@ def show_summary(summaries: list[Summary]) -> str:
     """The comparisons that matter, of all tables, and their geometric means."""
     header = (
         "algorithm, set", "wrapper / torch default", "wrapper's best / torch's best", "wrapper / torch's best",
-        "donated / torch's best", "pure / torchopt",
+        "donated / torch's best", "pure / torchopt", "wrapper compiled / floor", "wrapper compiled / torch's best",
     )  # fmt: skip
     lines = [(f"{s.algorithm}, {s.parameter_set}", *[ratio(getattr(s, name)) for name in RATIOS]) for s in summaries]
     lines.append(("geometric mean", *map(ratio, overall(summaries).values())))
@@ -426,9 +493,33 @@ def show_means(found: Iterable[Mean]) -> str:
 
 def release() -> None:
     """Give memory back to the system: what a table needs is several GB, and an optimizer may hold itself in a cycle."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # its limit on how often one function is compiled is meant for one model
     gc.collect()
     if sys.platform == "linux":  # glibc keeps what is freed in pieces, which do not fit the next table's tensors
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+
+
+def dumps(value: Any, indent: int = 0) -> str:
+    """JSON with a line for each thing that is made of numbers and texts alone, such as a row; five digits are enough."""
+    if isinstance(value, float):
+        return json.dumps(float(f"{value:.5g}"))
+    if not isinstance(value, (dict, list)):
+        return json.dumps(value)
+    items = value.items() if isinstance(value, dict) else [(None, x) for x in value]
+    flat = not any(isinstance(x, (dict, list)) for _, x in items)
+    parts = [("" if key is None else f"{json.dumps(key)}: ") + dumps(x, indent + 1) for key, x in items]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    if flat:
+        return opening + ", ".join(parts) + closing
+    margin = " " * (indent + 1)
+    return f"{opening}\n{margin}" + f",\n{margin}".join(parts) + f"\n{' ' * indent}{closing}"
+
+
+def record_path(facts: Mapping[str, Any]) -> Path:
+    """Where the history keeps a run: one for a day and a processor, the last."""
+    cpu = re.sub(r"\(\w+\)|\b(cpu|processor)\b|@.*", " ", f"{facts['cpu']}".lower())  # (R), (TM), and the clock
+    return HISTORY / f"{facts['date'][:10]}-{re.sub('[^a-z0-9]+', '-', cpu).strip('-') or 'unknown'}.json"
 
 
 def positive(text: str) -> int:
@@ -442,9 +533,19 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description="Time and memory of one optimizer step.")
     choices: list[tuple[str, Iterable[str], Iterable[str], str]] = [
-        ("--algorithms", [*ALGORITHMS, ALL], USUAL, f"{', '.join(map(repr, USUAL))} by default, and {ALL!r} for all of them"),
+        (
+            "--algorithms",
+            [*SUBJECTS, *WORDS],
+            USUAL,
+            f"{', '.join(map(repr, USUAL))} by default; 'all' are all algorithms, 'chains' the chains, 'everything' both",
+        ),
         ("--sets", SETS, SETS, "all by default"),
-        ("--modes", MODES, MODES, "all that an algorithm has by default"),
+        (
+            "--modes",
+            MODES,
+            [mode for mode in MODES if mode not in ON_REQUEST],
+            f"by default all that an algorithm has but {', '.join(map(repr, ON_REQUEST))}",
+        ),
     ]
     for name, known, default, text in choices:
         text = f"of {', '.join(map(repr, known))}; {text}"
@@ -452,16 +553,21 @@ def arguments() -> argparse.Namespace:
     usual = ", ".join(f"{s.rounds} for {s.name!r}" for s in SETS.values())
     parser.add_argument("--rounds", type=positive, metavar="N", help=f"steps that are timed of each mode; by default {usual}")
     text = (
-        f"fewer rounds, but at least {FEWEST}, where a table's take longer; {SECONDS:g} by default for {ALL!r}, else no limit"
+        f"fewer rounds, but at least {FEWEST}, where a table's take longer; {SECONDS:g} by default for "
+        f"{', '.join(map(repr, WORDS))}, else no limit"
     )
     parser.add_argument("--seconds", type=float, metavar="S", help=text)
     parser.add_argument("--summary", action="store_true", help="print the summary, and not the tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it, and facts about the machine, to this file")
+    parser.add_argument(
+        "--record", action="store_true", help=f"write the same to {HISTORY.parent.name}/{HISTORY.name}/DATE-CPU.json"
+    )
     options = parser.parse_args()
-    if ALL in options.algorithms:
-        options.algorithms = MEASURABLE
+    if not WORDS.keys().isdisjoint(options.algorithms):
         options.seconds = options.seconds or SECONDS
-    lacking = [ALGORITHMS[key].name for key in options.algorithms if key not in MEASURABLE]
+    named = [key for word in options.algorithms for key in WORDS.get(word, [word])]
+    options.algorithms = list(dict.fromkeys(named))
+    lacking = [ALGORITHMS[key].name for key in options.algorithms if key in ALGORITHMS and key not in MEASURABLE]
     if lacking:
         parser.error(f"purestep.optim has no {' and no '.join(lacking)} yet; it has {', '.join(MEASURABLE)}.")
     if options.rounds:
@@ -472,27 +578,42 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     options = arguments()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", empty)
+        report(options)
+
+
+def report(options: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    facts = machine()
+    if options.record:
+        HISTORY.mkdir(exist_ok=True)
+    paths = [path for path in (options.json, record_path(facts) if options.record else None) if path]
     if options.json:
         options.json.touch()  # a path that cannot be written is better known now than in a few minutes
-    facts = machine()
+    if any(mode in starts(SUBJECTS[key]) for key in options.algorithms for mode in COMPILED if mode in options.modes):
+        facts["compiler_load_s"] = round(load_compiler(), 1)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), end="\n\n")
     later = [algorithm.name for key, algorithm in ALGORITHMS.items() if key not in MEASURABLE]
     if later:
         print(f"Not measured, because purestep.optim has no such class yet: {', '.join(later)}\n")
     tables, failures = [], []
-    for algorithm in [ALGORITHMS[key] for key in options.algorithms]:
-        modes = [mode for mode in modes_of(algorithm) if mode in options.modes]
+    for subject in [SUBJECTS[key] for key in options.algorithms]:
+        modes = [mode for mode in starts(subject) if mode in options.modes]
         if not modes:
-            print(f"{algorithm.name} has none of the modes {', '.join(options.modes)}.\n")
+            print(f"{subject.name} has none of the modes {', '.join(options.modes)}.\n")
             continue
-        for mode, reason in algorithm.without.items():
+        for mode, reason in subject.without.items():
             if mode in options.modes:
-                print(f"{algorithm.name} without {mode}: {reason}\n")
+                print(f"{subject.name} without {mode}: {reason}\n")
         for name in options.sets:
+            if not SETS[name].of(subject).shapes:
+                print(f"{subject.name} takes none of the tensors of {name}.\n")
+                continue
             try:
-                table = compare(algorithm, SETS[name], modes, options.rounds or SETS[name].rounds, options.seconds)
+                table = compare(subject, SETS[name], modes, options.rounds or SETS[name].rounds, options.seconds)
             except DisagreementError as error:  # the other tables are good
-                failures.append(f"{algorithm.name} on {name}: {error}")
+                failures.append(f"{subject.name} on {name}: {error}")
                 print(failures[-1], end="\n\n", flush=True)
                 continue
             finally:
@@ -504,7 +625,7 @@ def main() -> None:
     print(show_summary(summaries))
     if not options.summary:
         print(show_means(averages))
-    if options.json:
+    if paths:
         results = {
             "machine": facts,
             "tables": [asdict(table) for table in tables],
@@ -513,7 +634,9 @@ def main() -> None:
             "geometric_means": [asdict(average) for average in averages],
             "failures": failures,
         }
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        for path in paths:
+            path.write_text(dumps(results) + "\n")
+            print(f"Written to {path}\n")
     if failures:
         sys.exit("\n".join(failures))
 

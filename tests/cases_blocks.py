@@ -13,7 +13,7 @@ UNITS = {"complex": "the real and the imaginary part would be taken for a dimens
 TOGETHER = {"alone": "the norm of all gradients is in every update"}
 
 
-@ps.whole(ps.ReduceOnPlateauState)
+@ps.whole(ps.ReduceOnPlateauState, scales=True)
 def _plateau_of_norm(
     us: list[Tensor], s: ps.ReduceOnPlateauState, params: list[Tensor], factor: ps.UnitInterval, rtol: ps.NonNegative, patience: int = 1,
     cooldown: int = 0, accumulation_size: int = 1,

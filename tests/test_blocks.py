@@ -452,3 +452,49 @@ def test_an_optimizer_of_it_is_the_pure_one(case: Case) -> None:
         params, state = t.step({k: p.grad for k, p in leaves.items()}, state, params)
         optimizer.step()
         assert difference({k: p.detach() for k, p in leaves.items()}, params) <= 1e-12
+
+
+@pytest.mark.parametrize("how", [{}, {"donate": True}, {"compile": True, "donate": True}, {"executor": "leaf"}], ids=str)
+@pytest.mark.parametrize(
+    "after", [ps.adamw(0.1), ps.sgd(0.1, momentum=0.9), ps.chain(), ps.clip_by_global_norm(0.5), ps.muon(0.1)], ids=str
+)
+def test_a_transform_that_scales_is_one_that_multiplies(after: ps.Transform, how: dict[str, Any]) -> None:
+    """Whatever follows it, and whatever is between it and the parameters."""
+
+    @ps.whole(scales=True)
+    def scaled(gs: list[Tensor], s: ps.EmptyState, params: list[Tensor]) -> Any:
+        return 1 / ps.global_norm(gs), s
+
+    @ps.whole()
+    def multiplied(gs: list[Tensor], s: ps.EmptyState, params: list[Tensor]) -> Any:
+        return ps.multiply(gs, 1 / ps.global_norm(gs)), s
+
+    results = []
+    for first in (scaled(), multiplied()):
+        opt = ps.chain(ps.masked(first, lambda path, p: path != "c"), first, after)
+        generator = torch.Generator().manual_seed(0)
+        params = {n: torch.randn(4, 3, generator=generator, dtype=torch.float64) for n in "abc"}
+        state = opt.init_state(params)
+        for k in range(3):
+            grads = {n: torch.randn(4, 3, generator=generator, dtype=torch.float64) for n in "abc"}
+            if k == 1:
+                grads["b"] = None  # type: ignore[assignment]
+            params, state = opt.step(grads, state, params, **how)
+        grads = {n: torch.randn(4, 3, generator=generator, dtype=torch.float64) for n in "abc"}
+        results.append((params, opt.update(grads, state, params, executor=how.get("executor"))[0]))
+    assert difference(*results) <= 1e-12
+
+
+def test_clipping_makes_no_copy_of_the_gradients() -> None:
+    """In front of a fused kernel, and of a compiled one: what is made in between is one block."""
+    opt = ps.chain(ps.clip_by_global_norm(0.1), ps.adamw(0.1))
+    for options in ({}, {"compile": True}):
+        p = torch.nn.Parameter(torch.zeros(4_000_000))
+        optimizer = ps.optim.Optimizer([p], opt, **options)  # type: ignore[arg-type]
+        for _ in range(2):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            optimizer.step()
+        largest = max([e.self_cpu_memory_usage for e in profile.events() or []])
+        assert largest <= p.numel() * 4 * 0.1

@@ -188,6 +188,25 @@ def test_the_optimizer(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
     assert pickle.loads(pickle.dumps(optimizer))._compile
 
 
+@pytest.mark.skipif(
+    purestep.compiled.OPENMP is None or torch.get_num_threads() == 1, reason="needs torch with OpenMP, and more than one thread"
+)
+def test_small_tensors_are_done_on_one_thread() -> None:
+    """The others on all, and all are there afterwards."""
+    seen: list[tuple[int, int]] = []
+    threads = torch.get_num_threads()
+
+    def kernel(k: Tensor, x: Tensor) -> list[Tensor]:
+        seen.append((x.numel(), torch.get_num_threads()))
+        return [x]
+
+    vectors = [[torch.ones(n)] for n in (10_000, 3, 20_000, 5)]
+    found = purestep.compiled.called(kernel, torch.ones(1), vectors)
+    assert [y.numel() for (y,) in found] == [10_000, 3, 20_000, 5]
+    assert sorted(seen) == [(3, 1), (5, 1), (10_000, threads), (20_000, threads)]
+    assert torch.get_num_threads() == threads
+
+
 def test_contradictions() -> None:
     p = torch.nn.Parameter(torch.ones(2))
     for flag in ("fused", "foreach", "differentiable"):

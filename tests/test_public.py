@@ -113,7 +113,7 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 
 FLOORS = [
-    {"tree", "hyper", "maths", "foreach", "packing"},
+    {"tree", "hyper", "maths", "foreach", "packing", "threads"},
     {"value", "masks", "leaves", "single"},
     {"program", "schedules"},
     {"blocks", "compiled"},

@@ -6,7 +6,7 @@ them in the cache, and temporaries stay small.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain as flat
 from typing import Any, NamedTuple
 
@@ -98,6 +98,39 @@ class Blocks(NamedTuple):
             if not self.program.recipe.apply:
                 torch._foreach_copy_(out[block], list(results[0]))
         return results[1:]
+
+
+def through(
+    program: Program | None,
+    kernel: Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]]], None],
+    given: tuple[list[Tensor], list[Tensor], list[Any], dict[str, list[Tensor]]],
+    numbers: list[Any],
+    donate: bool,
+) -> tuple[list[Tensor], list[Any], dict[str, list[Tensor]]]:
+    """The parameters and the state after a program, if there is one, and a kernel that takes its updates, block by block.
+
+    `given` are the gradients, the parameters, the fields of the state that the program takes, and those of the kernel. Both
+    overwrite what they are given; what was not given away is copied first, each block when its turn comes.
+    """
+    grads, params, columns, states = given
+    new_params = params if donate else room(params)
+    new_columns = [room(c) if isinstance(c, list) and not donate else c for c in columns]
+    new_states = states if donate else {name: room(x) for name, x in states.items()}
+    sizes = [p.numel() for p in params]
+    pairs = list(zip((params, *columns, *states.values()), (new_params, *new_columns, *new_states.values())))
+    copies = [(cut(a, sizes), cut(b, sizes)) for a, b in pairs if isinstance(a, list)] if not donate else []
+    g, p = cut(grads, sizes), cut(new_params, sizes)
+    c = [cut(x, sizes) if isinstance(x, list) else x for x in new_columns]
+    s = {name: cut(x, sizes) for name, x in new_states.items()}
+    results: tuple[Any, ...] = ()
+    for block in blocks([x.numel() for x in g]):
+        for x, y in copies:
+            torch._foreach_copy_(y[block], x[block])
+        updates = g[block]
+        if program is not None:
+            updates, *results = program.run(updates, p[block], *[x[block] if isinstance(x, list) else x for x in c], *numbers)  # type: ignore[assignment]
+        kernel(p[block], list(updates), {name: x[block] for name, x in s.items()})
+    return new_params, [x if isinstance(x, list) else y for x, y in zip(new_columns, results)], new_states
 
 
 def room(xs: list[Tensor]) -> list[Tensor]:

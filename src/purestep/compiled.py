@@ -18,6 +18,7 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from purestep.program import LeafDeclaration, Program, program
+from purestep.threads import OPENMP, SERIAL, one_thread
 
 WARM = 2**16
 """A kernel is compiled on vectors of so many elements: the compiler asks them whether threads pay."""
@@ -55,11 +56,21 @@ def run(
     dtypes = tuple([xs[0].dtype for xs in lists])
     k = vector(found, precision(widest(dtypes)), params[0].device)
     kernel = compiled(split, dtypes, k, donate)
-    made = [kernel(k, *x) for x in vectors]
+    made = called(kernel, k, vectors)
     news = [[shaped(y, p) for y, p in zip(ys, params)] for ys in zip(*made)]
     updates = params if apply and donate else news.pop(0)
     tensors, floats = iter(lists[2:] if donate else news), iter(scalars)
     return updates, *[next(tensors) if isinstance(c, list) else next(floats) for c in columns]
+
+
+def called(kernel: Function, k: Tensor, vectors: list[list[Tensor]]) -> list[list[Tensor]]:
+    """What a kernel returns for each; small ones are done on one thread."""
+    few = [k.is_cpu and x[0].numel() <= SERIAL for x in vectors]
+    if OPENMP is None or not any(few) or torch.get_num_threads() == 1:
+        return [kernel(k, *x) for x in vectors]
+    made = [[] if one else kernel(k, *x) for one, x in zip(few, vectors)]
+    with one_thread(OPENMP):
+        return [kernel(k, *x) if one else y for one, x, y in zip(few, vectors, made)]
 
 
 def compiled(split: Program, dtypes: tuple[torch.dtype, ...], k: Tensor, donate: bool) -> Function:

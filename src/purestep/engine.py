@@ -33,7 +33,8 @@ from torch.utils import _pytree as pytree
 
 from purestep import batches, compiled, maths
 from purestep.batches import Level
-from purestep.blocks import SHORT, calculate, pieces
+from purestep.blocks import SHORT, calculate, chunks, pieces, through
+from purestep.hyper import Hyper
 from purestep.masks import Label
 from purestep.maths import Scalar
 from purestep.packing import COUNT, SIZE, Scratch, small, split
@@ -67,9 +68,11 @@ class Fields:
     step: int = -1  # the position of `step`
 
     tensors: tuple[int, ...] = field(init=False, default=())  # the positions of the fields that are like the parameters
+    columns: tuple[int, ...] = field(init=False, default=())  # of those that are more than a number per parameter
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", tuple([f for f, like in enumerate(self.like) if like]))
+        object.__setattr__(self, "columns", tuple([f for f, scalar in enumerate(self.scalars) if not scalar]))
 
 
 class LinkDeclaration(Declaration):
@@ -83,6 +86,7 @@ class LinkDeclaration(Declaration):
         off: str | None = None,
         whole: bool = False,
         moves: bool = False,
+        scales: bool = False,
         requires: Callable[[str, Tensor], None] | None = None,
         sparse: Sparse = None,
         name: str = "",
@@ -94,6 +98,7 @@ class LinkDeclaration(Declaration):
         if self.trees and sparse == "rows":
             raise TypeError(f"{self.name} cannot run on the rows of sparse gradients, because {self.trees[0]} is whole.")
         self.moves = moves  # a whole transform that returns new parameters instead of updates
+        self.scales = scales  # one that returns the number that the updates are to be multiplied by
         self.passes = passes  # a nested transform that returns the updates of its inner transform as they came
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()
@@ -110,6 +115,14 @@ def inspect_state(state: Any, whole: bool) -> Fields:
     like = tuple(hints[n] in (Tensor, Tensor | None) for n in names)
     optional = any(type(None) in typing.get_args(hints[n]) for n in names)
     return Fields(names, scalars, like, leaves, optional, names.index("step") if "step" in names else -1)
+
+
+def scaled(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
+    """What a whole transform that scales leaves to the leafwise ones that follow it."""
+    return u * factor
+
+
+SCALED = LinkDeclaration(scaled)
 
 
 class Primitive(Value):
@@ -172,7 +185,7 @@ class Solo(NamedTuple):
 
     segment: Segment
     kernel: Kernel | None
-    names: tuple[str, ...]  # of the fields that are like the parameters, as a kernel knows them
+    names: tuple[str, ...]  # of the fields that are more than a number per parameter, as a kernel knows them
     keys: tuple[str, ...]  # the same, as the chain's state calls them
     places: tuple[tuple[int, int], ...]  # the item of the segment and the number of each of these fields
     counters: tuple[tuple[str, int, int], ...]  # the key, the item and the number of those that are one number
@@ -184,7 +197,7 @@ class Solo(NamedTuple):
         segment = plan.segment(stage.positions) if len(plan.stages) == 1 and stage.positions and not stage.masked else None
         if segment is None or segment.numbers is None or segment.first:
             return None
-        places = tuple([(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.tensors])
+        places = tuple([(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.columns])
         names, keys = [], []
         for j, f in places:
             i, _, info = segment.items[j]
@@ -378,7 +391,7 @@ class Plan:
         self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
         self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
         self.tensors = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
-        self.segments: dict[tuple[int, ...], Segment] = {}
+        self.segments: dict[tuple[bool, tuple[int, ...]], Segment] = {}
         self.stages: list[Stage] = []
         for start, stop, whole in runs(links):
             self.stages.append(Stage(self, start, stop, whole))
@@ -391,11 +404,12 @@ class Plan:
         """This plan as one call of a kernel, if it is one."""
         return Solo.of(self)
 
-    def segment(self, positions: tuple[int, ...]) -> Segment:
-        """The links at these positions, run one after the other."""
-        found = self.segments.get(positions)
+    def segment(self, positions: tuple[int, ...], scaled: bool = False) -> Segment:
+        """The links at these positions, run one after the other, perhaps on gradients times a number."""
+        found = self.segments.get((scaled, positions))
         if found is None:
-            found = self.segments[positions] = Segment(positions, [self.links[i].transform for i in positions])
+            made = Segment(positions, [self.links[i].transform for i in positions], scaled)
+            found = self.segments[scaled, positions] = made
         return found
 
 
@@ -466,9 +480,10 @@ def meet(a: Link, b: Link) -> bool:
 class Segment:
     """Consecutive leafwise links that one program or kernel runs."""
 
-    def __init__(self, positions: Sequence[int], values: Sequence[Primitive]) -> None:
+    def __init__(self, positions: Sequence[int], values: Sequence[Primitive], scaled: bool = False) -> None:
+        self.scaled = scaled  # whether it begins with gradients times a number, which comes from a whole transform before it
         self.items = [(i, value, fields_of(value)) for i, value in zip(positions, values)]
-        self.declarations = [value.declaration for value in values]
+        self.declarations = [SCALED] * scaled + [value.declaration for value in values]
         self.names = " -> ".join([d.name for d in self.declarations])
         self.details: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
@@ -479,10 +494,11 @@ class Segment:
         self.head = self.tail = self
         for kernel in KERNELS:
             k = tail(kernel, self.declarations)
-            if k is not None and (k == 0 or kernel.tails) and suits(values[k:]):
+            n = 0 if k is None else max(k - scaled, 0)
+            if k is not None and (k == 0 or kernel.tails) and suits(values[n:]):
                 self.kernel = kernel
                 if k:
-                    self.head, self.tail = Segment(positions[:k], values[:k]), Segment(positions[k:], values[k:])
+                    self.head, self.tail = Segment(positions[:n], values[:n], scaled), Segment(positions[n:], values[n:])
                 self.first = k
                 break
 
@@ -564,6 +580,7 @@ class Call:
         self.mask, self.mode, self.apply, self.donate, self.alone = mask, mode, apply, donate, alone
         self.executor, self.trust, self.seen, self.extras = executor, trust, seen, extras
         self.own = False  # whether the gradients' memory is ours: true once a link has made new ones
+        self.factor: Any = None  # what they are still to be multiplied by
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
         self.level = Level.now() if mode == "leaf" and executor is None else None  # of vmap, if it can be stepped out of
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
@@ -579,15 +596,23 @@ class Call:
         if self.params:
             for n, stage in enumerate(plan.stages):
                 if stage.whole:
+                    self.scale()
                     self.whole(groups, n)
                 elif self.moved:
                     if self.donate and not all(map(operator.is_, self.grads, self.params)):
                         self.grads = overwrite(self.params, self.grads)
                 elif stage.stop > stage.start or self.apply:
                     self.leafwise(groups, n, self.apply and stage is last)
+            self.scale()
             if self.writes:
                 self.settle()
         return self.grads, self.states
+
+    def scale(self) -> None:
+        """Multiply the gradients by the number that they are still to be multiplied by."""
+        if self.factor is not None:
+            factor = self.factor if isinstance(self.factor, Tensor) else torch.tensor(self.factor, dtype=torch.float64)
+            self.grads, self.factor = maths.multiply(self.grads, factor), None
 
     # -- whole transforms
 
@@ -626,6 +651,11 @@ class Call:
                 self.states[i] = [put(c, rows, x) if leaf else x for c, x, leaf in zip(fields, after, info.leaves)]
         elif count is not None:
             self.states[i] = [count + 1]
+        if d.scales:
+            if rows is None and self.mode == "program":
+                self.factor = new.item() if isinstance(new, Tensor) and new.is_cpu else new
+                return
+            new = maths.multiply(pick(self.grads, rows), torch.as_tensor(new))
         if d.moves and not self.moved:
             new = [x - p for x, p in zip(new, pick(self.params, rows))]
         self.grads = list(new) if rows is None else put(self.grads, rows, new)
@@ -672,15 +702,19 @@ class Call:
         if self.executor == "fused" and apply:
             for group in groups:
                 demand_kernel(group.plan.segment(group.plan.stages[n].positions), self.params)
+        if isinstance(self.factor, Tensor) and not alike([p.device for p in self.params]):
+            self.scale()
+        scaled = self.factor is not None
         if len(groups) == 1 and self.uniform(stage) and not self.mixed():
-            self.grads = self.bucket(groups[0].plan.segment(stage.positions), None, apply)
+            self.grads = self.bucket(groups[0].plan.segment(stage.positions, scaled), None, apply)
         else:
             out = list(self.grads)
             for group in groups:
                 for rows, positions in self.buckets(group, group.plan.stages[n]):
-                    for k, u in zip(rows, self.bucket(group.plan.segment(positions), rows, apply)):
+                    for k, u in zip(rows, self.bucket(group.plan.segment(positions, scaled), rows, apply)):
                         out[k] = u
             self.grads = out
+        self.factor = None
         self.own = True
 
     def uniform(self, stage: Stage) -> bool:
@@ -753,7 +787,7 @@ class Call:
             updates, news = self.execute(segment, grads, params, fields, apply)
             kernel = segment.kernel is not None and self.executor in (None, "fused")  # which keeps its own
             if self.trust is not None and self.donate and apply and rows is None and not complex_ and not kernel:
-                self.trust.keep(params, [new[f] for (_, _, info), new in zip(segment.items, news) for f in info.tensors])
+                self.trust.keep(params, [new[f] for (_, _, info), new in zip(segment.items, news) for f in info.columns])
             if self.donate:  # what was written in place, below autograd's sight
                 written = list(params) if apply else []
                 if self.trust is None:
@@ -964,14 +998,10 @@ class Call:
     def program(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """All parameters at once: the tail of the chain as a fused kernel if there is one, the rest as a program."""
         if apply and segment.kernel is not None and self.executor not in ("foreach", "compiled") and self.mode == "program":
-            k = segment.first
             pays = self.donate or segment.kernel.copies or self.executor == "fused"
-            if pays and k:
-                grads, before = self.foreach(segment.head, grads, params, fields[:k], False)
-                params, after = self.program(segment.tail, grads, params, fields[k:], apply)
-                return params, before + after
-            if pays and fits(segment, grads, params, fields, self.trust):
-                return self.fused(segment, grads, params, fields)
+            found = self.fused(segment, grads, params, fields) if pays else None
+            if found is not None:
+                return found
         return self.foreach(segment, grads, params, fields, apply)
 
     def foreach(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
@@ -982,7 +1012,7 @@ class Call:
         if mixed and not (self.executor == "compiled" and self.mode == "program"):
             return self.promoted(segment, grads, params, fields, apply)
         recipe = details(segment, absent(fields))
-        numbers = segment.numbers if segment.numbers is not None else self.numbers(segment, fields)
+        numbers = self.all_numbers(segment, fields)
         if self.mode == "program":
             given, found = (grads, params, columns), None
             if self.executor == "compiled":
@@ -1019,6 +1049,11 @@ class Call:
                 places.append((j, f))
         return columns, places, news
 
+    def all_numbers(self, segment: Segment, fields: Any) -> list[Any]:
+        """The numbers that a program takes, but for counters."""
+        numbers = segment.numbers if segment.numbers is not None else self.numbers(segment, fields)
+        return [self.factor, *numbers] if segment.scaled else numbers
+
     def numbers(self, segment: Segment, fields: Any) -> list[Any]:
         """The hyperparameters in order, as the arguments of a program."""
         found: list[Any] = []
@@ -1042,32 +1077,72 @@ class Call:
 
     # -- fused kernels
 
-    def fused(self, segment: Segment, grads: Any, params: Any, fields: Any) -> tuple[Any, Any]:
-        """A kernel that computes all of these links in one pass, in place: on copies, unless their memory was given away."""
-        state: dict[str, Any] = {}
+    def fused(self, segment: Segment, grads: Any, params: Any, fields: Any) -> tuple[Any, Any] | None:
+        """The program of what comes first, and a kernel for the tail: in place, on copies of what was not given away."""
+        head, tail, n = segment.head, segment.tail, len(segment.items) - len(segment.tail.items)
+        if not fits(tail, grads, params, fields[n:], self.trust):
+            return None
+        states: dict[str, list[Tensor]] = {}
         news: list[list[Any]] = []
         before: Any = 0
-        hypers = segment.hypers
-        for (_, value, info), own in zip(segment.items, fields):
+        hypers, step = tail.hypers, {}
+        for (_, value, info), own in zip(tail.items, fields[n:]):
             new = list(own)
             for f in info.tensors:
-                new[f] = state[info.names[f]] = own[f] if self.donate else clones(own[f])
+                states[info.names[f]] = own[f]
             if info.step >= 0:
                 count = own[info.step][0]
                 number = self.number(count)
                 new[info.step] = number + 1
                 if value.declaration.state is not None:
-                    before, state["step"] = number, lambda c=count, n=number: stored(c, n + 1)
+                    before, step["step"] = number, lambda c=count, n=number: stored(c, n + 1)
             news.append(new)
-        if segment.numbers is None:
+        if tail.numbers is None:
             hypers = dict(hypers)
-            for (_, value, info), own in zip(segment.items, fields):
+            for (_, value, info), own in zip(tail.items, fields[n:]):
                 count = own[info.step][0] if info.step >= 0 else None
                 for name in value.declaration.hypers:
                     hypers[name] = self.lower(value.arguments[name], count)
-        out = params if self.donate else clones(params)
-        segment.kernel.run(out, grads, state, hypers, before)  # type: ignore[union-attr]
-        return out, news
+
+        def kernel(params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]) -> None:
+            segment.kernel.run(params, grads, {**states, **step}, hypers, before)  # type: ignore[union-attr]
+
+        heads: list[list[Any]] = []
+        found = self.in_blocks(segment, kernel, grads, params, fields[:n], states)
+        if found is not None:
+            out, heads, states = found
+        else:
+            if segment.first:
+                grads, heads = self.foreach(head, grads, params, fields[:n], False)
+            states = states if self.donate else {name: clones(x) for name, x in states.items()}
+            out = params if self.donate else clones(params)
+            kernel(out, grads, states)
+        for (_, _, info), new in zip(tail.items, news):
+            for f in info.tensors:
+                new[f] = states[info.names[f]]
+        return out, heads + news
+
+    def in_blocks(
+        self, segment: Segment, kernel: Any, grads: Any, params: Any, fields: Any, states: dict[str, list[Tensor]]
+    ) -> tuple[list[Tensor], list[list[Any]], dict[str, list[Tensor]]] | None:
+        """The same on large tensors, so that what is made in between, and what is copied, stays in the cache."""
+        if chunks(params) is None or (self.donate and not segment.first):
+            return None
+        head = None
+        columns, places, news = self.arranged(segment.head, fields) if segment.first else ([], [], [])
+        numbers: list[Any] = []
+        lists = [grads, params, *states.values(), *[c for c in columns if isinstance(c, list)]]
+        if not all([all(map(Tensor.is_contiguous, x)) and {y.dtype for y in x} == {params[0].dtype} for x in lists]):
+            return None
+        if segment.first:
+            head = program(details(segment.head, absent(fields)), False, False, True, *segment.head.declarations)
+            if not head.elementwise:
+                return None
+            numbers = self.all_numbers(segment.head, fields)
+        out, results, states = through(head, kernel, (grads, params, columns, states), numbers, self.donate)
+        for (j, f), x in zip(places, results):
+            news[j][f] = x
+        return out, news, states
 
     # -- numbers
 
@@ -1359,7 +1434,8 @@ def details(segment: Segment, absent: tuple[tuple[bool, ...], ...]) -> tuple[Any
     """What a recipe says of these links when their states lack these fields, but for their declarations."""
     found = segment.details.get(absent)
     if found is None:
-        found = segment.details[absent] = tuple([detail(v, a) for (_, v, _), a in zip(segment.items, absent)])
+        parts = [detail(v, a) for (_, v, _), a in zip(segment.items, absent)]
+        found = segment.details[absent] = tuple([((), (), (0,))] * segment.scaled + parts)
     return found
 
 

@@ -8,11 +8,7 @@ On a CPU these kernels share out every tensor among the threads, however small i
 
 from __future__ import annotations
 
-import ctypes
-import re
-from collections.abc import Callable
 from itertools import compress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,41 +17,13 @@ from torch import Tensor
 from purestep.algorithms.adagrad import scale_by_adagrad
 from purestep.algorithms.adam import scale_by_adam, scale_by_amsgrad
 from purestep.engine import KERNELS, Kernel
+from purestep.threads import OPENMP, SERIAL, one_thread
 from purestep.transforms.decay import decay
 from purestep.transforms.momentum import trace
 from purestep.transforms.scale import maximize, scale_by_learning_rate
 
-SERIAL = 4096
-"""Up to this many elements a tensor is updated sooner by one thread."""
-
 FEW = 4
 """So many small tensors at most, among larger ones, are not worth a call of their own."""
-
-
-def _openmp() -> Callable[[int], Any] | None:
-    """`omp_set_num_threads` of the OpenMP that torch uses, or None if it is not to be found.
-
-    It sets the number of threads of the calling thread alone; `torch.set_num_threads` would set that of all which begin
-    meanwhile.
-    """
-    loaded = Path("/proc/self/maps")
-    found = re.findall(r"/\S*lib\w*omp\S*", loaded.read_text()) if loaded.exists() else []
-    found += map(str, (Path(torch.__file__).parent / "lib").glob("lib*omp*"))
-    threads = torch.get_num_threads()
-    for path in dict.fromkeys(found):
-        try:
-            put: Callable[[int], Any] = ctypes.CDLL(path).omp_set_num_threads
-        except (OSError, AttributeError):
-            continue
-        put(threads + 1)
-        same = torch.get_num_threads() == threads + 1
-        put(threads)
-        if same:
-            return put
-    return None
-
-
-OPENMP = _openmp()
 
 
 def _threads(run: Any) -> Any:
@@ -65,16 +33,14 @@ def _threads(run: Any) -> Any:
         put, threads = OPENMP, torch.get_num_threads()
         few = [x.numel() <= SERIAL for x in p] if threads > 1 and p[0].is_cpu else []
         if put is None or sum(few) <= min(FEW, len(p) - 1):
-            return run(p, g, s, h, before)
+            run(p, g, s, h, before)
+            return
         if not all(few):
             large = [not x for x in few]
             run(*[_where(x, large) for x in (p, g, s)], h, before)
             p, g, s = (_where(x, few) for x in (p, g, s))
-        put(1)
-        try:
+        with one_thread(put):
             run(p, g, s, h, before)
-        finally:
-            put(threads)
 
     return divided
 

@@ -637,7 +637,7 @@ def leafwise(
 
 
 def whole(
-    state: Any = None, *, moves: bool = False, sparse: Sparse = None
+    state: Any = None, *, moves: bool = False, scales: bool = False, sparse: Sparse = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Transform]]:
     """Declare a whole transform: a function of all parameters together becomes a factory of transforms.
 
@@ -651,12 +651,14 @@ def whole(
             transform's own; one called `step` counts the updates, which the function does itself.
             Without a state the function is handed an `EmptyState` to return.
         moves: the function returns new parameters instead of updates. What it gives is then kept to the last bit.
+        scales: the function returns, instead of updates, the number that all gradients are to be multiplied by. What follows
+            in a chain does that on its way.
         sparse: as in `leafwise`; with ``"rows"`` the function is given these rows alone.
 
     >>> import torch, purestep as ps
-    >>> @ps.whole()
+    >>> @ps.whole(scales=True)
     ... def normalize(gs, s, params):
-    ...     return ps.multiply(gs, 1 / ps.global_norm(gs)), s
+    ...     return 1 / ps.global_norm(gs), s
     >>> opt, params = normalize(), [torch.zeros(1), torch.zeros(1)]
     >>> opt.update([torch.tensor([3.0]), torch.tensor([4.0])], opt.init_state(params), params)[0]
     [tensor([0.6000]), tensor([0.8000])]
@@ -665,7 +667,7 @@ def whole(
         raise TypeError(f"whole takes a state (a NamedTuple with a classmethod init(params)) or nothing, but got {state!r}.")
 
     def declare(function: Callable[..., Any]) -> Any:
-        return factory_of(LinkDeclaration(function, state, whole=True, moves=moves, sparse=sparse), Whole)
+        return factory_of(LinkDeclaration(function, state, whole=True, moves=moves, scales=scales, sparse=sparse), Whole)
 
     return declare
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from purestep.hyper import Hyper, Interval, NonNegative
-from purestep.maths import Scalar, counter, inner, maximum, multiply, number, operation, origin, root, where, wide
+from purestep.maths import Scalar, counter, inner, maximum, number, operation, origin, root, where, wide
 from purestep.transform import Transform, chain, leafwise, whole
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction, scale_by_learning_rate
@@ -55,7 +55,7 @@ def real(path: str, p: Tensor) -> None:
         )
 
 
-@whole(DogState)
+@whole(DogState, scales=True)
 def scale_by_dog(
     gs: list[Tensor],
     s: DogState,
@@ -94,7 +94,7 @@ def scale_by_dog(
     eta = rbar / root(total)
     if init_eta is not None:
         eta = where(first, init_eta, eta)
-    return multiply(gs, eta), DogState(s.step + 1, x0, rbar, total)
+    return eta, DogState(s.step + 1, x0, rbar, total)
 
 
 @operation

@@ -25,7 +25,7 @@ class BacktrackingLinesearchState(NamedTuple):
         return cls(counter(params), number(params) + 1, counter(params))
 
 
-@whole(BacktrackingLinesearchState)
+@whole(BacktrackingLinesearchState, scales=True)
 def scale_by_backtracking_linesearch(
     us: list[Tensor],
     s: BacktrackingLinesearchState,
@@ -92,4 +92,4 @@ def scale_by_backtracking_linesearch(
         count = count + going
         finite = torch.where(going, excess < torch.inf, finite)
         going = going & ~(excess <= atol)
-    return multiply(us, torch.where(finite, rate, 0.0)), BacktrackingLinesearchState(s.step + 1, rate, count)
+    return torch.where(finite, rate, 0.0), BacktrackingLinesearchState(s.step + 1, rate, count)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from purestep.engine import EmptyState
 from purestep.hyper import NonNegative
-from purestep.maths import global_norm, maximum, minimum, multiply
+from purestep.maths import global_norm, maximum, minimum
 from purestep.transform import leafwise, whole
 
 
@@ -26,7 +26,7 @@ def clip(u: Tensor, p: Tensor, max_value: NonNegative) -> Tensor:
     return minimum(maximum(u, -max_value), max_value)
 
 
-@whole(sparse="rows")
+@whole(scales=True, sparse="rows")
 def clip_by_global_norm(us: list[Tensor], s: EmptyState, ps: list[Tensor], max_norm: NonNegative) -> tuple[Any, EmptyState]:
     r"""Scale all updates together so that their norm, as one vector, is at most `max_norm`.
 
@@ -43,5 +43,4 @@ def clip_by_global_norm(us: list[Tensor], s: EmptyState, ps: list[Tensor], max_n
     Reference: Pascanu et al., `On the difficulty of training recurrent neural networks
     <https://arxiv.org/abs/1211.5063>`_, 2013.
     """
-    factor = minimum(max_norm / (global_norm(us) + 1e-6), 1.0)
-    return multiply(us, factor), s
+    return minimum(max_norm / (global_norm(us) + 1e-6), 1.0), s

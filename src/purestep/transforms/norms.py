@@ -11,7 +11,7 @@ from torch.linalg import vector_norm
 
 from purestep.engine import EmptyState
 from purestep.hyper import NonNegative, Positive
-from purestep.maths import global_norm, maximum, multiply, operation, readable, recorded, root, where
+from purestep.maths import global_norm, maximum, operation, readable, recorded, root, where
 from purestep.transform import leafwise, whole
 
 
@@ -159,7 +159,7 @@ def adaptive_grad_clip(g: Tensor, p: Tensor, clipping: Positive = 0.01, *, eps: 
 # --------------------------------------------------------------------------------------------------------------- normalize
 
 
-@whole(sparse="rows")
+@whole(scales=True, sparse="rows")
 def normalize(us: list[Tensor], s: EmptyState, ps: list[Tensor], *, eps: NonNegative = 1e-6) -> tuple[Any, EmptyState]:
     r"""Divide all updates together by their norm, as one vector: what is left is a direction.
 
@@ -179,7 +179,7 @@ def normalize(us: list[Tensor], s: EmptyState, ps: list[Tensor], *, eps: NonNega
     Reference: Hazan et al., `Beyond Convexity: Stochastic Quasi-Convex Optimization <https://arxiv.org/abs/1507.02030>`_,
     2015.
     """
-    return multiply(us, 1 / (global_norm(us) + eps)), s
+    return 1 / (global_norm(us) + eps), s
 
 
 @operation(single=True)

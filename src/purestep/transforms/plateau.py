@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from purestep.hyper import Extra, Fraction, NonNegative, Steps, UnitInterval
-from purestep.maths import maximum, multiply, precise, where
+from purestep.maths import maximum, precise, where
 from purestep.transform import whole
 
 
@@ -31,7 +31,7 @@ class ReduceOnPlateauState(NamedTuple):
         return cls(*[torch.full((), x, dtype=dtype, device=device) for x in first])
 
 
-@whole(ReduceOnPlateauState, sparse="rows")
+@whole(ReduceOnPlateauState, scales=True, sparse="rows")
 def reduce_on_plateau(
     us: list[Tensor],
     s: ReduceOnPlateauState,
@@ -99,4 +99,4 @@ def reduce_on_plateau(
         plateau_count=where(full, where(cooling | reduce, 0.0, bad), s.plateau_count),
         cooldown_count=where(reduce, float(cooldown), where(full & cooling, s.cooldown_count - 1, s.cooldown_count)),
     )
-    return multiply(us, scale), new
+    return scale, new

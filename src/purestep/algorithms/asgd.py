@@ -120,5 +120,5 @@ class ASGD(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 1e-2, lambd: Hyper = 1e-4, alpha: Hyper = 0.75, t0: Hyper = 1e6,
         weight_decay: Hyper = 0.0, foreach: bool | None = None, maximize: bool = False, differentiable: bool = False,
-        capturable: bool = False, compile: bool = False,
+        capturable: bool = False, *, compile: bool = False,
     ) -> None: ...  # fmt: skip

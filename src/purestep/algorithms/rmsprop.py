@@ -151,5 +151,5 @@ class RMSprop(Optimizer):
     def __init__(
         self, params: Params, lr: Hyper = 1e-2, alpha: Hyper = 0.99, eps: Hyper = 1e-8, weight_decay: Hyper = 0.0,
         momentum: Hyper = 0.0, centered: bool = False, capturable: bool = False, foreach: bool | None = None,
-        maximize: bool = False, differentiable: bool = False, compile: bool = False,
+        maximize: bool = False, differentiable: bool = False, *, compile: bool = False,
     ) -> None: ...  # fmt: skip

@@ -101,36 +101,26 @@ class Blocks(NamedTuple):
 
 
 def through(
-    program: Program | None,
+    program: Program,
     kernel: Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]]], None],
     given: tuple[list[Tensor], list[Tensor], list[Any], dict[str, list[Tensor]]],
     numbers: list[Any],
-    donate: bool,
-) -> tuple[list[Tensor], list[Any], dict[str, list[Tensor]]]:
-    """The parameters and the state after a program, if there is one, and a kernel that takes its updates, block by block.
+) -> list[Any]:
+    """A program, and a kernel that takes its updates, in place, block by block: what is made in between stays in the cache.
 
-    `given` are the gradients, the parameters, the fields of the state that the program takes, and those of the kernel. Both
-    overwrite what they are given; what was not given away is copied first, each block when its turn comes.
+    `given` are the gradients, the parameters, the fields of the state that the program takes, and those of the kernel.
+    Returned are the fields that the program returns.
     """
     grads, params, columns, states = given
-    new_params = params if donate else room(params)
-    new_columns = [room(c) if isinstance(c, list) and not donate else c for c in columns]
-    new_states = states if donate else {name: room(x) for name, x in states.items()}
     sizes = [p.numel() for p in params]
-    pairs = list(zip((params, *columns, *states.values()), (new_params, *new_columns, *new_states.values())))
-    copies = [(cut(a, sizes), cut(b, sizes)) for a, b in pairs if isinstance(a, list)] if not donate else []
-    g, p = cut(grads, sizes), cut(new_params, sizes)
-    c = [cut(x, sizes) if isinstance(x, list) else x for x in new_columns]
-    s = {name: cut(x, sizes) for name, x in new_states.items()}
+    g, p = cut(grads, sizes), cut(params, sizes)
+    c = [cut(x, sizes) if isinstance(x, list) else x for x in columns]
+    s = {name: cut(x, sizes) for name, x in states.items()}
     results: tuple[Any, ...] = ()
     for block in blocks([x.numel() for x in g]):
-        for x, y in copies:
-            torch._foreach_copy_(y[block], x[block])
-        updates = g[block]
-        if program is not None:
-            updates, *results = program.run(updates, p[block], *[x[block] if isinstance(x, list) else x for x in c], *numbers)  # type: ignore[assignment]
-        kernel(p[block], list(updates), {name: x[block] for name, x in s.items()})
-    return new_params, [x if isinstance(x, list) else y for x, y in zip(new_columns, results)], new_states
+        results = program.run(g[block], p[block], *[x[block] if isinstance(x, list) else x for x in c], *numbers)
+        kernel(p[block], list(results[0]), {name: x[block] for name, x in s.items()})
+    return [x if isinstance(x, list) else y for x, y in zip(columns, results[1:])]
 
 
 def room(xs: list[Tensor]) -> list[Tensor]:

@@ -1107,15 +1107,14 @@ class Call:
         def kernel(params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]) -> None:
             segment.kernel.run(params, grads, {**states, **step}, hypers, before)  # type: ignore[union-attr]
 
-        heads: list[list[Any]] = []
-        found = self.in_blocks(segment, kernel, grads, params, fields[:n], states)
-        if found is not None:
-            out, heads, states = found
-        else:
+        heads = self.in_blocks(segment, kernel, grads, params, fields[:n], states)
+        out = params
+        if heads is None:
+            heads = []
             if segment.first:
                 grads, heads = self.foreach(head, grads, params, fields[:n], False)
-            states = states if self.donate else {name: clones(x) for name, x in states.items()}
-            out = params if self.donate else clones(params)
+            if not self.donate:
+                out, states = clones(params), {name: clones(x) for name, x in states.items()}
             kernel(out, grads, states)
         for (_, _, info), new in zip(tail.items, news):
             for f in info.tensors:
@@ -1124,25 +1123,21 @@ class Call:
 
     def in_blocks(
         self, segment: Segment, kernel: Any, grads: Any, params: Any, fields: Any, states: dict[str, list[Tensor]]
-    ) -> tuple[list[Tensor], list[list[Any]], dict[str, list[Tensor]]] | None:
-        """The same on large tensors, so that what is made in between, and what is copied, stays in the cache."""
-        if chunks(params) is None or (self.donate and not segment.first):
+    ) -> list[list[Any]] | None:
+        """The same on large tensors, if what comes first is elementwise and all memory was given away; its new fields."""
+        if not self.donate or not segment.first or chunks(params) is None:
             return None
-        head = None
-        columns, places, news = self.arranged(segment.head, fields) if segment.first else ([], [], [])
-        numbers: list[Any] = []
+        columns, places, news = self.arranged(segment.head, fields)
         lists = [grads, params, *states.values(), *[c for c in columns if isinstance(c, list)]]
         if not all([all(map(Tensor.is_contiguous, x)) and {y.dtype for y in x} == {params[0].dtype} for x in lists]):
             return None
-        if segment.first:
-            head = program(details(segment.head, absent(fields)), False, False, True, *segment.head.declarations)
-            if not head.elementwise:
-                return None
-            numbers = self.all_numbers(segment.head, fields)
-        out, results, states = through(head, kernel, (grads, params, columns, states), numbers, self.donate)
+        head = program(details(segment.head, absent(fields)), False, False, True, *segment.head.declarations)
+        if not head.elementwise:
+            return None
+        results = through(head, kernel, (grads, params, columns, states), self.all_numbers(segment.head, fields))
         for (j, f), x in zip(places, results):
             news[j][f] = x
-        return out, news, states
+        return news
 
     # -- numbers
 

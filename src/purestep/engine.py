@@ -651,6 +651,7 @@ class Call:
                 self.states[i] = [put(c, rows, x) if leaf else x for c, x, leaf in zip(fields, after, info.leaves)]
         elif count is not None:
             self.states[i] = [count + 1]
+        self.own = False  # what came before may have handed on what it was given
         if d.scales:
             if rows is None and self.mode == "program":
                 self.factor = new.item() if isinstance(new, Tensor) and new.is_cpu else new
@@ -659,7 +660,6 @@ class Call:
         if d.moves and not self.moved:
             new = [x - p for x, p in zip(new, pick(self.params, rows))]
         self.grads = list(new) if rows is None else put(self.grads, rows, new)
-        self.own = False
 
     def reused(self, olds: Sequence[Any], news: Sequence[Any], info: Fields) -> list[Any]:
         """New fields in the memory of the old ones, if that was given away, and where the new are not made of it.

@@ -215,3 +215,20 @@ def test_contradictions() -> None:
     opt = ps.sgd(0.1)
     with pytest.raises(ValueError, match=r"compile=True asks for one way to run, and executor='leaf' for another"):
         opt.step(p.detach(), opt.init_state(p.detach()), p.detach(), compile=True, executor="leaf")
+
+
+def test_a_choice_by_a_number() -> None:
+    """A counter decides, for whole tensors."""
+
+    @ps.leafwise(ps.TraceState)
+    def delayed(g: Tensor, s: Any, p: Tensor, after: ps.NonNegative) -> Any:
+        return ps.where((s.step > after) & (s.step < 5), g, s.momentum_buffer), s._replace(step=s.step + 1, momentum_buffer=g)
+
+    results = []
+    for compile in (False, True):
+        opt = ps.chain(delayed(1.0), ps.scale(-0.1))
+        params, state = drawn(0), opt.init_state(drawn(0))
+        for k in range(4):
+            params, state = opt.step(drawn(k + 1), state, params, compile=compile)
+        results.append(params)
+    assert difference(*results) <= 1e-12

@@ -257,6 +257,7 @@ NAMES = {
     maths.maximum: "maximum", maths.where: "where",
 }  # fmt: skip
 COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+CHOICES = COMPARISONS | {operator.and_, operator.or_}
 BINARY = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum"})
 
@@ -655,7 +656,8 @@ class Writer:
             text, self.coefficients = self.text(x, True), held
             if text.lstrip("-").replace(".", "").isdigit():
                 return text
-            return held.setdefault(text, self.fresh("k"))
+            name = held[text] if text in held else held.setdefault(text, self.fresh("k"))
+            return f"({name} != 0)" if isinstance(x, fx.Node) and x.target in CHOICES else name
         if isinstance(x, fx.Node):
             text = self.var[x]
             return text[1:-1] if bare and text.startswith("(") and text.count("(") == 1 else text

@@ -131,13 +131,12 @@ def by_member(
     grads, params, columns = given
     elements = sum([p[0].numel() for p in params])
     plain = program(recipe, apply, False, False, *declarations)
-    broadcasts = plain.broadcasts and params[0].dtype in (torch.float32, torch.float64)  # others would round the numbers
-    if broadcasts and (plain.length <= SHORT or (elements < LARGE and size * elements <= FEW)):
+    if plain.broadcasts and (plain.length <= SHORT or (elements < LARGE and size * elements <= FEW)):
         every = Members(0, size)
         found = plain.run(*every.of(grads, params, columns), *every.numbers(hypers))
         return tuple([rearranged(x, params) if isinstance(x, (list, tuple)) else collected([x]) for x in found])
     step = 1 if elements >= LARGE else max(1, CHUNK // max(1, elements))
-    if step > 1 and not broadcasts:
+    if step > 1 and not plain.broadcasts:
         return None
     donating = program(recipe, apply, False, True, *declarations)
     new_params = room(params) if apply else params

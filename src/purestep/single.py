@@ -51,8 +51,7 @@ def pow(x: Tensor, k: Any) -> Tensor:
 def axpy(x: Tensor, y: Any, k: Any) -> Tensor:
     """x + k*y."""
     if isinstance(k, Tensor):
-        half = x.dtype in (torch.float16, torch.bfloat16)  # in which `k` would be another number
-        return x + k * y if half or not isinstance(y, Tensor) or y.dtype != x.dtype else torch.addcmul(x, y, k.to(x.dtype))
+        return x + k * y if not isinstance(y, Tensor) or y.dtype != x.dtype else torch.addcmul(x, y, k.to(x.dtype))
     if torch.compiler.is_compiling():  # Inductor (2.13) drops `alpha` where `y` is a product of matrices
         return x + k * y
     return torch.add(x, y, alpha=k) if k else x  # as torch, which leaves decay out where there is none

@@ -62,6 +62,19 @@ CASES = [
         lacks={"alone": "the factor is one for all parameters"},
     ),
     Case(
+        "quantize_state",
+        ps.quantize_state,
+        (
+            {"transform": ps.adamw(lr=0.01, weight_decay=0.1), "bits": 8, "min_size": 8},
+            {"transform": ps.adamw(lr=0.01), "bits": 16, "min_size": 8},
+            {"transform": ps.accumulate(CLIPPED, 2), "bits": 8, "min_size": 0},
+            {"transform": ps.rmsprop(lr=0.01, momentum=0.9, centered=True), "bits": 16, "min_size": 0},
+        ),
+        covers=("dequantize_state",),
+        smooth=False,
+        lacks={"kept": "what is encoded is decoded for map_params, and encoded again"},
+    ),
+    Case(
         "conditionally",
         ps.conditionally,
         (

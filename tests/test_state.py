@@ -42,7 +42,7 @@ def extras(t: ps.Transform) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- map_params
 
 
-@each_options()
+@each_options(capability="kept")
 def test_the_identity_changes_nothing(case: Case, options: Options) -> None:
     _, _, state = begun(case, options)
     same = ps.map_params(lambda x: x, state, rest=lambda x: x)
@@ -52,7 +52,7 @@ def test_the_identity_changes_nothing(case: Case, options: Options) -> None:
     assert all(x is y for x, y in zip(leaves, others))
 
 
-@each_options()
+@each_options(capability="kept")
 def test_exactly_what_is_like_a_parameter(case: Case, options: Options) -> None:
     """What the function sees has its parameter's shape and dtype; what it does not see, not even as `rest`, has the shape of none."""
     _, params, state = begun(case, options)

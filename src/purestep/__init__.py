@@ -211,6 +211,8 @@ from purestep.transforms.plateau import ReduceOnPlateauState as ReduceOnPlateauS
 from purestep.transforms.plateau import reduce_on_plateau as reduce_on_plateau
 from purestep.transforms.project import keep_params_nonnegative as keep_params_nonnegative
 from purestep.transforms.project import project_box as project_box
+from purestep.transforms.quantize import dequantize_state as dequantize_state
+from purestep.transforms.quantize import quantize_state as quantize_state
 from purestep.transforms.scale import maximize as maximize
 from purestep.transforms.scale import scale as scale
 from purestep.transforms.scale import scale_by_learning_rate as scale_by_learning_rate

@@ -50,7 +50,7 @@ def calculate(
 
 
 class Blocks(NamedTuple):
-    """An elementwise program, and lists of large tensors, to be run on pieces that fit the cache.
+    """A program that can be run on pieces, and lists of large tensors, to be run on pieces that fit the cache.
 
     The program overwrites what it is given. What was not given away is copied first, piece by piece, into memory that is
     handed out in the end.
@@ -67,7 +67,8 @@ class Blocks(NamedTuple):
         if not donate and program.length <= SHORT:
             return None
         lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
-        if not program.elementwise or not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
+        whole = not program.block or CHUNK % program.block
+        if whole or not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
             return None
         return cls(program, grads, params, columns)
 
@@ -84,8 +85,9 @@ class Blocks(NamedTuple):
         """Write what the program returns to these places, which may be those of what is given; return the numbers of it."""
         sizes = [p.numel() for p in self.params]
         fresh = [(a, b) for a, b in zip((self.params, *self.columns), (params, *columns)) if a is not b and isinstance(a, list)]
-        copies = [(cut(a, sizes), cut(b, sizes)) for a, b in fresh]
-        new = [cut(c, sizes) for c in (params, *columns) if isinstance(c, list)]
+        size = self.program.block
+        copies = [(cut(a, sizes, size), cut(b, sizes, size)) for a, b in fresh]
+        new = [cut(c, sizes, size) for c in (params, *columns) if isinstance(c, list)]
         grads, out = cut(self.grads, sizes), cut(updates, sizes)
         results: tuple[Any, ...] = ()
         for block in blocks([x.numel() for x in grads]):
@@ -128,11 +130,11 @@ def room(xs: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x) for x in xs]
 
 
-def cut(xs: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """Large tensors in pieces, the others as they are."""
+def cut(xs: list[Tensor], sizes: list[int], block: int = 1) -> list[Tensor]:
+    """What belongs to large tensors, in pieces, the rest as it is: a number each, or one for each `block` of them."""
     pieces: list[Tensor] = []
     for x, size in zip(xs, sizes):
-        pieces += torch.split(x.view(-1), CHUNK) if size > CHUNK else (x,)
+        pieces += torch.split(x.view(-1), CHUNK if x.numel() == size else CHUNK // block) if size > CHUNK else (x,)
     return pieces
 
 

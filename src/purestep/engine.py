@@ -36,7 +36,7 @@ from purestep.batches import Level
 from purestep.blocks import SHORT, calculate, chunks, pieces, through
 from purestep.hyper import Hyper
 from purestep.masks import Label
-from purestep.maths import Scalar
+from purestep.maths import Encoded, Scalar
 from purestep.packing import COUNT, SIZE, Scratch, small, split
 from purestep.program import Program, call, program, runner
 from purestep.value import Declaration, Schedule, Value
@@ -64,6 +64,7 @@ class Fields:
     scalars: tuple[bool, ...] = ()  # one number per parameter
     like: tuple[bool, ...] = ()  # the parameter's shape and dtype
     leaves: tuple[bool, ...] = ()  # one entry per parameter
+    encoded: tuple[bool, ...] = ()  # a dtype of its own
     optional: bool = False  # whether a parameter may lack some
     step: int = -1  # the position of `step`
 
@@ -114,7 +115,8 @@ def inspect_state(state: Any, whole: bool) -> Fields:
     leaves = tuple(typing.get_origin(hints[n]) is list for n in names) if whole else (True,) * len(names)
     like = tuple(hints[n] in (Tensor, Tensor | None) for n in names)
     optional = any(type(None) in typing.get_args(hints[n]) for n in names)
-    return Fields(names, scalars, like, leaves, optional, names.index("step") if "step" in names else -1)
+    encoded = tuple(hints[n] in (Encoded, Encoded | None) for n in names)
+    return Fields(names, scalars, like, leaves, encoded, optional, names.index("step") if "step" in names else -1)
 
 
 def scaled(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
@@ -333,8 +335,8 @@ def fields_of(value: Primitive) -> Fields:
 
 
 EMPTY = Fields()
-SCHEDULED = Fields(("step",), (True,), (False,), (True,), False, 0)
-SCHEDULED_WHOLE = Fields(("step",), (True,), (False,), (False,), False, 0)
+SCHEDULED = Fields(("step",), (True,), (False,), (True,), (False,), False, 0)
+SCHEDULED_WHOLE = Fields(("step",), (True,), (False,), (False,), (False,), False, 0)
 
 
 def scheduled(value: Primitive) -> bool:
@@ -485,6 +487,7 @@ class Segment:
         self.items = [(i, value, fields_of(value)) for i, value in zip(positions, values)]
         self.declarations = [SCALED] * scaled + [value.declaration for value in values]
         self.names = " -> ".join([d.name for d in self.declarations])
+        self.encoded = [(j, f) for j, (_, _, info) in enumerate(self.items) for f, yes in enumerate(info.encoded) if yes]
         self.details: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
         self.hypers = arguments_of(values)
@@ -791,8 +794,8 @@ class Call:
             if self.donate:  # what was written in place, below autograd's sight
                 written = list(params) if apply else []
                 if self.trust is None:
-                    tensors = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]
-                    written += [x for column in tensors for x in column if x is not None]
+                    columns = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.columns]
+                    written += [x for column in columns for x in column if x is not None]
                 torch.autograd.graph.increment_version(written)
         else:
             run = self.program if self.mode != "leaf" else self.leaf if self.executor == "leaf" else self.single
@@ -826,6 +829,8 @@ class Call:
         for k, (g, p) in enumerate(zip(grads, params)):
             u, dtype = g, p.dtype
             wide = widest(dtype, [own[f][k] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors])
+            if encodes(segment, fields):  # numbers that are kept in few bits are computed with in many
+                wide = torch.promote_types(wide, torch.float32)
             if wide != dtype:  # a state of higher precision than its parameter: the mathematics is done in the state's
                 u, p = g.to(wide), p.to(wide)
             for (_, value, info), columns, new in zip(segment.items, fields, news):
@@ -849,7 +854,8 @@ class Call:
         """The program of one tensor, which can be differentiated and batched: parameter by parameter, or small ones as one."""
         dtype = params[0].dtype
         like = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]
-        if not all([x is None or x.dtype == dtype for column in like for x in column]):
+        narrow = dtype.itemsize < 4 and encodes(segment, fields)
+        if narrow or not all([x is None or x.dtype == dtype for column in like for x in column]):
             return self.leaf(segment, grads, params, fields, apply)  # in the widest dtype
         recipe = details(segment, absent(fields))
         run = runner(recipe, apply, False, False, *segment.declarations, single=True)
@@ -941,7 +947,7 @@ class Call:
             return None  # on small tensors a kernel costs less than to gather them
         recipe = program(details(segment, absent(fields)), False, True, self.donate, *segment.declarations)
         columns = [(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.tensors if fields[j][f][0] is not None]
-        if not recipe.elementwise or not recipe.recipe.parts:
+        if not recipe.elementwise or not recipe.recipe.parts or encodes(segment, fields):
             return None
         lists = [grads, params, *[fields[j][f] for j, f in columns]]
         dtype, shapes = params[0].dtype, [p.shape for p in params]
@@ -1008,7 +1014,9 @@ class Call:
         """The traced program of these links."""
         dtype = params[0].dtype
         columns, places, news = self.arranged(segment, fields)
-        mixed = not all([[x.dtype for x in c].count(dtype) == len(c) for c in columns if isinstance(c, list)])
+        kept = [c for c, place in zip(columns, places) if isinstance(c, list) and place not in segment.encoded]
+        mixed = not all([[x.dtype for x in c].count(dtype) == len(c) for c in kept])
+        mixed |= dtype.itemsize < 4 and encodes(segment, fields)
         if mixed and not (self.executor == "compiled" and self.mode == "program"):
             return self.promoted(segment, grads, params, fields, apply)
         recipe = details(segment, absent(fields))
@@ -1027,7 +1035,10 @@ class Call:
                 grads, params, *columns, *numbers
             )
         if any([isinstance(x, Tensor) for x in (*columns, *numbers)]):  # a 0-d parameter is promoted by a 0-d number
-            updates, *results = [x if isinstance(x, (Tensor, float)) else cast(x, dtype) for x in (updates, *results)]
+            own = [True, *[place not in segment.encoded for place in places]]
+            updates, *results = [
+                cast(x, dtype) if yes and isinstance(x, (list, tuple)) else x for yes, x in zip(own, (updates, *results))
+            ]
         for (j, f), x in zip(places, results):
             news[j][f] = list(x) if isinstance(x, tuple) else x
         return list(updates) if isinstance(updates, tuple) else updates, news
@@ -1285,6 +1296,30 @@ class Inner:
         after = maths.select(flag, new, state)
         return maths.select(flag, us, otherwise), [call.reused(old, x, f) for old, x, f in zip(state, after, self._fields)]
 
+    def plus(self, xs: list[Tensor], ys: list[Tensor], k: Any = 1) -> list[Tensor]:
+        """Tensors of the state plus a `k`-th of others; in their own memory, if that was given away. Do not use them again."""
+        if self._call.mode == "program" and isinstance(k, Tensor) and k.is_cpu:
+            k = k.item()
+        if self._call.mode != "program" or isinstance(k, Tensor):
+            return [(x + y / k).to(x.dtype) for x, y in zip(xs, ys)]
+        if not self._call.donate:
+            return list(torch._foreach_add(xs, ys, alpha=1 / k))
+        torch._foreach_add_(xs, ys, alpha=1 / k)
+        return xs
+
+    def emptied(self, xs: list[Tensor], used: Any) -> list[Tensor]:
+        """Zeros in place of tensors of the state, in their own memory if it was given away and nothing else is in it.
+
+        Args:
+            xs: the tensors, which must not be used again.
+            used: the updates and the state that `update` has made of them. What it does in place is in memory of its own.
+        """
+        own = self._apply and not any([stage.whole for stage in self._groups[0].plan.stages])
+        if self._call.mode == "program" and self._call.donate and (own or not held(xs, used)):
+            torch._foreach_zero_(xs)
+            return xs
+        return [torch.zeros_like(x) for x in xs]
+
     def read(self, flag: Any) -> Any:
         """A flag as a bool, if there is no one to wait for: on a CPU, outside `torch.func` and `torch.compile`."""
         if isinstance(flag, Tensor):
@@ -1303,6 +1338,12 @@ class Inner:
             [put(x, self._rows, y) if leaf else y for x, y, leaf in zip(old, new, f.leaves)]
             for old, new, f in zip(olds, news, self._fields)
         ]
+
+
+def held(xs: list[Tensor], used: Any) -> bool:
+    """Whether any of these tensors, or a view of it, is found elsewhere."""
+    memory = {x.untyped_storage()._cdata for x in xs}
+    return any([isinstance(y, Tensor) and y.untyped_storage()._cdata in memory for y in pytree.tree_leaves(used)])
 
 
 def check_nested(d: Any, after: Any, count: int) -> None:
@@ -1425,6 +1466,11 @@ def absent(fields: Any) -> tuple[tuple[bool, ...], ...]:
     return tuple([tuple([c[0] is None for c in own]) for own in fields])
 
 
+def encodes(segment: Segment, fields: Any) -> bool:
+    """Whether any of these parameters' state is kept in another dtype than it is computed with in."""
+    return any([fields[j][f][0] is not None for j, f in segment.encoded])
+
+
 def details(segment: Segment, absent: tuple[tuple[bool, ...], ...]) -> tuple[Any, ...]:
     """What a recipe says of these links when their states lack these fields, but for their declarations."""
     found = segment.details.get(absent)
@@ -1535,7 +1581,7 @@ def real(xs: list[Any]) -> list[Any]:
 
 
 def imaginary(xs: list[Any]) -> list[Any]:
-    return [torch.view_as_complex(x) for x in xs]
+    return [x if x is None else torch.view_as_complex(x) for x in xs]
 
 
 def same_layout(tensors: Sequence[Tensor]) -> bool:

@@ -25,12 +25,15 @@ Scalar: TypeAlias = Annotated[Tensor, "scalar"]
 Its first value must not depend on the parameter: parameters share one tensor for as long as they agree.
 """
 
+Encoded: TypeAlias = Annotated[Tensor, "encoded"]
+"""A state field with a dtype of its own, which stays what it is when a state is computed with in a higher precision."""
+
 
 @overload
 def operation(function: F) -> F: ...
 @overload
-def operation(*, like: bool = False, single: bool = False) -> Callable[[F], F]: ...
-def operation(function: Any = None, *, like: bool = False, single: bool = False) -> Any:
+def operation(*, like: bool = False, single: bool = False, block: int = 0) -> Callable[[F], F]: ...
+def operation(function: Any = None, *, like: bool = False, single: bool = False, block: int = 0) -> Any:
     """Make `function` one operation of a leaf function: the tracer records the call and does not look inside.
 
     Whatever torch can do to one tensor can be written this way: branches on a shape, loops, a matrix decomposition. All
@@ -41,13 +44,15 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False)
         like: promises that the result is a new tensor of the parameter's shape and dtype, whose memory may be reused.
         single: promises that it is a number for each parameter, a new 0-d tensor or a float: what it is combined with keeps
             its shape and dtype.
+        block: promises that every so many consecutive numbers are treated by themselves, whatever the shape (1 for a function
+            that is elementwise), and that the result is a new tensor. Large tensors are then computed in pieces.
 
     >>> @operation
     ... def spectral_norm(x: Tensor) -> Tensor:
     ...     return torch.linalg.matrix_norm(x, 2)
     """
     if function is None:
-        return functools.partial(operation, like=like, single=single)
+        return functools.partial(operation, like=like, single=single, block=block)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -56,7 +61,7 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False)
                 return x.tracer.create_proxy("call_function", call, args, {})
         return function(*args)
 
-    call.like, call.single = like, single  # type: ignore[attr-defined]
+    call.like, call.single, call.block = like, single, block  # type: ignore[attr-defined]
     return call
 
 

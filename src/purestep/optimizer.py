@@ -26,6 +26,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOK
 from purestep.engine import (
     Call,
     Executor,
+    Fields,
     Group,
     Link,
     Mode,
@@ -657,13 +658,13 @@ class Optimizer(torch.optim.Optimizer):
             report(self)
 
     def _keep_precision(self, state_dict: dict[str, Any]) -> None:
-        """Counters, and the float32 state of half-precision parameters, as they were saved; torch has just cast them."""
+        """Counters, codes, and the float32 state of half-precision parameters, as they were saved; torch has just cast them."""
         for old, group, transform in zip(state_dict["param_groups"], self.param_groups, self._transforms()):
-            scalars = scalars_of(transform)
+            own = scalars_of(transform) | encoded_in(transform)
             for key, p in zip(old["params"], group["params"]):
                 half = p.dtype in (torch.bfloat16, torch.float16)
                 for name, x in state_dict["state"].get(key, {}).items():
-                    if isinstance(x, Tensor) and (name in scalars or (half and x.dtype == torch.float32)):
+                    if isinstance(x, Tensor) and (name in own or (half and x.dtype == torch.float32)):
                         self.state[p][name] = x.to(p.device)
         shared, first = self.state.get(SHARED, {}), next(iter(self._paths()), None)
         for name, x in shared.items():
@@ -827,11 +828,21 @@ def begins_from_options(transform: Transform) -> bool:
 
 def scalars_of(transform: Transform) -> set[str]:
     """The names of the fields that hold one number per parameter."""
+    return names_of(transform, operator.attrgetter("scalars"))
+
+
+def encoded_in(transform: Transform) -> set[str]:
+    """The names of the fields that have a dtype of their own."""
+    return names_of(transform, operator.attrgetter("encoded"))
+
+
+def names_of(transform: Transform, role: Callable[[Fields], tuple[bool, ...]]) -> set[str]:
+    """The names of the fields that play a role."""
     return {
         name
         for link, keys in zip(transform.links, transform.plan.keys)
-        for name, scalar in zip(keys, fields_of(link.transform).scalars)
-        if scalar
+        for name, yes in zip(keys, role(fields_of(link.transform)))
+        if yes
     }
 
 

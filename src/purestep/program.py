@@ -22,6 +22,7 @@ import builtins
 import functools
 import itertools
 import linecache
+import math
 import operator
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -71,6 +72,8 @@ class StateFields(Protocol):
     def scalars(self) -> tuple[bool, ...]: ...
     @property
     def like(self) -> tuple[bool, ...]: ...
+    @property
+    def encoded(self) -> tuple[bool, ...]: ...
 
 
 class Recipe(NamedTuple):
@@ -92,7 +95,7 @@ class Program:
     name: str
     source: str
     run: Callable[..., tuple[Any, ...]] = field(repr=False)
-    elementwise: bool = False  # every number of the result depends on the numbers in its own place only
+    block: int = 0  # so many consecutive numbers of the result depend on those in their own places only; 0: on all
     broadcasts: bool = False  # takes tensors that are to be broadcast in the places of numbers
     reads_params: bool = True  # other than to add the updates to them
     length: int = 0  # how many operations
@@ -101,6 +104,11 @@ class Program:
 
     def __str__(self) -> str:
         return self.source
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether every number of the result depends on the numbers in its own place only."""
+        return self.block == 1
 
 
 _programs: dict[Any, Program] = {}
@@ -162,6 +170,7 @@ class Input(NamedTuple):
     node: fx.Node
     number: bool
     like_params: bool  # same shape and dtype as the parameter
+    encoded: bool  # neither, but a part of it belongs to a part of the parameter
     output: int | None  # the output that is this input's new value
 
 
@@ -171,9 +180,11 @@ def trace(recipe: Recipe) -> tuple[fx.Graph, list[Input], list[fx.Node]]:
     tracer = GraphAppendingTracer(graph)
     inputs: list[Input] = []
 
-    def proxy(name: str, number: bool = False, like: bool = False, output: int | None = None) -> fx.Proxy:
+    def proxy(
+        name: str, number: bool = False, like: bool = False, encoded: bool = False, output: int | None = None
+    ) -> fx.Proxy:
         node = graph.placeholder(name)
-        inputs.append(Input(node, number, like, output))
+        inputs.append(Input(node, number, like, encoded, output))
         return fx.Proxy(node, tracer)
 
     update: Any = proxy("g", like=True)
@@ -183,9 +194,9 @@ def trace(recipe: Recipe) -> tuple[fx.Graph, list[Input], list[fx.Node]]:
     for part in recipe.parts:
         fields: list[Any] = []
         info = part.declaration.fields
-        for name, scalar, like, absent in zip(info.names, info.scalars, info.like, part.absent):
+        for name, scalar, like, encoded, absent in zip(info.names, info.scalars, info.like, info.encoded, part.absent):
             count += not absent
-            fields.append(None if absent else proxy(name, number=scalar, like=like, output=count))
+            fields.append(None if absent else proxy(name, scalar, like, encoded, count))
         states.append(fields)
     outputs: list[Any] = []
     for part, fields in zip(recipe.parts, states):
@@ -309,13 +320,20 @@ class Writer:
         file = f"<purestep {name}: {'+'.join(p.declaration.name for p in self.recipe.parts)}>"
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks and debuggers show it
         exec(builtins.compile(source, file, "exec"), self.space)
-        elementwise = all(self.shaped[i.node] for i in self.inputs if not i.number)
-        elementwise &= all(op.name != "loop" and self.shaped[op.out] for op in ops)
+        sizes = [self.block(op) for op in ops]
+        local = all(self.shaped[i.node] or i.encoded for i in self.inputs if not i.number) and all(sizes)
+        block = math.lcm(*sizes) if local else 0
         loops = [op.out for op in ops if op.name in ("loop", "where", "compare")]  # a number would change the dtype in these
-        broadcasts = elementwise and all(self.is_list(x) for node in loops for x in nodes_in((node.args, node.kwargs)))
+        broadcasts = block == 1 and all(self.is_list(x) for node in loops for x in nodes_in((node.args, node.kwargs)))
         reads = self.uses.get(self.inputs[1].node, 0) > 0
         run, numbers = self.space["program"], self.space.get("coefficients")
-        return Program(self.recipe, name, source, run, elementwise, broadcasts, reads, len(ops), numbers)
+        return Program(self.recipe, name, source, run, block, broadcasts, reads, len(ops), numbers)
+
+    def block(self, op: Op) -> int:
+        """How many consecutive numbers one operation treats by themselves; 0 if it must see all of a tensor."""
+        if op.name == "loop":
+            return getattr(op.out.target, "block", 0)
+        return int(self.shaped[op.out])
 
     # -- 1. kinds
 
@@ -368,7 +386,7 @@ class Writer:
             ops.append(self.op(node, absorbed))
         ops.reverse()
         for op in ops:
-            op.fresh |= op.out in self.single
+            op.fresh |= op.out in self.single or getattr(op.out.target, "block", 0) > 0
             lists = [x for x in op.lists(self.kinds) if x not in self.single]
             self.shaped[op.out] = bool(op.targets or op.name in ("where", "compare")) and bool(lists)
             self.shaped[op.out] &= all(self.shaped[x] for x in lists)

@@ -179,6 +179,9 @@ def map_params(function: Callable[..., Any], state: Any, *others: PyTree, rest: 
                     f"map_params takes other states of the same transform, but at {place} one is {type(x).__name__} and the "
                     f"other {type(y).__name__}."
                 )
+        form = getattr(type(x), "form", None)
+        if form is not None:  # quantized: what a function sees are the means themselves
+            return form.again(visit(form.full(x), place, [form.full(y) if s else y for y, s in zip(given, along)]))
         if isinstance(x, dict):
             return {k: visit(v, f"{place}[{k!r}]", [y[k] if s else y for y, s in zip(given, along)]) for k, v in x.items()}
         if not isinstance(x, (tuple, list)):

@@ -390,7 +390,7 @@ class Transform:
     # -- reading
 
     def program(self, *, donate: bool = False) -> str:
-        """The source of the foreach program that `step` runs on real floating-point parameters, as text to read.
+        """The source of the foreach program that `step` runs on matrices of real floating-point numbers, as text to read.
 
         >>> import purestep as ps
         >>> print(ps.sgd(lr=0.1).program(donate=True))
@@ -413,7 +413,8 @@ def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
                 texts.append("# and after it:\n")
         elif stage.positions or apply:
             values = [plan.links[i].transform for i in stage.positions]
-            parts = tuple([detail(v, (False,) * len(v.declaration.fields.names)) for v in values])
+            matrix = torch.empty(64, 64, device="meta")
+            parts = tuple([detail(v, tuple([x is None for x in fresh_state(v, matrix)])) for v in values])
             last = apply and stage is plan.stages[-1]
             texts.append(program(parts, last, own, donate, *[v.declaration for v in values]).source)
         own = not stage.whole

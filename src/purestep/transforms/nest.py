@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
-from torch import Tensor, add, zeros_like
+from torch import Tensor, zeros_like
 
 from purestep.engine import Inner
 from purestep.hyper import Period, UnitInterval, Whole, check_steps
@@ -98,16 +98,13 @@ def _accumulate(
     steps: Any = k(s.step) if callable(k) else k
     t = s.mini_step + 1
     full = transform.read(t >= steps)
-    acc = [with_part(a, g, steps if average else 1) for a, g in zip(s.acc, gs)]
+    acc = transform.plus(s.acc, gs, steps if average else 1)
     us, inner = transform.when(full, acc, s.inner, ps)
-    empty = [zeros_like(a) for a in acc] if full is not False else acc
-    new = AccumulateState(where(full, s.step + 1, s.step), where(full, 0.0, t), select(full, empty, acc), inner)
-    return us, new
-
-
-def with_part(a: Tensor, g: Tensor, k: Any) -> Tensor:
-    """A sum, and one more k-th."""
-    return (a + g / k).to(a.dtype) if isinstance(k, Tensor) else add(a, g, alpha=1 / k)
+    if full is True:
+        acc = transform.emptied(acc, (us, inner))
+    elif full is not False:
+        acc = select(full, [zeros_like(a) for a in acc], acc)
+    return us, AccumulateState(where(full, s.step + 1, s.step), where(full, 0.0, t), acc, inner)
 
 
 def accumulate(transform: Transform, k: int | Callable[[Any], Any], *, average: bool = True) -> Transform:

@@ -113,13 +113,13 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 
 FLOORS = [
-    {"tree", "hyper", "maths", "foreach", "packing", "threads"},
+    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists"},
     {"value", "masks", "leaves", "single"},
-    {"program", "schedules"},
+    {"program", "schedules", "links"},
     {"blocks", "compiled"},
-    {"batches"},
+    {"batches", "plan"},
     {"engine"},
-    {"sparse"},
+    {"solo", "sparse"},
     {"transform"},
     {"transforms", "state"},
     {"optimizer", "meta"},

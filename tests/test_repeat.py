@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import purestep as ps
-from purestep import engine, optim
+from purestep import optim, solo
 
 Event = Callable[[torch.optim.Optimizer], None]
 
@@ -127,7 +127,7 @@ def test_the_shorter_way_is_the_same_way(name: str, count: int, flags: dict[str,
     results = []
     for way in ("shorter", "whole"):
         if way == "whole":
-            monkeypatch.setattr(engine.Solo, "again", lambda *args: False)
+            monkeypatch.setattr(solo.Solo, "again", lambda *args: False)
         generator = torch.Generator().manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(3, k + 1, generator=generator)) for k in range(count)]
         optimizer = getattr(optim, name)(params, **flags)
@@ -142,8 +142,8 @@ def test_the_shorter_way_is_the_same_way(name: str, count: int, flags: dict[str,
 
 def test_the_shorter_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[bool] = []
-    original = engine.Solo.again
-    monkeypatch.setattr(engine.Solo, "again", lambda *args: taken.append(original(*args)) or taken[-1])
+    original = solo.Solo.again
+    monkeypatch.setattr(solo.Solo, "again", lambda *args: taken.append(original(*args)) or taken[-1])
     for cls in (optim.AdamW, optim.NAdam):
         taken.clear()
         run(cls, EVENTS["no gradient"], lr=0.01)

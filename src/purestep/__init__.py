@@ -119,9 +119,7 @@ from purestep.algorithms.sparse_adam import sparse_adam as sparse_adam
 from purestep.algorithms.yogi import YogiState as YogiState
 from purestep.algorithms.yogi import scale_by_yogi as scale_by_yogi
 from purestep.algorithms.yogi import yogi as yogi
-from purestep.engine import EmptyState as EmptyState
 from purestep.engine import Inner as Inner
-from purestep.engine import ScheduleState as ScheduleState
 from purestep.hyper import Betas as Betas
 from purestep.hyper import Extra as Extra
 from purestep.hyper import ExtraTree as ExtraTree
@@ -135,6 +133,8 @@ from purestep.leaves import in_dims as in_dims
 from purestep.leaves import out_dims as out_dims
 from purestep.leaves import stack as stack
 from purestep.leaves import tensors as tensors
+from purestep.links import EmptyState as EmptyState
+from purestep.links import ScheduleState as ScheduleState
 from purestep.masks import by_module as by_module
 from purestep.masks import by_ndim as by_ndim
 from purestep.masks import by_path as by_path

@@ -43,7 +43,7 @@ def run(
 
     The fields of the state may be of other dtypes than the parameters: what is computed is computed in the widest.
     """
-    split = program(recipe, apply, False, False, *declarations, split=True)
+    split = program(recipe, apply, False, False, *declarations, form="split")
     if not split.elementwise or split.coefficients is None:
         return None
     grads, params, columns = given

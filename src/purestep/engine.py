@@ -15,156 +15,42 @@ number of updates so far. Almost always there is one bucket, and finding that ou
 
 from __future__ import annotations
 
-import functools
-import inspect
 import operator
-import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from itertools import chain as flat
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils import _pytree as pytree
 
 from purestep import batches, compiled, maths
 from purestep.batches import Level
-from purestep.blocks import SHORT, calculate, chunks, pieces, through
-from purestep.hyper import Hyper
-from purestep.masks import Label
-from purestep.maths import Encoded, Scalar
+from purestep.blocks import calculate, chunks, pieces, through
+from purestep.links import EmptyState, Fields, Link, Primitive, evaluated, fresh_state, single
+from purestep.lists import (
+    alike,
+    cast,
+    clones,
+    first_places,
+    flattened,
+    imaginary,
+    overwrite,
+    parted,
+    pick,
+    put,
+    real,
+    same_layout,
+    widest,
+)
 from purestep.packing import COUNT, SIZE, Scratch, small, split
-from purestep.program import Program, call, program, runner
-from purestep.value import Declaration, Schedule, Value
+from purestep.plan import Group, Segment, Stage, absent, details, encodes, joinable
+from purestep.program import call, program, runner
+from purestep.value import Schedule
 
 Executor: TypeAlias = Literal["leaf", "foreach", "fused", "compiled"]
-Sparse: TypeAlias = Literal["rows", "dense"] | None
 Mode: TypeAlias = Literal["leaf", "program", "traced"]
-
-
-class EmptyState(NamedTuple):
-    """The state of a transform that needs none."""
-
-
-class ScheduleState(NamedTuple):
-    """The state of a transform that needs none but for a schedule among its hyperparameters."""
-
-    step: Scalar  # updates so far
-
-
-@dataclass(frozen=True)
-class Fields:
-    """What the fields of a state are."""
-
-    names: tuple[str, ...] = ()
-    scalars: tuple[bool, ...] = ()  # one number per parameter
-    like: tuple[bool, ...] = ()  # the parameter's shape and dtype
-    leaves: tuple[bool, ...] = ()  # one entry per parameter
-    encoded: tuple[bool, ...] = ()  # a dtype of its own
-    optional: bool = False  # whether a parameter may lack some
-    step: int = -1  # the position of `step`
-
-    tensors: tuple[int, ...] = field(init=False, default=())  # the positions of the fields that are like the parameters
-    columns: tuple[int, ...] = field(init=False, default=())  # of those that are more than a number per parameter
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", tuple([f for f, like in enumerate(self.like) if like]))
-        object.__setattr__(self, "columns", tuple([f for f, scalar in enumerate(self.scalars) if not scalar]))
-
-
-class LinkDeclaration(Declaration):
-    """A declared transform: its function, the type of its state, what switches it off, and which parameters it refuses."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        state: Any = None,
-        *,
-        off: str | None = None,
-        whole: bool = False,
-        moves: bool = False,
-        scales: bool = False,
-        requires: Callable[[str, Tensor], None] | None = None,
-        sparse: Sparse = None,
-        name: str = "",
-        nested: bool = False,
-        passes: bool = False,
-    ) -> None:
-        super().__init__(function, given=3 if state is not None or whole else 2, name=name, inner=Inner if nested else None)
-        self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
-        if self.trees and sparse == "rows":
-            raise TypeError(f"{self.name} cannot run on the rows of sparse gradients, because {self.trees[0]} is whole.")
-        self.moves = moves  # a whole transform that returns new parameters instead of updates
-        self.scales = scales  # one that returns the number that the updates are to be multiplied by
-        self.passes = passes  # a nested transform that returns the updates of its inner transform as they came
-        self.fields = Fields() if state is None else inspect_state(state, whole)
-        self.init_names: tuple[str, ...] = ()
-        if state is not None and not whole:
-            self.init_names = tuple(inspect.signature(state.init).parameters)[1:]
-
-
-def inspect_state(state: Any, whole: bool) -> Fields:
-    """Read the fields of a state off its annotations."""
-    hints = typing.get_type_hints(state, include_extras=True)
-    names: tuple[str, ...] = tuple(n for n in state._fields if n != "inner")  # which is the states of other links
-    scalars = tuple(hints[n] == Scalar for n in names)
-    leaves = tuple(typing.get_origin(hints[n]) is list for n in names) if whole else (True,) * len(names)
-    like = tuple(hints[n] in (Tensor, Tensor | None) for n in names)
-    optional = any(type(None) in typing.get_args(hints[n]) for n in names)
-    encoded = tuple(hints[n] in (Encoded, Encoded | None) for n in names)
-    return Fields(names, scalars, like, leaves, encoded, optional, names.index("step") if "step" in names else -1)
-
-
-def scaled(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
-    """What a whole transform that scales leaves to the leafwise ones that follow it."""
-    return u * factor
-
-
-SCALED = LinkDeclaration(scaled)
-
-
-class Primitive(Value):
-    """A transform that is not made of others."""
-
-    __slots__ = ()
-    declaration: LinkDeclaration  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __init__(self, declaration: LinkDeclaration, arguments: Mapping[str, Any]) -> None:
-        super().__init__(declaration, arguments)
-        state = declaration.state
-        if state is not None and declaration.fields.step < 0 and scheduled(self):
-            raise TypeError(
-                f"{declaration.name} cannot follow a schedule, because {state.__name__} does not count its updates; "
-                "add the field 'step: Scalar' to it, begun with counter(p)."
-            )
-
-
-class Link(NamedTuple):
-    """One transform of a chain, and the masks it stands under, the outermost last."""
-
-    transform: Primitive
-    masks: tuple[Any, ...] = ()
-    span: int = 0  # how many of the links that follow it is put around
-
-
-class Group(NamedTuple):
-    """Some of the parameters, and the plan with the hyperparameters that hold for them."""
-
-    plan: Plan
-    rows: range
-
-
-class Kernel(NamedTuple):
-    """A fused kernel: what it can do, as the transforms it replaces, and how to call it."""
-
-    pattern: tuple[tuple[LinkDeclaration, bool], ...]  # each with whether it may be left out
-    run: Callable[..., None]
-    copies: bool = True  # whether it pays to copy what was not given away, so that the kernel can write on it
-    tails: bool = True  # whether it pays as the tail of a longer chain, which would be one program without it
 
 
 class Trust:
@@ -182,371 +68,10 @@ class Trust:
         self.dtype, self.sizes, self.states = dtype, list(map(Tensor.numel, params)) if all(plain) else [], states
 
 
-class Solo(NamedTuple):
-    """A plan that is one segment, with plain numbers."""
-
-    segment: Segment
-    kernel: Kernel | None
-    names: tuple[str, ...]  # of the fields that are more than a number per parameter, as a kernel knows them
-    keys: tuple[str, ...]  # the same, as the chain's state calls them
-    places: tuple[tuple[int, int], ...]  # the item of the segment and the number of each of these fields
-    counters: tuple[tuple[str, int, int], ...]  # the key, the item and the number of those that are one number
-
-    @classmethod
-    def of(cls, plan: Plan) -> Solo | None:
-        """None if there is more to a plan."""
-        stage = plan.stages[0]
-        segment = plan.segment(stage.positions) if len(plan.stages) == 1 and stage.positions and not stage.masked else None
-        if segment is None or segment.numbers is None or segment.first:
-            return None
-        places = tuple([(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.columns])
-        names, keys = [], []
-        for j, f in places:
-            i, _, info = segment.items[j]
-            names.append(info.names[f])
-            keys.append(plan.keys[i][f])
-        counters = tuple(
-            [(plan.keys[i][f], j, f) for j, (i, _, info) in enumerate(segment.items) for f, s in enumerate(info.scalars) if s]
-        )
-        return cls(segment, segment.kernel, tuple(names), tuple(keys), places, counters)
-
-    def again(
-        self,
-        trust: Trust,
-        grads: list[Any],
-        params: list[Tensor],
-        states: Sequence[Mapping[str, Any]],
-        executor: Executor | None = None,
-    ) -> bool:
-        """The update that was made last, with new gradients and numbers, and nothing on the way to it.
-
-        Nothing has changed if it is False: then more is new than those, and it takes a `Call` to look at it.
-        """
-        if len(trust.states) != len(self.keys) or choose(None) != "program":
-            return False
-        for key, column in zip(self.keys, trust.states):
-            if not all(map(operator.is_, [s.get(key) for s in states], column)):
-                return False
-        for xs in (grads, params):
-            if not (
-                set(map(type, xs)) <= PLAIN
-                and all([x.layout is torch.strided and x.is_cpu and x.dtype is trust.dtype for x in xs])
-                and list(map(Tensor.numel, xs)) == trust.sizes
-                and all(map(Tensor.is_contiguous, xs))
-            ):
-                return False
-        counts: list[Tensor] = []
-        for key, _, _ in self.counters:
-            found = [s.get(key) for s in states]
-            if not one(found, "program") or not isinstance(found[0], Tensor) or not found[0].is_cpu:
-                return False
-            counts.append(found[0])
-        if self.kernel is not None and executor in (None, "fused"):
-            before = counts[0].item() if counts else 0
-            after = [stored(x, x.item() + 1) for x in counts]
-            self.run(params, grads, trust.states, before, after[0] if after else torch.zeros(()))
-        else:
-            after = self.repeat(trust, grads, params, counts, states, executor)
-        for (key, _, _), x in zip(self.counters, after):
-            for s in states:
-                s[key] = x  # type: ignore[index]
-        return True
-
-    def repeat(
-        self, trust: Trust, grads: list[Any], params: list[Tensor], counts: list[Tensor], states: Any, executor: Executor | None
-    ) -> list[Tensor]:
-        """The program of the plan, in place; the new counters."""
-        fields: list[list[Any]] = [[None] * len(info.names) for _, _, info in self.segment.items]
-        for (j, f), column in zip(self.places, trust.states):
-            fields[j][f] = column
-        for (_, j, f), x in zip(self.counters, counts):
-            fields[j][f] = [x]
-        call = Call(
-            grads, params, [], lambda masks: [], "program",
-            apply=True, donate=True, alone=False, executor=executor, trust=trust, seen=True,
-        )  # fmt: skip
-        _, news = call.execute(self.segment, grads, params, fields, True)
-        for key, column, (j, f) in zip(self.keys, trust.states, self.places):
-            if not all(map(operator.is_, column, news[j][f])):
-                for s, x in zip(states, news[j][f]):
-                    s[key] = x
-        torch.autograd.graph.increment_version(params)
-        return [stored(x, news[j][f]) for (_, j, f), x in zip(self.counters, counts)]
-
-    def at_once(self, grads: list[Any], params: list[Any], states: list[Any]) -> bool:
-        """The update of parameters and states that were given away, all of them in place, by a kernel, if there is one and
-        nothing is special about any of them.
-
-        Nothing has changed if it is False: then it takes a `Call`, or an error, to say what is.
-        """
-        if self.kernel is None or choose(None) != "program" or not params or type(params[0]) not in PLAIN:
-            return False
-        links = [i for i, _, _ in self.segment.items]
-        columns = [states[links[j]][f] for j, f in self.places]
-        counters = [states[links[j]][f] for _, j, f in self.counters]
-        dtype, shapes, n = params[0].dtype, [p.shape if type(p) in PLAIN else None for p in params], len(params)
-        for xs in (params, grads, *columns):
-            if not (
-                set(map(type, xs)) <= PLAIN
-                and [x.dtype for x in xs].count(dtype) == n
-                and [x.shape for x in xs] == shapes
-                and all([x.is_cpu and x.layout is torch.strided and x.is_contiguous() for x in xs])
-            ):
-                return False
-        if torch.is_grad_enabled() and any([any([x.requires_grad for x in xs]) for xs in (params, grads, *counters, *columns)]):
-            return False
-        if dtype not in FUSED_DTYPES or not all([one(c, "program") and type(c[0]) is Tensor and c[0].is_cpu for c in counters]):
-            return False
-        before = counters[0][0].item() if counters else 0
-        after = [c[0].add_(1) for c in counters]
-        self.run(params, grads, columns, before, after[0] if after else torch.zeros(()))
-        torch.autograd.graph.increment_version(flat.from_iterable(columns))
-        return True
-
-    def run(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], before: float, after: Tensor) -> None:
-        """Call the kernel, in place."""
-        given = {**dict(zip(self.names, states)), "step": lambda: after}
-        with torch._C._AutoDispatchBelowAutograd():
-            self.kernel.run(params, grads, given, self.segment.hypers, before)  # type: ignore[union-attr]
-        torch.autograd.graph.increment_version(params)
-
-
-KERNELS: list[Kernel] = []
-"""Filled by `purestep.fused`; the first whose pattern is the tail of a chain is used."""
-
-
 # ----------------------------------------------------------------------------------------------------------------- states
 
 
-def state_type(value: Primitive) -> type:
-    """The type of a transform's state."""
-    if value.declaration.state is not None:
-        return value.declaration.state
-    return ScheduleState if scheduled(value) else EmptyState
-
-
-def fields_of(value: Primitive) -> Fields:
-    """What the fields of a transform's state are."""
-    if value.declaration.state is not None:
-        return value.declaration.fields
-    if not scheduled(value):
-        return EMPTY
-    return SCHEDULED_WHOLE if value.declaration.whole else SCHEDULED
-
-
-EMPTY = Fields()
-SCHEDULED = Fields(("step",), (True,), (False,), (True,), (False,), False, 0)
-SCHEDULED_WHOLE = Fields(("step",), (True,), (False,), (False,), (False,), False, 0)
-
-
-def scheduled(value: Primitive) -> bool:
-    """Whether any hyperparameter is a schedule."""
-    a = value.arguments
-    for name in value.declaration.hypers:
-        x = a[name]
-        if isinstance(x, Schedule) or (isinstance(x, tuple) and any([isinstance(y, Schedule) for y in x])):
-            return True
-    return False
-
-
-def is_off(value: Primitive) -> bool:
-    """Whether a transform does nothing: its strength is the plain number 0. A tensor may be 0, but is never off."""
-    off = value.declaration.off
-    if off is None:
-        return False
-    strength = value.arguments[off]
-    return isinstance(strength, float) and strength == 0.0
-
-
-def fresh_whole_state(value: Primitive, params: list[Tensor]) -> Sequence[Any]:
-    """The state of a whole transform before its first update, with lists for what it keeps per parameter."""
-    d = value.declaration
-    if d.state is not None:
-        state: Sequence[Any] = d.state.init(params, None)[:-1] if d.inner else d.state.init(params)
-        return state
-    return [maths.counter(params[0] if params else torch.zeros(()))] if scheduled(value) else []
-
-
-def fresh_state(value: Primitive, p: Tensor) -> tuple[Any, ...]:
-    """The state of one parameter before its first update."""
-    d = value.declaration
-    if d.state is None:
-        return ScheduleState(maths.counter(p)) if scheduled(value) else EmptyState()
-    state: tuple[Any, ...] = d.state.init(p, **{name: evaluated(value.arguments[name], None) for name in d.init_names})
-    return state
-
-
 # ------------------------------------------------------------------------------------------------------------------ plans
-
-
-class Plan:
-    """What can be said about a chain of links before any tensor is seen; a transform makes its own once."""
-
-    def __init__(self, links: tuple[Link, ...]) -> None:
-        self.links = links
-        self.whole = any([link.transform.declaration.whole for link in links])
-        self.extras = frozenset([name for link in links for name in link.transform.declaration.extras])
-        self.trees = frozenset([name for link in links for name in link.transform.declaration.trees])
-        self.off = [is_off(link.transform) for link in links]
-        self.fields = [fields_of(link.transform) for link in links]
-        self.keys = qualified([info.names for info in self.fields], links)
-        self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
-        self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
-        self.tensors = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
-        self.segments: dict[tuple[bool, tuple[int, ...]], Segment] = {}
-        self.stages: list[Stage] = []
-        for start, stop, whole in runs(links):
-            self.stages.append(Stage(self, start, stop, whole))
-        if not self.stages or self.stages[-1].whole:
-            self.stages.append(Stage(self, len(links), len(links), False))  # where the updates are applied
-        self.final = len(self.stages) - 2 if self.stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
-
-    @functools.cached_property
-    def solo(self) -> Solo | None:
-        """This plan as one call of a kernel, if it is one."""
-        return Solo.of(self)
-
-    def segment(self, positions: tuple[int, ...], scaled: bool = False) -> Segment:
-        """The links at these positions, run one after the other, perhaps on gradients times a number."""
-        found = self.segments.get((scaled, positions))
-        if found is None:
-            made = Segment(positions, [self.links[i].transform for i in positions], scaled)
-            found = self.segments[scaled, positions] = made
-        return found
-
-
-class Stage:
-    """A run of consecutive leafwise links, or one whole link with the links it is put around."""
-
-    def __init__(self, plan: Plan, start: int, stop: int, whole: bool) -> None:
-        self.start, self.stop, self.whole = start, stop, whole
-        nested = whole and bool(plan.links[start].transform.declaration.inner)
-        self.inner = Plan(plan.links[start + 1 : stop]) if nested else None
-        on = [i for i in range(start, stop) if not plan.off[i]]
-        self.masked = any([plan.links[i].masks for i in on])
-        self.positions = tuple(on)
-        self.columns = [(i, f) for i in on for f, scalar in enumerate(plan.fields[i].scalars) if not scalar]
-        self.scalars = [(i, f) for i in on for f, scalar in enumerate(plan.fields[i].scalars) if scalar]
-
-
-def runs(links: Sequence[Link]) -> list[tuple[int, int, bool]]:
-    """Runs of consecutive leafwise links, and each whole link with what it is put around: (start, stop, is whole)."""
-    result: list[tuple[int, int, bool]] = []
-    i = 0
-    while i < len(links):
-        whole, stop = links[i].transform.declaration.whole, i + 1 + links[i].span
-        if not whole and result and not result[-1][2]:
-            result[-1] = (result[-1][0], stop, False)
-        else:
-            result.append((i, stop, whole))
-        i = stop
-    return result
-
-
-def qualified(names: list[tuple[str, ...]], links: Sequence[Link]) -> list[tuple[str, ...]]:
-    """Per link, the names of its fields in one namespace: qualified by the link's number where two links share a name.
-
-    All links of a chain count the same updates, so there is one `step`; those inside another transform count its, so where
-    there is a `step` outside, theirs is qualified by that transform's number. Links that no parameter has in common share
-    names, but for whole ones, which may have fields of their own.
-    """
-    around = surrounding(links)
-
-    def alone(i: int, name: str) -> bool:
-        return not any([j != i and name in own and meet(links[i], links[j]) for j, own in enumerate(names)])
-
-    def step(i: int) -> str:
-        whole = links[i].transform.declaration.whole  # such a counter is kept elsewhere
-        others = [j for j, own in enumerate(names) if "step" in own and links[j].transform.declaration.whole == whole]
-        return f"{around[i]}.step" if any([around[j] < around[i] and meet(links[i], links[j]) for j in others]) else "step"
-
-    return [tuple([step(i) if n == "step" else n if alone(i, n) else f"{i}.{n}" for n in own]) for i, own in enumerate(names)]
-
-
-def surrounding(links: Sequence[Link]) -> list[int]:
-    """For each link, the one that is put around it, the innermost if there are several; -1 for none."""
-    found = [-1] * len(links)
-    for i, link in enumerate(links):
-        found[i + 1 : i + 1 + link.span] = [i] * link.span
-    return found
-
-
-def meet(a: Link, b: Link) -> bool:
-    """Whether two links may act on the same parameter."""
-    if a.transform.declaration.whole and b.transform.declaration.whole:
-        return True
-    labels = {id(m.labels): m.label for m in a.masks if isinstance(m, Label)}
-    return all([labels.get(id(m.labels), m.label) == m.label for m in b.masks if isinstance(m, Label)])
-
-
-class Segment:
-    """Consecutive leafwise links that one program or kernel runs."""
-
-    def __init__(self, positions: Sequence[int], values: Sequence[Primitive], scaled: bool = False) -> None:
-        self.scaled = scaled  # whether it begins with gradients times a number, which comes from a whole transform before it
-        self.items = [(i, value, fields_of(value)) for i, value in zip(positions, values)]
-        self.declarations = [SCALED] * scaled + [value.declaration for value in values]
-        self.names = " -> ".join([d.name for d in self.declarations])
-        self.encoded = [(j, f) for j, (_, _, info) in enumerate(self.items) for f, yes in enumerate(info.encoded) if yes]
-        self.details: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
-        self.hypers = arguments_of(values)
-        self.scratch: list[Scratch] = []  # taken out while in use
-        self.kernel: Kernel | None = None
-        self.first = 0
-        self.head = self.tail = self
-        for kernel in KERNELS:
-            k = tail(kernel, self.declarations)
-            n = 0 if k is None else max(k - scaled, 0)
-            if k is not None and (k == 0 or kernel.tails) and suits(values[n:]):
-                self.kernel = kernel
-                if k:
-                    self.head, self.tail = Segment(positions[:n], values[:n], scaled), Segment(positions[n:], values[n:])
-                self.first = k
-                break
-
-    def joins(self, params: list[Tensor]) -> bool:
-        """Whether these may as well be one vector: of a state that has all its fields."""
-        recipe = details(self, tuple([(False,) * len(info.names) for _, _, info in self.items]))
-        return joinable(params, program(recipe, True, False, False, *self.declarations, single=True))
-
-
-def constants(values: Sequence[Primitive]) -> list[Any] | None:
-    """All hyperparameters in order as the arguments of a program, or None if one is a tensor or a schedule."""
-    found: list[Any] = []
-    for value in values:
-        for name in value.declaration.hypers:
-            x = value.arguments[name]
-            for y in x if isinstance(x, tuple) else (x,):
-                if isinstance(y, float):
-                    found.append(y)
-                elif y is None:
-                    if isinstance(x, tuple):
-                        found.append(y)
-                else:
-                    return None
-    return found
-
-
-def arguments_of(values: Sequence[Primitive]) -> dict[str, Any]:
-    """The arguments of all these transforms by name, and the names of the transforms themselves."""
-    merged: dict[str, Any] = {}
-    for value in values:
-        merged[value.declaration.name] = True
-        merged.update(value.arguments)
-    return merged
-
-
-def suits(values: Sequence[Primitive]) -> bool:
-    """Whether a kernel can take these hyperparameters: numbers that the CPU holds, but for the learning rate."""
-    return not any(
-        [
-            isinstance(y, Tensor) and not y.is_cpu and name != "lr"
-            for value in values
-            for name in value.declaration.hypers
-            for y in pytree.tree_leaves(value.arguments[name])
-        ]
-    )
 
 
 # -------------------------------------------------------------------------------------------------------------- one call
@@ -858,7 +383,7 @@ class Call:
         if narrow or not all([x is None or x.dtype == dtype for column in like for x in column]):
             return self.leaf(segment, grads, params, fields, apply)  # in the widest dtype
         recipe = details(segment, absent(fields))
-        run = runner(recipe, apply, False, False, *segment.declarations, single=True)
+        run = runner(recipe, apply, False, False, *segment.declarations, form="single")
         counters = [c for (_, _, info), own in zip(segment.items, fields) for c, s in zip(own, info.scalars) if s]
         together = all([agree(c) or self.equal(c) for c in counters])
         stacked = self.stacked(segment, recipe, grads, params, fields, apply) if together else None
@@ -867,7 +392,7 @@ class Call:
         if (
             together
             and not torch.compiler.is_compiling()  # the compiler finds out for itself
-            and joinable(params, program(recipe, apply, False, False, *segment.declarations, single=True))
+            and joinable(params, program(recipe, apply, False, False, *segment.declarations, form="single"))
         ):
             flats = [
                 [c[0] if s or c[0] is None else flattened(c) for c, s in zip(own, info.scalars)]
@@ -1362,19 +887,6 @@ FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfl
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
-JOINED = 2**13
-"""Parameters of so many elements on average are treated as one vector where their derivatives are recorded; four times as
-many where there are more operations than a `SHORT` program has, which then run once."""
-
-
-def joinable(params: list[Tensor], program: Program) -> bool:
-    """Whether it costs less to put tensors together, compute once, and take the result apart, than to compute often."""
-    if len(params) < 2 or not program.elementwise:
-        return False
-    limit = JOINED if program.length <= SHORT else 4 * JOINED
-    return sum([maths.bottom(p)[0].numel() for p in params]) <= limit * len(params)
-
-
 def agree(counters: list[Any]) -> bool:
     """Whether all counters are the same number, as far as can be seen without reading any."""
     first = counters[0]
@@ -1384,24 +896,6 @@ def agree(counters: list[Any]) -> bool:
         return False
     tensor, levels = maths.bottom(first)
     return all([maths.bottom(x)[0] is tensor and maths.bottom(x)[1] == levels for x in counters[1:]])
-
-
-def flattened(xs: list[Tensor]) -> Tensor:
-    """Tensors one after the other, as one vector."""
-    return torch.cat([x.reshape(-1) for x in xs])
-
-
-def parted(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """One vector as tensors in the shapes of these: `flattened` undone."""
-    return [x.view(p.shape) for x, p in zip(torch.split(flat, [p.numel() for p in like]), like)]
-
-
-def widest(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> torch.dtype:
-    """The dtype that all of these promote to."""
-    for x in tensors:
-        if x is not None and x.dtype != dtype:
-            dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
 
 
 def choose(executor: Executor | None, *tensors: Iterable[Any]) -> Mode:
@@ -1428,27 +922,6 @@ def leaf_update(value: Primitive, info: Fields, g: Tensor, columns: list[Any], p
     return u, [x if c is None else stored(c, x) for c, x in zip(columns, new)]
 
 
-def evaluated(x: Any, count: Tensor | None) -> Any:
-    """A hyperparameter for a leaf function: schedules called, batches refused."""
-    if isinstance(x, tuple):
-        return tuple([evaluated(y, count) for y in x])
-    if isinstance(x, Schedule):
-        return evaluated(x(0 if count is None else count), count)
-    if isinstance(x, Tensor):
-        single(x)
-        return x.reshape(()) if x.dim() else x
-    return x
-
-
-def single(x: Tensor) -> None:
-    """Refuse a hyperparameter that holds several values."""
-    if x.dim() and x.numel() != 1:
-        raise ValueError(
-            f"A hyperparameter must be one number, but got a tensor of shape {tuple(x.shape)}. To train one model per value, "
-            "vmap over the optimizer: torch.func.vmap(train, in_dims=(purestep.in_dims(opt), ...))(opt, ...)."
-        )
-
-
 def lifted(x: Tensor) -> Tensor:
     """A counter in the precision that numbers are computed in."""
     return x.to(maths.precise(x.device))
@@ -1459,32 +932,6 @@ def stored(old: Tensor, x: Any) -> Tensor:
     if isinstance(x, Tensor):
         return x if x.dtype == old.dtype else x.to(old.dtype)
     return torch.full((), x, dtype=old.dtype, device=old.device)
-
-
-def absent(fields: Any) -> tuple[tuple[bool, ...], ...]:
-    """Which fields of their states these parameters do not have."""
-    return tuple([tuple([c[0] is None for c in own]) for own in fields])
-
-
-def encodes(segment: Segment, fields: Any) -> bool:
-    """Whether any of these parameters' state is kept in another dtype than it is computed with in."""
-    return any([fields[j][f][0] is not None for j, f in segment.encoded])
-
-
-def details(segment: Segment, absent: tuple[tuple[bool, ...], ...]) -> tuple[Any, ...]:
-    """What a recipe says of these links when their states lack these fields, but for their declarations."""
-    found = segment.details.get(absent)
-    if found is None:
-        parts = [detail(v, a) for (_, v, _), a in zip(segment.items, absent)]
-        found = segment.details[absent] = tuple([((), (), (0,))] * segment.scaled + parts)
-    return found
-
-
-def detail(value: Primitive, absent: tuple[bool, ...]) -> tuple[Any, ...]:
-    """What a recipe says of one link, as in `Part`."""
-    d, a = value.declaration, value.arguments
-    tuples = tuple([len(x) if isinstance(x, tuple) else -1 if x is None else 0 for x in [a[n] for n in d.hypers]])
-    return (absent if d.state else (), tuple([a[n] for n in d.switches]), tuples)
 
 
 def demand_kernel(segment: Segment, params: list[Tensor]) -> None:
@@ -1523,68 +970,8 @@ def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: An
     return True
 
 
-def tail(kernel: Kernel, declarations: Sequence[LinkDeclaration]) -> int | None:
-    """Where the tail that a kernel computes begins in a chain, or None."""
-    i = len(declarations)
-    for declaration, optional in reversed(kernel.pattern):
-        if i and declarations[i - 1] is declaration:
-            i -= 1
-        elif not optional:
-            return None
-    return i
-
-
-def alike(values: list[Any]) -> bool:
-    """Whether all are equal."""
-    return values.count(values[0]) == len(values)
-
-
-def clones(xs: list[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_clone(xs))
-
-
-def first_places(values: Sequence[Any]) -> list[int]:
-    """For each value, where the same object stands first."""
-    return [next(j for j, y in enumerate(values) if y is x) for x in values]
-
-
 def one(values: list[Any], mode: str) -> bool:
     """Whether all are one and the same object."""
     if mode == "traced":
         return all([x is values[0] for x in values])
     return len(set(map(id, values))) == 1
-
-
-def pick(values: list[Any], rows: Sequence[int] | None) -> list[Any]:
-    return values if rows is None else [values[k] for k in rows]
-
-
-def put(values: list[Any], rows: Sequence[int], new: Iterable[Any]) -> list[Any]:
-    result = list(values)
-    for k, x in zip(rows, new):
-        result[k] = x
-    return result
-
-
-def cast(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [x if x.dtype == dtype else x.to(dtype) for x in xs]
-
-
-def overwrite(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
-    torch._foreach_copy_(old, new)
-    return old
-
-
-def real(xs: list[Any]) -> list[Any]:
-    """Complex tensors as their real and imaginary parts, in a last dimension of 2 and the same memory."""
-    return [torch.view_as_real(x) if x is not None and x.is_complex() else x for x in xs]
-
-
-def imaginary(xs: list[Any]) -> list[Any]:
-    return [x if x is None else torch.view_as_complex(x) for x in xs]
-
-
-def same_layout(tensors: Sequence[Tensor]) -> bool:
-    """Whether the same element stands at the same place in the memory of all of them, with no gaps."""
-    strides = tensors[0].stride()
-    return all([t.stride() == strides for t in tensors]) and is_non_overlapping_and_dense_or_false(tensors[0])

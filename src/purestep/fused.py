@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purestep.algorithms.adagrad import scale_by_adagrad
 from purestep.algorithms.adam import scale_by_adam, scale_by_amsgrad
-from purestep.engine import KERNELS, Kernel
+from purestep.plan import KERNELS, Kernel
 from purestep.threads import OPENMP, SERIAL, one_thread
 from purestep.transforms.decay import decay
 from purestep.transforms.momentum import trace

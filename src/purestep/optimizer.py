@@ -23,23 +23,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
 
-from purestep.engine import (
-    Call,
-    Executor,
-    Fields,
-    Group,
-    Link,
-    Mode,
-    Plan,
-    Trust,
-    choose,
-    clones,
-    fields_of,
-    fresh_state,
-    fresh_whole_state,
-    is_off,
-)
+from purestep.engine import Call, Executor, Mode, Trust, choose
+from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_state, is_off
+from purestep.lists import clones
 from purestep.masks import Label, Memo, Not, refuse_unused, route, select
+from purestep.plan import Group, Plan
+from purestep.solo import solo_of
 from purestep.sparse import Touched
 from purestep.transform import FROM_CLOSURE, Transform, chain, check_value
 from purestep.transforms.mask import masked
@@ -477,7 +466,7 @@ class Optimizer(torch.optim.Optimizer):
             return False
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        solo = transform.plan.solo
+        solo = solo_of(transform.plan)
         if solo is None:
             return False
         return solo.again(trust, [p.grad for p in params], params, [self.state.get(p, NOTHING) for p in params], executor)

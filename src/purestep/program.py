@@ -27,7 +27,7 @@ import operator
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -76,6 +76,11 @@ class StateFields(Protocol):
     def encoded(self) -> tuple[bool, ...]: ...
 
 
+Form: TypeAlias = Literal["lists", "single", "split"]
+"""What a program takes: lists of tensors; one tensor, and then it overwrites nothing; or one tensor and the numbers that a
+function of its own has computed of all others."""
+
+
 class Recipe(NamedTuple):
     """What a program is made from, and its key: two calls with equal recipes differ only in tensors and numbers."""
 
@@ -83,8 +88,7 @@ class Recipe(NamedTuple):
     apply: bool  # end with params + updates
     own_grads: bool  # the gradients' memory may be reused
     donate: bool  # so may the memory of the state, and of params when they are applied
-    single: bool = False  # one parameter instead of lists of them, and nothing is overwritten
-    split: bool = False  # the same, but what is computed of numbers alone is a function of its own
+    form: Form = "lists"
 
 
 @dataclass(frozen=True)
@@ -117,17 +121,17 @@ _functions = types.ModuleType("purestep.programs", "Every program's function, un
 
 
 def runner(
-    details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *declarations: LeafDeclaration, single: bool = False
+    details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *declarations: LeafDeclaration, form: Form = "lists"
 ) -> Any:
     """The function of the program for a recipe, in a form that `torch.compile` can trace through."""
     if torch.compiler.is_compiling():
-        return getattr(_functions, name_of(single, details, apply, own_grads, donate, *declarations))
-    return program(details, apply, own_grads, donate, *declarations, single=single).run
+        return getattr(_functions, name_of(form, details, apply, own_grads, donate, *declarations))
+    return program(details, apply, own_grads, donate, *declarations, form=form).run
 
 
-def name_of(single: bool, *recipe: Any) -> str:
+def name_of(form: Form, *recipe: Any) -> str:
     """The name of the program for a recipe: a constant, while `torch.compile` traces."""
-    return program(*recipe, single=single).name
+    return program(*recipe, form=form).name
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo, which takes a second.
@@ -140,18 +144,17 @@ def program(
     own_grads: bool,
     donate: bool,
     *declarations: LeafDeclaration,
-    single: bool = False,
-    split: bool = False,
+    form: Form = "lists",
 ) -> Program:
     """The program for a recipe; traced at the first call, looked up at every other.
 
     The recipe is given as `torch.compile` can read it: plain constants, and apart from them the declarations.
     """
-    key = (details, apply, own_grads, donate, single, split, declarations)
+    key = (details, apply, own_grads, donate, form, declarations)
     found = _programs.get(key)
     if found is None:  # tracing patches nothing global: two threads may do it at once, and agree
         parts = tuple([Part(d, *rest) for d, rest in zip(declarations, details)])
-        found = _programs[key] = compile(Recipe(parts, apply, own_grads, donate, single or split, split))
+        found = _programs[key] = compile(Recipe(parts, apply, own_grads, donate, form))
         setattr(_functions, found.name, found.run)
     return found
 
@@ -299,7 +302,7 @@ class Writer:
 
     def __init__(self, recipe: Recipe, graph: fx.Graph, inputs: list[Input], outputs: list[Any]) -> None:
         self.recipe, self.graph, self.inputs, self.outputs = recipe, graph, inputs, outputs
-        self.space: dict[str, Any] = dict(SINGLE if recipe.single else KERNELS)
+        self.space: dict[str, Any] = dict(KERNELS if recipe.form == "lists" else SINGLE)
         self.placeholders = {i.node: i for i in inputs}
         self.kinds: dict[fx.Node, str] = {}
         self.like: dict[fx.Node, bool] = {}  # the parameter's shape and dtype
@@ -313,7 +316,7 @@ class Writer:
     def program(self) -> Program:
         self.classify()
         ops = self.contract()
-        if not self.recipe.single:
+        if self.recipe.form == "lists":
             self.reuse(ops)
         source = self.write(ops)
         name = f"program_{next(_serial)}"
@@ -553,12 +556,12 @@ class Writer:
             if self.kinds[node] == "number":
                 self.number(node)
             elif node in by_node:
-                if self.recipe.split:
+                if self.recipe.form == "split":
                     numbers, self.lines, self.coefficients = self.lines, numbers, coefficients
                 self.statement(by_node[node])
-                if self.recipe.split:
+                if self.recipe.form == "split":
                     numbers, self.lines, self.coefficients = self.lines, numbers, None
-        if self.recipe.split:
+        if self.recipe.form == "split":
             return self.halves(coefficients, numbers)
         self.homecoming()
         return function("program", [self.var[i.node] for i in self.inputs], self.lines, map(self.result, self.outputs))
@@ -602,7 +605,7 @@ class Writer:
             return
         if op.inplace is None:
             out = self.var[op.out] = self.fresh("t")
-            name = "root" if self.recipe.single and op.out.target is maths.root else op.name
+            name = "root" if self.recipe.form != "lists" and op.out.target is maths.root else op.name
             self.lines.append(f"{out} = {name}({', '.join(self.text(a, True) for a in op.args)})")
             return
         args = list(op.args)
@@ -616,7 +619,7 @@ class Writer:
         lists = list(dict.fromkeys(x for x in nodes_in((node.args, node.kwargs)) if self.kinds[x] == "list"))
         items = {x: f"x{i}" if len(lists) > 1 else "x" for i, x in enumerate(lists)}
         saved = {x: self.var[x] for x in lists}
-        self.var.update(saved if self.recipe.single else items)
+        self.var.update(saved if self.recipe.form != "lists" else items)
         if node.target in INFIX:
             text = f"{self.text(node.args[0])} {INFIX[node.target]} {self.text(node.args[1])}"
         elif node.op == "call_method":
@@ -624,7 +627,7 @@ class Writer:
             text = f"{self.text(receiver)}.{node.target}({self.arguments(rest, node.kwargs)})"
         else:
             text = f"{self.constant(maths.untraced(node.target))}({self.arguments(node)})"
-        if self.recipe.single:
+        if self.recipe.form != "lists":
             return text
         self.var.update(saved)
         names = ", ".join(items.values())

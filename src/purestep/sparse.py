@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.engine import Group
+from purestep.plan import Group
 from purestep.tree import quote
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
-from purestep.engine import EmptyState, ScheduleState, state_type
+from purestep.links import EmptyState, ScheduleState, state_type
 from purestep.maths import readable
 from purestep.transform import PyTree, Transform
 from purestep.value import Schedule

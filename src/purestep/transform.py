@@ -19,31 +19,24 @@ from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
 from purestep import maths, tree
-from purestep.engine import (
-    Call,
-    Executor,
+from purestep.engine import Call, Executor, Inner, choose
+from purestep.links import (
     Fields,
-    Group,
     Link,
     LinkDeclaration,
-    Plan,
     Primitive,
     Sparse,
-    agree,
-    choose,
-    detail,
     fields_of,
-    flattened,
     fresh_state,
     fresh_whole_state,
     is_off,
-    parted,
-    pick,
-    put,
     state_type,
 )
+from purestep.lists import pick, put
 from purestep.masks import Memo, Not, refuse_unused, route, select
+from purestep.plan import Group, Plan, detail
 from purestep.program import program
+from purestep.solo import solo_of
 from purestep.sparse import Touched
 from purestep.value import call_of, factory_of, show
 
@@ -200,7 +193,7 @@ class Transform:
         gradients = tree.flatten_like(grads, spec, "grads")
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
         if apply and donate and executor in (None, "fused") and not torch.compiler.is_compiling():
-            solo = plan.solo
+            solo = solo_of(plan)
             if solo is not None and solo.at_once(gradients, leaves, states):
                 return params, state
         check_params(leaves, spec)
@@ -276,46 +269,6 @@ class Transform:
 
     def _join(self, states: Sequence[Any]) -> Any:
         return states[0]
-
-    # -- all parameters as one vector
-
-    def joins(self, state: Any, leaves: list[Any], spec: tree.Spec) -> bool:
-        """Whether this transform, on parameters that are small, may as well be run on all of them as one vector."""
-        stages = self.plan.stages
-        if len(stages) != 1 or stages[0].whole or stages[0].masked or not all([isinstance(p, Tensor) for p in leaves]):
-            return False
-        if torch.compiler.is_compiling():  # the compiler finds out for itself
-            return False
-        states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
-        fields = [x for s in states for x in s]
-        return (
-            len({(p.dtype, p.device) for p in leaves}) == 1
-            and all([x is not None for c in fields for x in c])
-            and all([agree(c) for c in self._counters(states)])
-            and all(
-                [x.dtype == p.dtype for s, f in zip(states, self.plan.fields) for k in f.tensors for x, p in zip(s[k], leaves)]
-            )
-            and self.plan.segment(stages[0].positions).joins(leaves)
-        )
-
-    def _counters(self, states: list[Any]) -> list[Any]:
-        return [c for s, info in zip(states, self.plan.fields) for c, scalar in zip(s, info.scalars) if scalar]
-
-    def joined(self, state: Any, spec: tree.Spec) -> Any:
-        """The state of one vector that holds all parameters: a counter of each kind, and the other fields as vectors."""
-        made = []
-        for link, s, info in zip(self.links, self._split(state), self.plan.fields):
-            columns = [[c[0]] if scalar else [flattened(c)] for c, scalar in zip(self._columns(link, s, spec), info.scalars)]
-            made.append(self._tree(link, columns, tree.BARE))
-        return self._join(made)
-
-    def parted(self, state: Any, leaves: list[Tensor], spec: tree.Spec) -> Any:
-        """`joined` undone."""
-        made = []
-        for link, s, info in zip(self.links, self._split(state), self.plan.fields):
-            columns = [[c] * len(leaves) if scalar else parted(c, leaves) for c, scalar in zip(s, info.scalars)]
-            made.append(self._tree(link, columns, spec))
-        return self._join(made)
 
     # -- hyperparameters
 
@@ -717,7 +670,7 @@ def nested(
         )
 
     def declare(function: Callable[..., Any]) -> Any:
-        d = LinkDeclaration(function, state, whole=True, moves=moves, sparse=sparse, name=name, nested=True, passes=passes)
+        d = LinkDeclaration(function, state, whole=True, moves=moves, sparse=sparse, name=name, inner=Inner, passes=passes)
         if not d.inner:
             raise TypeError(f"{d.name} takes no transform: annotate the argument that is one with purestep.Inner.")
         parameters = d.signature.parameters.values()

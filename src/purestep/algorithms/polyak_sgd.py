@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep.engine import EmptyState
 from purestep.hyper import Extra, Hyper, NonNegative
+from purestep.links import EmptyState
 from purestep.maths import inner, maximum, minimum, multiply, where
 from purestep.transform import Transform, chain, whole
 from purestep.transforms.scale import direction, scale_by_learning_rate

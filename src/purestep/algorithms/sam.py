@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from purestep.engine import EmptyState, imaginary, real
 from purestep.hyper import Extra, NonNegative
+from purestep.links import EmptyState
+from purestep.lists import imaginary, real
 from purestep.maths import global_norm, multiply
 from purestep.transform import whole
 

@@ -10,8 +10,8 @@ from torch import Tensor, zeros_like
 
 from purestep import tree
 from purestep.algorithms.dadapt_adamw import in_reals
-from purestep.engine import imaginary, real
 from purestep.hyper import Betas, ExtraTree, Hyper, Interval, NonNegative, Period
+from purestep.lists import imaginary, real
 from purestep.maths import counter, lerp, maximum, minimum, precise
 from purestep.transform import Transform, chain, whole
 from purestep.transforms.decay import add_decayed_weights

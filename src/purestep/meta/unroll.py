@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from purestep import maths, tree
-from purestep.engine import flattened, parted
 from purestep.leaves import detach
+from purestep.lists import flattened, parted
 from purestep.meta.attach import Rule, attach, exchanged, pullback, pushforward, watched
+from purestep.meta.joined import join_state, joins, part_state
 from purestep.transform import Transform
 
 PyTree = Any
@@ -117,7 +118,7 @@ def unroll(
 def run(steps: Steps, opt: Transform, state: Any, params: PyTree, batches: PyTree) -> Unrolled:
     """These steps, one after the other."""
     leaves, spec = tree.flatten(params)
-    if not opt.plan.extras and opt.joins(state, leaves, spec):
+    if not opt.plan.extras and joins(opt, state, leaves, spec):
         return as_vector(steps, opt, state, leaves, spec, batches)
     losses: list[Tensor] = []
     names = opt.plan.extras
@@ -141,9 +142,9 @@ def as_vector(steps: Steps, opt: Transform, state: Any, leaves: list[Tensor], sp
     def loss(vector: Tensor, *given: Any) -> Tensor:
         return steps.loss(tree.unflatten(parted(vector, leaves), spec), *given)
 
-    made = run(steps._replace(loss=loss), opt, opt.joined(state, spec), flattened(leaves), batches)
+    made = run(steps._replace(loss=loss), opt, join_state(opt, state, spec), flattened(leaves), batches)
     params = tree.unflatten(parted(made.params, leaves), spec)
-    return Unrolled(params, opt.parted(made.state, leaves, spec), made.losses)
+    return Unrolled(params, part_state(opt, made.state, leaves, spec), made.losses)
 
 
 def differentiate(loss: Loss, params: PyTree, given: tuple[Any, ...], record: bool = True) -> tuple[PyTree, Tensor]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from purestep.engine import EmptyState
 from purestep.hyper import NonNegative
+from purestep.links import EmptyState
 from purestep.maths import global_norm, maximum, minimum
 from purestep.transform import leafwise, whole
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep.engine import Link
+from purestep.links import Link
 from purestep.masks import Label, Labels
 from purestep.maths import operation
 from purestep.transform import Composite, Transform, leafwise

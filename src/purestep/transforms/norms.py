@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from purestep.engine import EmptyState
 from purestep.hyper import NonNegative, Positive
+from purestep.links import EmptyState
 from purestep.maths import global_norm, maximum, operation, readable, recorded, root, where
 from purestep.transform import leafwise, whole
 

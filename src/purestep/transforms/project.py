@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep.engine import EmptyState
 from purestep.hyper import Hyper
+from purestep.links import EmptyState
 from purestep.maths import maximum, minimum
 from purestep.transform import leafwise, whole
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from purestep import tree
-from purestep.engine import Link, LinkDeclaration, Primitive, Sparse
 from purestep.hyper import Whole, check_steps
+from purestep.links import Link, LinkDeclaration, Primitive, Sparse
 from purestep.maths import Encoded, operation
 from purestep.transform import Composite, Leafwise, PyTree, Transform
 

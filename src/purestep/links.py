@@ -1,0 +1,207 @@
+"""What a transform is made of: links, each a declared function with the state that it keeps.
+
+A state is a named tuple, and the annotations of its fields say what they are: like the parameters, a number for each of
+them, or something else. All that is said about a state elsewhere is read off these.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from purestep import maths
+from purestep.hyper import Hyper
+from purestep.maths import Encoded, Scalar
+from purestep.value import Declaration, Schedule, Value
+
+Sparse: TypeAlias = Literal["rows", "dense"] | None
+
+
+class EmptyState(NamedTuple):
+    """The state of a transform that needs none."""
+
+
+class ScheduleState(NamedTuple):
+    """The state of a transform that needs none but for a schedule among its hyperparameters."""
+
+    step: Scalar  # updates so far
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What the fields of a state are."""
+
+    names: tuple[str, ...] = ()
+    scalars: tuple[bool, ...] = ()  # one number per parameter
+    like: tuple[bool, ...] = ()  # the parameter's shape and dtype
+    leaves: tuple[bool, ...] = ()  # one entry per parameter
+    encoded: tuple[bool, ...] = ()  # a dtype of its own
+    optional: bool = False  # whether a parameter may lack some
+    step: int = -1  # the position of `step`
+
+    tensors: tuple[int, ...] = field(init=False, default=())  # the positions of the fields that are like the parameters
+    columns: tuple[int, ...] = field(init=False, default=())  # of those that are more than a number per parameter
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", tuple([f for f, like in enumerate(self.like) if like]))
+        object.__setattr__(self, "columns", tuple([f for f, scalar in enumerate(self.scalars) if not scalar]))
+
+
+class LinkDeclaration(Declaration):
+    """A declared transform: its function, the type of its state, what switches it off, and which parameters it refuses."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        state: Any = None,
+        *,
+        off: str | None = None,
+        whole: bool = False,
+        moves: bool = False,
+        scales: bool = False,
+        requires: Callable[[str, Tensor], None] | None = None,
+        sparse: Sparse = None,
+        name: str = "",
+        inner: type | None = None,
+        passes: bool = False,
+    ) -> None:
+        super().__init__(function, given=3 if state is not None or whole else 2, name=name, inner=inner)
+        self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
+        if self.trees and sparse == "rows":
+            raise TypeError(f"{self.name} cannot run on the rows of sparse gradients, because {self.trees[0]} is whole.")
+        self.moves = moves  # a whole transform that returns new parameters instead of updates
+        self.scales = scales  # one that returns the number that the updates are to be multiplied by
+        self.passes = passes  # a nested transform that returns the updates of its inner transform as they came
+        self.fields = Fields() if state is None else inspect_state(state, whole)
+        self.init_names: tuple[str, ...] = ()
+        if state is not None and not whole:
+            self.init_names = tuple(inspect.signature(state.init).parameters)[1:]
+
+
+def inspect_state(state: Any, whole: bool) -> Fields:
+    """Read the fields of a state off its annotations."""
+    hints = typing.get_type_hints(state, include_extras=True)
+    names: tuple[str, ...] = tuple(n for n in state._fields if n != "inner")  # which is the states of other links
+    scalars = tuple(hints[n] == Scalar for n in names)
+    leaves = tuple(typing.get_origin(hints[n]) is list for n in names) if whole else (True,) * len(names)
+    like = tuple(hints[n] in (Tensor, Tensor | None) for n in names)
+    optional = any(type(None) in typing.get_args(hints[n]) for n in names)
+    encoded = tuple(hints[n] in (Encoded, Encoded | None) for n in names)
+    return Fields(names, scalars, like, leaves, encoded, optional, names.index("step") if "step" in names else -1)
+
+
+def scaled(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
+    """What a whole transform that scales leaves to the leafwise ones that follow it."""
+    return u * factor
+
+
+SCALED = LinkDeclaration(scaled)
+
+
+class Primitive(Value):
+    """A transform that is not made of others."""
+
+    __slots__ = ()
+    declaration: LinkDeclaration  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, declaration: LinkDeclaration, arguments: Mapping[str, Any]) -> None:
+        super().__init__(declaration, arguments)
+        state = declaration.state
+        if state is not None and declaration.fields.step < 0 and scheduled(self):
+            raise TypeError(
+                f"{declaration.name} cannot follow a schedule, because {state.__name__} does not count its updates; "
+                "add the field 'step: Scalar' to it, begun with counter(p)."
+            )
+
+
+class Link(NamedTuple):
+    """One transform of a chain, and the masks it stands under, the outermost last."""
+
+    transform: Primitive
+    masks: tuple[Any, ...] = ()
+    span: int = 0  # how many of the links that follow it is put around
+
+
+def state_type(value: Primitive) -> type:
+    """The type of a transform's state."""
+    if value.declaration.state is not None:
+        return value.declaration.state
+    return ScheduleState if scheduled(value) else EmptyState
+
+
+def fields_of(value: Primitive) -> Fields:
+    """What the fields of a transform's state are."""
+    if value.declaration.state is not None:
+        return value.declaration.fields
+    if not scheduled(value):
+        return EMPTY
+    return SCHEDULED_WHOLE if value.declaration.whole else SCHEDULED
+
+
+EMPTY = Fields()
+SCHEDULED = Fields(("step",), (True,), (False,), (True,), (False,), False, 0)
+SCHEDULED_WHOLE = Fields(("step",), (True,), (False,), (False,), (False,), False, 0)
+
+
+def scheduled(value: Primitive) -> bool:
+    """Whether any hyperparameter is a schedule."""
+    a = value.arguments
+    for name in value.declaration.hypers:
+        x = a[name]
+        if isinstance(x, Schedule) or (isinstance(x, tuple) and any([isinstance(y, Schedule) for y in x])):
+            return True
+    return False
+
+
+def is_off(value: Primitive) -> bool:
+    """Whether a transform does nothing: its strength is the plain number 0. A tensor may be 0, but is never off."""
+    off = value.declaration.off
+    if off is None:
+        return False
+    strength = value.arguments[off]
+    return isinstance(strength, float) and strength == 0.0
+
+
+def fresh_whole_state(value: Primitive, params: list[Tensor]) -> Sequence[Any]:
+    """The state of a whole transform before its first update, with lists for what it keeps per parameter."""
+    d = value.declaration
+    if d.state is not None:
+        state: Sequence[Any] = d.state.init(params, None)[:-1] if d.inner else d.state.init(params)
+        return state
+    return [maths.counter(params[0] if params else torch.zeros(()))] if scheduled(value) else []
+
+
+def fresh_state(value: Primitive, p: Tensor) -> tuple[Any, ...]:
+    """The state of one parameter before its first update."""
+    d = value.declaration
+    if d.state is None:
+        return ScheduleState(maths.counter(p)) if scheduled(value) else EmptyState()
+    state: tuple[Any, ...] = d.state.init(p, **{name: evaluated(value.arguments[name], None) for name in d.init_names})
+    return state
+
+
+def evaluated(x: Any, count: Tensor | None) -> Any:
+    """A hyperparameter for a leaf function: schedules called, batches refused."""
+    if isinstance(x, tuple):
+        return tuple([evaluated(y, count) for y in x])
+    if isinstance(x, Schedule):
+        return evaluated(x(0 if count is None else count), count)
+    if isinstance(x, Tensor):
+        single(x)
+        return x.reshape(()) if x.dim() else x
+    return x
+
+
+def single(x: Tensor) -> None:
+    """Refuse a hyperparameter that holds several values."""
+    if x.dim() and x.numel() != 1:
+        raise ValueError(
+            f"A hyperparameter must be one number, but got a tensor of shape {tuple(x.shape)}. To train one model per value, "
+            "vmap over the optimizer: torch.func.vmap(train, in_dims=(purestep.in_dims(opt), ...))(opt, ...)."
+        )

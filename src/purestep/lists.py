@@ -1,0 +1,77 @@
+"""Lists of tensors: put together, taken apart, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+
+def flattened(xs: list[Tensor]) -> Tensor:
+    """Tensors one after the other, as one vector."""
+    return torch.cat([x.reshape(-1) for x in xs])
+
+
+def parted(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """One vector as tensors in the shapes of these: `flattened` undone."""
+    return [x.view(p.shape) for x, p in zip(torch.split(flat, [p.numel() for p in like]), like)]
+
+
+def widest(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> torch.dtype:
+    """The dtype that all of these promote to."""
+    for x in tensors:
+        if x is not None and x.dtype != dtype:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def alike(values: list[Any]) -> bool:
+    """Whether all are equal."""
+    return values.count(values[0]) == len(values)
+
+
+def clones(xs: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_clone(xs))
+
+
+def first_places(values: Sequence[Any]) -> list[int]:
+    """For each value, where the same object stands first."""
+    return [next(j for j, y in enumerate(values) if y is x) for x in values]
+
+
+def pick(values: list[Any], rows: Sequence[int] | None) -> list[Any]:
+    return values if rows is None else [values[k] for k in rows]
+
+
+def put(values: list[Any], rows: Sequence[int], new: Iterable[Any]) -> list[Any]:
+    result = list(values)
+    for k, x in zip(rows, new):
+        result[k] = x
+    return result
+
+
+def cast(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x if x.dtype == dtype else x.to(dtype) for x in xs]
+
+
+def overwrite(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    torch._foreach_copy_(old, new)
+    return old
+
+
+def real(xs: list[Any]) -> list[Any]:
+    """Complex tensors as their real and imaginary parts, in a last dimension of 2 and the same memory."""
+    return [torch.view_as_real(x) if x is not None and x.is_complex() else x for x in xs]
+
+
+def imaginary(xs: list[Any]) -> list[Any]:
+    return [x if x is None else torch.view_as_complex(x) for x in xs]
+
+
+def same_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether the same element stands at the same place in the memory of all of them, with no gaps."""
+    strides = tensors[0].stride()
+    return all([t.stride() == strides for t in tensors]) and is_non_overlapping_and_dense_or_false(tensors[0])

@@ -1,0 +1,54 @@
+"""Small parameters as one vector.
+
+Every operation on a small tensor costs the same, so in a training run that is differentiated, which cannot write in place, they
+are put together once and taken apart at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.engine import agree
+from purestep.lists import flattened, parted
+from purestep.transform import Transform
+
+
+def joins(opt: Transform, state: Any, leaves: list[Any], spec: tree.Spec) -> bool:
+    """Whether a transform may as well be run on all parameters as one vector."""
+    stages = opt.plan.stages
+    if len(stages) != 1 or stages[0].whole or stages[0].masked or not all([isinstance(p, Tensor) for p in leaves]):
+        return False
+    if torch.compiler.is_compiling():  # the compiler finds out for itself
+        return False
+    states = [opt._columns(link, s, spec) for link, s in zip(opt.links, opt._split(state))]
+    fields = opt.plan.fields
+    counters = [c for s, info in zip(states, fields) for c, scalar in zip(s, info.scalars) if scalar]
+    return (
+        len({(p.dtype, p.device) for p in leaves}) == 1
+        and all([x is not None for s in states for c in s for x in c])
+        and all([agree(c) for c in counters])
+        and all([x.dtype == p.dtype for s, f in zip(states, fields) for k in f.tensors for x, p in zip(s[k], leaves)])
+        and opt.plan.segment(stages[0].positions).joins(leaves)
+    )
+
+
+def join_state(opt: Transform, state: Any, spec: tree.Spec) -> Any:
+    """The state of one vector that holds all parameters: a counter of each kind, and the other fields as vectors."""
+    made = []
+    for link, s, info in zip(opt.links, opt._split(state), opt.plan.fields):
+        columns = [[c[0]] if scalar else [flattened(c)] for c, scalar in zip(opt._columns(link, s, spec), info.scalars)]
+        made.append(opt._tree(link, columns, tree.BARE))
+    return opt._join(made)
+
+
+def part_state(opt: Transform, state: Any, leaves: list[Tensor], spec: tree.Spec) -> Any:
+    """`join_state` undone."""
+    made = []
+    for link, s, info in zip(opt.links, opt._split(state), opt.plan.fields):
+        columns = [[c] * len(leaves) if scalar else parted(c, leaves) for c, scalar in zip(s, info.scalars)]
+        made.append(opt._tree(link, columns, spec))
+    return opt._join(made)

@@ -1,0 +1,256 @@
+"""What can be said about a chain of links before any tensor is seen.
+
+A *plan* cuts a chain into *stages*: runs of leafwise links, and whole links with what they are put around. Of a run, those
+links that act on the same parameters are a *segment*, which one program or one of the `KERNELS` computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from purestep import maths
+from purestep.blocks import SHORT
+from purestep.links import SCALED, Link, LinkDeclaration, Primitive, fields_of, is_off
+from purestep.masks import Label
+from purestep.packing import Scratch
+from purestep.program import Program, program
+
+
+class Group(NamedTuple):
+    """Some of the parameters, and the plan with the hyperparameters that hold for them."""
+
+    plan: Plan
+    rows: range
+
+
+class Kernel(NamedTuple):
+    """A fused kernel: what it can do, as the transforms it replaces, and how to call it."""
+
+    pattern: tuple[tuple[LinkDeclaration, bool], ...]  # each with whether it may be left out
+    run: Callable[..., None]
+    copies: bool = True  # whether it pays to copy what was not given away, so that the kernel can write on it
+    tails: bool = True  # whether it pays as the tail of a longer chain, which would be one program without it
+
+
+KERNELS: list[Kernel] = []
+"""Filled by `purestep.fused`; the first whose pattern is the tail of a chain is used."""
+
+
+class Plan:
+    """What can be said about a chain of links before any tensor is seen; a transform makes its own once."""
+
+    def __init__(self, links: tuple[Link, ...]) -> None:
+        self.links = links
+        self.whole = any([link.transform.declaration.whole for link in links])
+        self.extras = frozenset([name for link in links for name in link.transform.declaration.extras])
+        self.trees = frozenset([name for link in links for name in link.transform.declaration.trees])
+        self.off = [is_off(link.transform) for link in links]
+        self.fields = [fields_of(link.transform) for link in links]
+        self.keys = qualified([info.names for info in self.fields], links)
+        self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
+        self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
+        self.tensors = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
+        self.segments: dict[tuple[bool, tuple[int, ...]], Segment] = {}
+        self.stages: list[Stage] = []
+        for start, stop, whole in runs(links):
+            self.stages.append(Stage(self, start, stop, whole))
+        if not self.stages or self.stages[-1].whole:
+            self.stages.append(Stage(self, len(links), len(links), False))  # where the updates are applied
+        self.solo: Any = ...  # what `purestep.solo` makes of it, at the first use
+        self.final = len(self.stages) - 2 if self.stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
+
+    def segment(self, positions: tuple[int, ...], scaled: bool = False) -> Segment:
+        """The links at these positions, run one after the other, perhaps on gradients times a number."""
+        found = self.segments.get((scaled, positions))
+        if found is None:
+            made = Segment(positions, [self.links[i].transform for i in positions], scaled)
+            found = self.segments[scaled, positions] = made
+        return found
+
+
+class Stage:
+    """A run of consecutive leafwise links, or one whole link with the links it is put around."""
+
+    def __init__(self, plan: Plan, start: int, stop: int, whole: bool) -> None:
+        self.start, self.stop, self.whole = start, stop, whole
+        nested = whole and bool(plan.links[start].transform.declaration.inner)
+        self.inner = Plan(plan.links[start + 1 : stop]) if nested else None
+        on = [i for i in range(start, stop) if not plan.off[i]]
+        self.masked = any([plan.links[i].masks for i in on])
+        self.positions = tuple(on)
+        self.columns = [(i, f) for i in on for f, scalar in enumerate(plan.fields[i].scalars) if not scalar]
+        self.scalars = [(i, f) for i in on for f, scalar in enumerate(plan.fields[i].scalars) if scalar]
+
+
+def runs(links: Sequence[Link]) -> list[tuple[int, int, bool]]:
+    """Runs of consecutive leafwise links, and each whole link with what it is put around: (start, stop, is whole)."""
+    result: list[tuple[int, int, bool]] = []
+    i = 0
+    while i < len(links):
+        whole, stop = links[i].transform.declaration.whole, i + 1 + links[i].span
+        if not whole and result and not result[-1][2]:
+            result[-1] = (result[-1][0], stop, False)
+        else:
+            result.append((i, stop, whole))
+        i = stop
+    return result
+
+
+def qualified(names: list[tuple[str, ...]], links: Sequence[Link]) -> list[tuple[str, ...]]:
+    """Per link, the names of its fields in one namespace: qualified by the link's number where two links share a name.
+
+    All links of a chain count the same updates, so there is one `step`; those inside another transform count its, so where
+    there is a `step` outside, theirs is qualified by that transform's number. Links that no parameter has in common share
+    names, but for whole ones, which may have fields of their own.
+    """
+    around = surrounding(links)
+
+    def alone(i: int, name: str) -> bool:
+        return not any([j != i and name in own and meet(links[i], links[j]) for j, own in enumerate(names)])
+
+    def step(i: int) -> str:
+        whole = links[i].transform.declaration.whole  # such a counter is kept elsewhere
+        others = [j for j, own in enumerate(names) if "step" in own and links[j].transform.declaration.whole == whole]
+        return f"{around[i]}.step" if any([around[j] < around[i] and meet(links[i], links[j]) for j in others]) else "step"
+
+    return [tuple([step(i) if n == "step" else n if alone(i, n) else f"{i}.{n}" for n in own]) for i, own in enumerate(names)]
+
+
+def surrounding(links: Sequence[Link]) -> list[int]:
+    """For each link, the one that is put around it, the innermost if there are several; -1 for none."""
+    found = [-1] * len(links)
+    for i, link in enumerate(links):
+        found[i + 1 : i + 1 + link.span] = [i] * link.span
+    return found
+
+
+def meet(a: Link, b: Link) -> bool:
+    """Whether two links may act on the same parameter."""
+    if a.transform.declaration.whole and b.transform.declaration.whole:
+        return True
+    labels = {id(m.labels): m.label for m in a.masks if isinstance(m, Label)}
+    return all([labels.get(id(m.labels), m.label) == m.label for m in b.masks if isinstance(m, Label)])
+
+
+class Segment:
+    """Consecutive leafwise links that one program or kernel runs."""
+
+    def __init__(self, positions: Sequence[int], values: Sequence[Primitive], scaled: bool = False) -> None:
+        self.scaled = scaled  # whether it begins with gradients times a number, which comes from a whole transform before it
+        self.items = [(i, value, fields_of(value)) for i, value in zip(positions, values)]
+        self.declarations = [SCALED] * scaled + [value.declaration for value in values]
+        self.names = " -> ".join([d.name for d in self.declarations])
+        self.encoded = [(j, f) for j, (_, _, info) in enumerate(self.items) for f, yes in enumerate(info.encoded) if yes]
+        self.details: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
+        self.hypers = arguments_of(values)
+        self.scratch: list[Scratch] = []  # taken out while in use
+        self.kernel: Kernel | None = None
+        self.first = 0
+        self.head = self.tail = self
+        for kernel in KERNELS:
+            k = tail(kernel, self.declarations)
+            n = 0 if k is None else max(k - scaled, 0)
+            if k is not None and (k == 0 or kernel.tails) and suits(values[n:]):
+                self.kernel = kernel
+                if k:
+                    self.head, self.tail = Segment(positions[:n], values[:n], scaled), Segment(positions[n:], values[n:])
+                self.first = k
+                break
+
+    def joins(self, params: list[Tensor]) -> bool:
+        """Whether these may as well be one vector: of a state that has all its fields."""
+        recipe = details(self, tuple([(False,) * len(info.names) for _, _, info in self.items]))
+        return joinable(params, program(recipe, True, False, False, *self.declarations, form="single"))
+
+
+def constants(values: Sequence[Primitive]) -> list[Any] | None:
+    """All hyperparameters in order as the arguments of a program, or None if one is a tensor or a schedule."""
+    found: list[Any] = []
+    for value in values:
+        for name in value.declaration.hypers:
+            x = value.arguments[name]
+            for y in x if isinstance(x, tuple) else (x,):
+                if isinstance(y, float):
+                    found.append(y)
+                elif y is None:
+                    if isinstance(x, tuple):
+                        found.append(y)
+                else:
+                    return None
+    return found
+
+
+def arguments_of(values: Sequence[Primitive]) -> dict[str, Any]:
+    """The arguments of all these transforms by name, and the names of the transforms themselves."""
+    merged: dict[str, Any] = {}
+    for value in values:
+        merged[value.declaration.name] = True
+        merged.update(value.arguments)
+    return merged
+
+
+def suits(values: Sequence[Primitive]) -> bool:
+    """Whether a kernel can take these hyperparameters: numbers that the CPU holds, but for the learning rate."""
+    return not any(
+        [
+            isinstance(y, Tensor) and not y.is_cpu and name != "lr"
+            for value in values
+            for name in value.declaration.hypers
+            for y in pytree.tree_leaves(value.arguments[name])
+        ]
+    )
+
+
+def tail(kernel: Kernel, declarations: Sequence[LinkDeclaration]) -> int | None:
+    """Where the tail that a kernel computes begins in a chain, or None."""
+    i = len(declarations)
+    for declaration, optional in reversed(kernel.pattern):
+        if i and declarations[i - 1] is declaration:
+            i -= 1
+        elif not optional:
+            return None
+    return i
+
+
+def absent(fields: Any) -> tuple[tuple[bool, ...], ...]:
+    """Which fields of their states these parameters do not have."""
+    return tuple([tuple([c[0] is None for c in own]) for own in fields])
+
+
+def encodes(segment: Segment, fields: Any) -> bool:
+    """Whether any of these parameters' state is kept in another dtype than it is computed with in."""
+    return any([fields[j][f][0] is not None for j, f in segment.encoded])
+
+
+def details(segment: Segment, absent: tuple[tuple[bool, ...], ...]) -> tuple[Any, ...]:
+    """What a recipe says of these links when their states lack these fields, but for their declarations."""
+    found = segment.details.get(absent)
+    if found is None:
+        parts = [detail(v, a) for (_, v, _), a in zip(segment.items, absent)]
+        found = segment.details[absent] = tuple([((), (), (0,))] * segment.scaled + parts)
+    return found
+
+
+def detail(value: Primitive, absent: tuple[bool, ...]) -> tuple[Any, ...]:
+    """What a recipe says of one link, as in `Part`."""
+    d, a = value.declaration, value.arguments
+    tuples = tuple([len(x) if isinstance(x, tuple) else -1 if x is None else 0 for x in [a[n] for n in d.hypers]])
+    return (absent if d.state else (), tuple([a[n] for n in d.switches]), tuples)
+
+
+JOINED = 2**13
+"""Parameters of so many elements on average are treated as one vector where their derivatives are recorded; four times as
+many where there are more operations than a `SHORT` program has, which then run once."""
+
+
+def joinable(params: list[Tensor], single: Program) -> bool:
+    """Whether it costs less to put tensors together, compute once, and take the result apart, than to compute often."""
+    if len(params) < 2 or not single.elementwise:
+        return False
+    limit = JOINED if single.length <= SHORT else 4 * JOINED
+    return sum([maths.bottom(p)[0].numel() for p in params]) <= limit * len(params)

@@ -1,0 +1,155 @@
+"""A step like the last one.
+
+Training takes the same step again and again: the same tensors, with new gradients and numbers. An optimizer that remembers
+what it was last run on (`Trust`) need not look at it again, and a plan that is one segment (`Solo`) knows where all of it goes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from itertools import chain as flat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from purestep.engine import FUSED_DTYPES, PLAIN, Call, Executor, Trust, choose, one, stored
+from purestep.plan import Kernel, Plan, Segment
+
+
+class Solo(NamedTuple):
+    """A plan that is one segment, with plain numbers."""
+
+    segment: Segment
+    kernel: Kernel | None
+    names: tuple[str, ...]  # of the fields that are more than a number per parameter, as a kernel knows them
+    keys: tuple[str, ...]  # the same, as the chain's state calls them
+    places: tuple[tuple[int, int], ...]  # the item of the segment and the number of each of these fields
+    counters: tuple[tuple[str, int, int], ...]  # the key, the item and the number of those that are one number
+
+    @classmethod
+    def of(cls, plan: Plan) -> Solo | None:
+        """None if there is more to a plan."""
+        stage = plan.stages[0]
+        segment = plan.segment(stage.positions) if len(plan.stages) == 1 and stage.positions and not stage.masked else None
+        if segment is None or segment.numbers is None or segment.first:
+            return None
+        places = tuple([(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.columns])
+        names, keys = [], []
+        for j, f in places:
+            i, _, info = segment.items[j]
+            names.append(info.names[f])
+            keys.append(plan.keys[i][f])
+        counters = tuple(
+            [(plan.keys[i][f], j, f) for j, (i, _, info) in enumerate(segment.items) for f, s in enumerate(info.scalars) if s]
+        )
+        return cls(segment, segment.kernel, tuple(names), tuple(keys), places, counters)
+
+    def again(
+        self,
+        trust: Trust,
+        grads: list[Any],
+        params: list[Tensor],
+        states: Sequence[Mapping[str, Any]],
+        executor: Executor | None = None,
+    ) -> bool:
+        """The update that was made last, with new gradients and numbers, and nothing on the way to it.
+
+        Nothing has changed if it is False: then more is new than those, and it takes a `Call` to look at it.
+        """
+        if len(trust.states) != len(self.keys) or choose(None) != "program":
+            return False
+        for key, column in zip(self.keys, trust.states):
+            if not all(map(operator.is_, [s.get(key) for s in states], column)):
+                return False
+        for xs in (grads, params):
+            if not (
+                set(map(type, xs)) <= PLAIN
+                and all([x.layout is torch.strided and x.is_cpu and x.dtype is trust.dtype for x in xs])
+                and list(map(Tensor.numel, xs)) == trust.sizes
+                and all(map(Tensor.is_contiguous, xs))
+            ):
+                return False
+        counts: list[Tensor] = []
+        for key, _, _ in self.counters:
+            found = [s.get(key) for s in states]
+            if not one(found, "program") or not isinstance(found[0], Tensor) or not found[0].is_cpu:
+                return False
+            counts.append(found[0])
+        if self.kernel is not None and executor in (None, "fused"):
+            before = counts[0].item() if counts else 0
+            after = [stored(x, x.item() + 1) for x in counts]
+            self.run(params, grads, trust.states, before, after[0] if after else torch.zeros(()))
+        else:
+            after = self.repeat(trust, grads, params, counts, states, executor)
+        for (key, _, _), x in zip(self.counters, after):
+            for s in states:
+                s[key] = x  # type: ignore[index]
+        return True
+
+    def repeat(
+        self, trust: Trust, grads: list[Any], params: list[Tensor], counts: list[Tensor], states: Any, executor: Executor | None
+    ) -> list[Tensor]:
+        """The program of the plan, in place; the new counters."""
+        fields: list[list[Any]] = [[None] * len(info.names) for _, _, info in self.segment.items]
+        for (j, f), column in zip(self.places, trust.states):
+            fields[j][f] = column
+        for (_, j, f), x in zip(self.counters, counts):
+            fields[j][f] = [x]
+        call = Call(
+            grads, params, [], lambda masks: [], "program",
+            apply=True, donate=True, alone=False, executor=executor, trust=trust, seen=True,
+        )  # fmt: skip
+        _, news = call.execute(self.segment, grads, params, fields, True)
+        for key, column, (j, f) in zip(self.keys, trust.states, self.places):
+            if not all(map(operator.is_, column, news[j][f])):
+                for s, x in zip(states, news[j][f]):
+                    s[key] = x
+        torch.autograd.graph.increment_version(params)
+        return [stored(x, news[j][f]) for (_, j, f), x in zip(self.counters, counts)]
+
+    def at_once(self, grads: list[Any], params: list[Any], states: list[Any]) -> bool:
+        """The update of parameters and states that were given away, all of them in place, by a kernel, if there is one and
+        nothing is special about any of them.
+
+        Nothing has changed if it is False: then it takes a `Call`, or an error, to say what is.
+        """
+        if self.kernel is None or choose(None) != "program" or not params or type(params[0]) not in PLAIN:
+            return False
+        links = [i for i, _, _ in self.segment.items]
+        columns = [states[links[j]][f] for j, f in self.places]
+        counters = [states[links[j]][f] for _, j, f in self.counters]
+        dtype, shapes, n = params[0].dtype, [p.shape if type(p) in PLAIN else None for p in params], len(params)
+        for xs in (params, grads, *columns):
+            if not (
+                set(map(type, xs)) <= PLAIN
+                and [x.dtype for x in xs].count(dtype) == n
+                and [x.shape for x in xs] == shapes
+                and all([x.is_cpu and x.layout is torch.strided and x.is_contiguous() for x in xs])
+            ):
+                return False
+        if torch.is_grad_enabled() and any([any([x.requires_grad for x in xs]) for xs in (params, grads, *counters, *columns)]):
+            return False
+        if dtype not in FUSED_DTYPES or not all([one(c, "program") and type(c[0]) is Tensor and c[0].is_cpu for c in counters]):
+            return False
+        before = counters[0][0].item() if counters else 0
+        after = [c[0].add_(1) for c in counters]
+        self.run(params, grads, columns, before, after[0] if after else torch.zeros(()))
+        torch.autograd.graph.increment_version(flat.from_iterable(columns))
+        return True
+
+    def run(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], before: float, after: Tensor) -> None:
+        """Call the kernel, in place."""
+        given = {**dict(zip(self.names, states)), "step": lambda: after}
+        with torch._C._AutoDispatchBelowAutograd():
+            self.kernel.run(params, grads, given, self.segment.hypers, before)  # type: ignore[union-attr]
+        torch.autograd.graph.increment_version(params)
+
+
+def solo_of(plan: Plan) -> Solo | None:
+    """A plan as one segment, if it is one; looked for once."""
+    if plan.solo is ...:
+        plan.solo = Solo.of(plan)
+    found: Solo | None = plan.solo
+    return found

@@ -21,12 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.modes import MODES, TORCH
+from benchmarks.modes import PURESTEP, TORCH
 from benchmarks.step import HISTORY, render
 
 Place: TypeAlias = tuple[str, str, str]  # an algorithm or a chain, a set, a mode
-
-OURS = [mode for mode in MODES if not mode.startswith("torch")]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def ratios(found: Mapping[Place, Mapping[str, Any]]) -> dict[Place, Ratio]:
         old = best.get((name, parameter_set))
         if mode in TORCH and (old is None or row["median_ms"] < old["median_ms"]):
             best[name, parameter_set] = row
-    return {place: Ratio.of(row, best[place[:2]]) for place, row in found.items() if place[2] in OURS and place[:2] in best}
+    return {place: Ratio.of(row, best[place[:2]]) for place, row in found.items() if place[2] in PURESTEP and place[:2] in best}
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
@@ -94,8 +92,10 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 
 
 def newest(runs: list[Path]) -> list[Path]:
-    """The last two, by the dates that they carry, the older one first."""
-    return sorted(runs, key=lambda path: json.loads(path.read_text())["machine"]["date"])[-2:]
+    """The last one and the one before it on the same kind of device, by the dates that they carry, the older one first."""
+    facts = {path: json.loads(path.read_text())["machine"] for path in runs}
+    dated = sorted(runs, key=lambda path: facts[path]["date"])
+    return [path for path in dated if facts[path].get("gpu") == facts[dated[-1]].get("gpu")][-2:]
 
 
 def describe(path: Path, run: Mapping[str, Any]) -> str:
@@ -125,7 +125,7 @@ def report(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     changes = compare(before, after)
     changed = [change for change in changes if change.certain]
     slower = sum(change.factor > 1 for change in changed)
-    alone = sum(place[2] in OURS for place in rows(before).keys() ^ rows(after).keys())
+    alone = sum(place[2] in PURESTEP for place in rows(before).keys() ^ rows(after).keys())
     counts = (
         f"{len(changes)} modes compared: {slower} slower, {len(changed) - slower} faster, "
         f"{len(changes) - len(changed)} within their spread."

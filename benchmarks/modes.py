@@ -4,11 +4,17 @@ The modes of an *algorithm* are found: a library has it under its name, with the
 *chain* is composed, and so its counterparts are written out here, as a training loop has them: torch's pieces one after
 another, all of them timed.
 
-Clipping is the one piece that spoils what it is given: `torch.nn.utils.clip_grad_norm_` scales the gradients in place,
-where `clip_by_global_norm` leaves them alone. In training the backward pass has just written them, and writes them again
-for the next step, so neither is to be charged for a copy. Therefore all modes of such a chain share one set of gradients
-that may be written to, and before each step of each mode, outside of what is timed, it is filled anew: every mode finds the
-same numbers, in caches that are in the same state.
+The *peers* are compared where they are installed. torchopt has torch's names and options. pytorch_optimizer has optimizers
+with torch's interface; those of torch's names it mostly hands on, which is no other mode, and of its own those are measured
+that compute what torch's do. optax has a counterpart of whatever is not said to be without one; it lives in
+`benchmarks.in_jax`, which is imported when the first of its runs begins, and not where nobody asked for it.
+
+Some modes spoil what they are given: `torch.nn.utils.clip_grad_norm_` scales the gradients in place, where
+`clip_by_global_norm` leaves them alone, and pytorch_optimizer computes in them with Nesterov's momentum and with decay that
+is part of the gradient. In training the backward pass has just written them, and writes them again for the next step, so
+neither is to be charged for a copy. Therefore all modes of such an algorithm or chain share one set of gradients that may
+be written to, and before each step of each mode, outside of what is timed, it is filled anew: every mode finds the same
+numbers, in caches that are in the same state.
 """
 
 from __future__ import annotations
@@ -18,7 +24,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol, TypeAlias
+from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +39,10 @@ try:
     import torchopt
 except ImportError:
     torchopt = None  # type: ignore[assignment]
+try:
+    import pytorch_optimizer
+except ImportError:
+    pytorch_optimizer = None  # type: ignore[assignment]
 
 Shape: TypeAlias = tuple[int, ...]
 Gradient: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
@@ -61,7 +74,7 @@ def dense(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def rows(x: Tensor, generator: torch.Generator) -> Tensor:
     """A sparse gradient with a tenth of the rows, in order."""
-    chosen = torch.randperm(len(x), generator=generator)[: max(1, len(x) // 10)].sort().values
+    chosen = torch.randperm(len(x), generator=generator, device=x.device)[: max(1, len(x) // 10)].sort().values
     return torch.sparse_coo_tensor(chosen[None], x[chosen], x.shape, is_coalesced=True, check_invariants=False)
 
 
@@ -104,8 +117,10 @@ class Algorithm(Subject):
     options: Mapping[str, Any]
 
 
+PYTORCH_OPTIMIZER, OPTAX = "pytorch_optimizer", "optax"
 HISTORY, ITERATIONS = 2, 2  # of L-BFGS
-ROUNDED = 5e-2  # Muon computes in bfloat16, and compiled code does not round what stays within a kernel
+# Muon computes in bfloat16; compiled code does not round what stays within a kernel, and products of batches round elsewhere.
+ROUNDED = dict.fromkeys(["torch compiled", PYTORCH_OPTIMIZER], 5e-2)
 
 ALGORITHMS = {
     algorithm.key: algorithm
@@ -114,19 +129,42 @@ ALGORITHMS = {
         Algorithm("adam", "Adam", {"lr": 1e-3}, words=7),
         Algorithm("sgd", "SGD", {"lr": 1e-3, "momentum": 0.9}, words=5),  # reads p, g, b; writes p, b
         Algorithm("adamax", "Adamax", {"lr": 1e-3, "eps": 1e-8}, words=7),  # as Adam; torchopt has another eps by default
-        Algorithm("nadam", "NAdam", {"lr": 1e-3}, words=7),  # as Adam
+        Algorithm("nadam", "NAdam", {"lr": 1e-3}, words=7, without={OPTAX: "its momentum has no schedule."}),  # as Adam
         # As Adam; torchopt has another eps by default. Compiled, torch's rectification is in float32, where it cancels.
-        Algorithm("radam", "RAdam", {"lr": 1e-2, "eps": 1e-8}, words=7, looser={"torch compiled": 5e-3}),
-        Algorithm("adagrad", "Adagrad", {"lr": 1e-3}, words=5),  # reads p, g, sum; writes p, sum
+        Algorithm(
+            "radam",
+            "RAdam",
+            {"lr": 1e-2, "eps": 1e-8},
+            words=7,
+            looser={"torch compiled": 5e-3},
+            without={OPTAX: "its rectification is in float32, where it cancels: the steps are other ones."},
+        ),
+        # Reads p, g, sum; writes p, sum. optax adds eps below the root: none of them must matter.
+        Algorithm("adagrad", "Adagrad", {"lr": 1e-3, "eps": 1e-30}, words=5),
         Algorithm("adadelta", "Adadelta", {"lr": 1.0}, words=7),  # reads p, g, v, delta; writes p, v, delta
         Algorithm("rmsprop", "RMSprop", {"lr": 1e-3}, words=5),  # reads p, g, v; writes p, v
         # Reads p, g, prev, step size; writes p, prev, step size. The gradients stay the same, so step sizes only grow.
-        Algorithm("rprop", "Rprop", {"lr": 1e-4, "step_sizes": (1e-6, 1e-3)}, words=7),
-        Algorithm("asgd", "ASGD", {"lr": 1e-2}, words=4),  # reads p, g; writes p and, until t0 with the same, its average
+        Algorithm(
+            "rprop",
+            "Rprop",
+            {"lr": 1e-4, "step_sizes": (1e-6, 1e-3)},
+            words=7,
+            without={OPTAX: "it takes every step one step later."},
+        ),
+        # Reads p, g; writes p and, until t0 with the same, its average.
+        Algorithm("asgd", "ASGD", {"lr": 1e-2}, words=4, without={OPTAX: "it has no such algorithm."}),
         # Reads p, g; writes p. A row and a column of state are next to nothing. That g has to be known as a whole before
         # any of it is used, and the update before it is clipped, is not counted: small tensors stay in the cache.
         # torch.norm, with which torch's takes root mean squares, gives 0.24 % too little for the 38.6 M of the token embedding.
-        Algorithm("adafactor", "Adafactor", {"lr": 1e-3}, words=3, tolerance=5e-3),
+        # The first eps bounds squares from below in torch, and is added to them in pytorch_optimizer: it must not matter.
+        Algorithm(
+            "adafactor",
+            "Adafactor",
+            {"lr": 1e-3, "eps": (1e-20, 1e-3)},
+            words=3,
+            tolerance=5e-3,
+            without={OPTAX: "it factors a convolution's two largest dimensions, where torch factors the last two."},
+        ),
         # Reads p, g, b; writes p, b. What takes the time is the matrix products, of which the floor knows nothing.
         Algorithm(
             "muon",
@@ -134,7 +172,9 @@ ALGORITHMS = {
             {"lr": 1e-3},
             words=5,
             takes=hidden,
-            looser={"torch compiled": ROUNDED},
+            spends=True,
+            looser=ROUNDED,
+            without={OPTAX: "it corrects the bias of the momentum, and iterates in float32."},
             note="the matrices without the token embedding",
         ),
         Algorithm(
@@ -144,6 +184,7 @@ ALGORITHMS = {
             words=7,
             takes=matrices,
             gradient=rows,
+            without={OPTAX: "it has no sparse gradients."},
             note="the matrices; the gradients have a tenth of the rows",
         ),
         # An evaluation reads p and writes g. An iteration reads p, g, the last g and d, and all pairs of the history but the
@@ -153,6 +194,7 @@ ALGORITHMS = {
             "LBFGS",
             words=ITERATIONS * (2 + 4 + 2 * (HISTORY - 1) + 5),
             closure=True,
+            without={OPTAX: "it scales the first direction in another way, and evaluates nothing in a step."},
             tolerance=1e-6,  # same operations in the same order; and the history's part in these steps is small
             # A short history, for memory. Nothing may stop a step early, and a small step keeps the minimum away.
             options={"lr": 1e-3, "max_iter": ITERATIONS, "history_size": HISTORY, "tolerance_grad": 0, "tolerance_change": 0},
@@ -188,10 +230,11 @@ class ParameterSet:
         """The tensors among these that an algorithm or a chain takes."""
         return replace(self, shapes=[shape for shape in self.shapes if subject.takes(shape)])
 
-    def draw(self, seed: int, gradient: Gradient = dense) -> list[Tensor]:
-        """Normal numbers in these shapes, the same for the same seed."""
-        generator = torch.Generator().manual_seed(seed)
-        return [gradient(0.02 * torch.randn(shape, generator=generator), generator) for shape in self.shapes]
+    def draw(self, seed: int, gradient: Gradient = dense, device: str = "cpu") -> list[Tensor]:
+        """Normal numbers in these shapes, the same for the same seed and device."""
+        generator = torch.Generator(device).manual_seed(seed)
+        normal = partial(torch.randn, generator=generator, device=device)
+        return [gradient(0.02 * normal(shape), generator) for shape in self.shapes]
 
 
 VOCABULARY = 50257
@@ -241,12 +284,26 @@ def gpt2() -> list[Shape]:
     return [(VOCABULARY, width), (context, width), *[*norm, *attention, *norm, *perceptron] * layers, *norm]
 
 
+def billion() -> list[Shape]:
+    """The 165 tensors of a decoder-only transformer in Llama's manner: 1.0 B parameters, and 12 GB with a state of Adam's.
+
+    Keys and values have an eighth of the queries' heads; the perceptrons are gated; embedding and head are not tied.
+    """
+    width, keys, hidden, layers = 2048, 256, 5632, 18
+    attention = [(width, width), (keys, width), (keys, width), (width, width)]
+    perceptron = [(hidden, width), (hidden, width), (width, hidden)]
+    layer = [(width,), *attention, (width,), *perceptron]
+    return [(VOCABULARY, width), *layer * layers, (width,), (VOCABULARY, width)]
+
+
 SETS = {
     "mlp": ParameterSet("mlp", mlp(), rounds=1000),
     "many": ParameterSet("many", many(), rounds=200),
     "resnet": ParameterSet("resnet", resnet(), rounds=60),
     "gpt2": ParameterSet("gpt2", gpt2(), rounds=30),
+    "billion": ParameterSet("billion", billion(), rounds=30),
 }
+LARGE = ("billion",)  # for accelerators alone
 
 
 # ------------------------------------------------------------------------------------------------------------------ modes
@@ -261,6 +318,19 @@ class Run(Protocol):
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now."""
+        ...
+
+
+Start: TypeAlias = Callable[[list[Tensor], list[Tensor]], Run]
+"""What makes a run from parameters, which it takes over, and gradients."""
+
+
+@runtime_checkable
+class Accounted(Protocol):
+    """A run that says what it allocates during a step, because torch's profiler cannot see it."""
+
+    def peak_bytes(self) -> int:
+        """The most bytes that are allocated at once, above those at its start."""
         ...
 
 
@@ -384,7 +454,8 @@ def bowl(leaves: Leaves) -> Callable[[], Tensor]:
     Gradients that stayed the same would never enter the history of L-BFGS: its cost would not be measured. The loss is not
     computed, but constant; without a line search it is only compared with the last one, to stop, which no tolerance allows.
     """
-    values, grads, loss = [p.detach() for p in leaves], [p.grad for p in leaves if p.grad is not None], torch.zeros(())
+    values, grads = [p.detach() for p in leaves], [p.grad for p in leaves if p.grad is not None]
+    loss = values[0].new_zeros(())
 
     def closure() -> Tensor:
         torch._foreach_copy_(grads, values)
@@ -398,7 +469,7 @@ def functional_bowl(params: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor
     """The same loss and gradient as a function."""
     grads = {name: p.clone() for name, p in params.items()}
     torch._foreach_mul_(list(grads.values())[::2], 2.0)
-    return torch.zeros(()), grads
+    return next(iter(grads.values())).new_zeros(()), grads
 
 
 @dataclass(frozen=True)
@@ -429,12 +500,39 @@ class Mode:
         return self.run(factory, algorithm, params, grads)
 
 
+class InJax:
+    """optax, compiled by jax, on a CPU. What it has no counterpart of is said to be without it."""
+
+    def factory(self, subject: Subject) -> Start:
+        """What begins a run."""
+        return partial(self.start, subject)
+
+    def start(self, subject: Subject, params: list[Tensor], grads: list[Tensor]) -> Run:
+        """A transformation of optax before its first step. It copies the parameters; the gradients it leaves as they are."""
+        # The one import inside a function: jax takes long to load, and brings threads that would disturb other runs.
+        return import_module("benchmarks.in_jax").start(subject, params, grads)
+
+
+def adafactor_bigvision(params: Leaves, lr: float, eps: tuple[float, float]) -> Any:
+    """pytorch_optimizer's Adafactor, without what it has beyond torch's."""
+    return pytorch_optimizer.AdaFactor(params, lr, betas=(None, 0.999), relative_step=False, eps2=eps[1])
+
+
+def muon_matrices(params: Leaves, lr: float) -> Any:
+    """pytorch_optimizer's Muon, of matrices alone."""
+    return pytorch_optimizer.Muon([{"params": params, "use_muon": True}], lr=lr, weight_decay=0.1)
+
+
 TORCH = ("torch default", "torch loop", "torch foreach", "torch fused")
 WRAPPER = ("wrapper", "wrapper foreach", "wrapper compiled")
-COMPILED = ("torch compiled", "wrapper compiled", "donated compiled")
-ON_REQUEST = ("torch compiled",)  # it compiles for minutes on many tensors, and is not among those that "torch's best" is of
+PURESTEP = (*WRAPPER, "donated", "donated compiled", "pure")
+INDUCTOR = ("torch compiled", "wrapper compiled", "donated compiled")
+COMPILED = (*INDUCTOR, OPTAX)
+# The first compiles for minutes on many tensors, and is not among those that "torch's best" is of; see `InJax` for the other.
+ON_REQUEST = ("torch compiled", OPTAX)
+CPU_ONLY = (OPTAX,)
 
-MODES = {
+MODES: dict[str, Mode | InJax] = {
     "torch default": Mode(Stateful, torch.optim, "name"),
     "torch loop": Mode(Stateful, torch.optim, "name", {"foreach": False}),
     "torch foreach": Mode(Stateful, torch.optim, "name", {"foreach": True}),
@@ -449,13 +547,22 @@ MODES = {
 }
 if torchopt is not None:
     MODES["torchopt"] = Mode(TorchOpt, torchopt, "key")
+if pytorch_optimizer is not None:
+    # AdamW, Adam, SGD, NAdam, RMSprop and LBFGS are torch's own there, and ASGD is another algorithm.
+    counterparts = SimpleNamespace(
+        sgd=pytorch_optimizer.SGDW,
+        adamax=pytorch_optimizer.AdaMax,
+        radam=partial(pytorch_optimizer.RAdam, degenerated_to_sgd=True),
+        adadelta=pytorch_optimizer.AdaDelta,
+        adafactor=adafactor_bigvision,
+        muon=muon_matrices,
+    )
+    MODES[PYTORCH_OPTIMIZER] = Mode(Stateful, counterparts, "key")
+if find_spec("jax") and find_spec("optax"):
+    MODES[OPTAX] = InJax()
 
 
 # ----------------------------------------------------------------------------------------------------------------- chains
-
-
-Start: TypeAlias = Callable[[list[Tensor], list[Tensor]], Run]
-"""What makes a run from parameters, which it takes over, and gradients."""
 
 
 @dataclass(frozen=True)
@@ -485,6 +592,7 @@ class Chain(Subject):
             "donated": functional(donate=True),
             "donated compiled": functional(donate=True, compiled=True),
             "pure": functional(donate=False),
+            **{name: mode.factory(self) for name, mode in MODES.items() if isinstance(mode, InJax)},
         }
 
     def repeated(self, run: Run) -> Run:
@@ -496,8 +604,15 @@ class Chain(Subject):
 # gradients alike, but for eps: with this one, a gradient that was not clipped takes the parameters elsewhere.
 PEAK, WARM_UP_STEPS, TOTAL_STEPS, EPS = 1e-3, 10, 2000, 1e-4
 NESTEROV: Mapping[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+LION: Mapping[str, Any] = {"lr": 1e-4, "weight_decay": 0.1}
+DECAY = 0.999  # of the average of parameters
 LR = {"hidden": 1e-3, "rest": 1e-3}
 ACCUMULATED = 4
+
+
+def installed(library: Any, **start: Start) -> dict[str, Start]:
+    """These modes, or none where the library is missing."""
+    return {} if library is None else start
 
 
 def warmed_up(step: int) -> float:
@@ -553,6 +668,52 @@ def sgd_nesterov(params: list[Tensor], grads: list[Tensor], compiled: bool = Fal
     return Stateful(factory, CHAINS["sgd_nesterov"], params, grads, compiled)
 
 
+def sgd_nesterov_torchopt(params: list[Tensor], grads: list[Tensor]) -> Run:
+    """The same in torchopt."""
+    return TorchOpt(partial(torchopt.sgd, **NESTEROV), CHAINS["sgd_nesterov"], params, grads)
+
+
+def lion_pytorch_optimizer(params: list[Tensor], grads: list[Tensor]) -> Run:
+    """Lion alone."""
+    return Stateful(partial(pytorch_optimizer.Lion, **LION), CHAINS["lion"], params, grads)
+
+
+def lion_ema_pytorch_optimizer(params: list[Tensor], grads: list[Tensor]) -> Run:
+    """Lion, and torch's average of the parameters."""
+    leaves, averages = leaves_of(params, grads), [p.clone() for p in params]
+    optimizer = pytorch_optimizer.Lion(leaves, **LION)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY)
+
+    def step() -> None:
+        optimizer.step()
+        average(averages, leaves, None)
+
+    return Loop(leaves, step)
+
+
+def sgd_nesterov_pytorch_optimizer(params: list[Tensor], grads: list[Tensor]) -> Run:
+    """The same in pytorch_optimizer, where decay is not part of the gradient by default."""
+    factory = partial(pytorch_optimizer.SGDW, **NESTEROV, weight_decouple=False)
+    return Stateful(factory, CHAINS["sgd_nesterov"], params, grads)
+
+
+def muon_adamw_pytorch_optimizer(params: list[Tensor], grads: list[Tensor]) -> Run:
+    """One optimizer, which has an AdamW in it. torch's defaults are spelled out."""
+
+    def factory(leaves: Leaves) -> Any:
+        groups = {True: {"lr": LR["hidden"], "weight_decay": 0.1}, False: {"lr": LR["rest"], "weight_decay": 0.01}}
+        return pytorch_optimizer.Muon(
+            [
+                {"params": [p for p in leaves if hidden(tuple(p.shape)) == use_muon], "use_muon": use_muon, **options}
+                for use_muon, options in groups.items()
+            ],
+            adamw_betas=(0.9, 0.999),
+            adamw_eps=1e-8,
+        )
+
+    return Stateful(factory, CHAINS["muon_adamw"], params, grads)
+
+
 def muon_adamw(params: list[Tensor], grads: list[Tensor], compiled: bool = False, **flags: Any) -> Run:
     """Two optimizers, each for its part."""
     leaves = leaves_of(params, grads)
@@ -595,7 +756,7 @@ CHAINS: dict[str, Chain] = {
                 "torch foreach": partial(clip_adamw, clip=True, foreach=True),
                 "torch fused": partial(clip_adamw, clip=True, fused=True),
                 "torch compiled": partial(clip_adamw, compiled=True),
-                **({} if torchopt is None else {"torchopt": clip_adamw_torchopt}),
+                **installed(torchopt, torchopt=clip_adamw_torchopt),
             },
             words=8,
             spends=True,
@@ -610,23 +771,24 @@ CHAINS: dict[str, Chain] = {
                 "torch foreach": partial(sgd_nesterov, foreach=True),
                 "torch fused": partial(sgd_nesterov, fused=True),
                 "torch compiled": partial(sgd_nesterov, compiled=True),
-                **(
-                    {}
-                    if torchopt is None
-                    else {
-                        "torchopt": lambda params, grads: TorchOpt(
-                            partial(torchopt.sgd, **NESTEROV), CHAINS["sgd_nesterov"], params, grads
-                        )
-                    }
-                ),
+                **installed(torchopt, torchopt=sgd_nesterov_torchopt),
+                **installed(pytorch_optimizer, pytorch_optimizer=sgd_nesterov_pytorch_optimizer),
             },
             words=5,  # reads p, g, b; writes p, b
+            spends=True,
+        ),
+        Chain(  # neither torch nor torchopt has Lion
+            "lion",
+            "Lion",
+            lambda: purestep.lion(**LION),
+            installed(pytorch_optimizer, pytorch_optimizer=lion_pytorch_optimizer),
+            words=5,  # reads p, g, m; writes p, m
         ),
         Chain(
             "lion_ema",
             "Lion + EMA",
-            lambda: purestep.chain(purestep.lion(1e-4, weight_decay=0.1), purestep.ema_params(0.999)),
-            {},  # neither torch nor torchopt has Lion
+            lambda: purestep.chain(purestep.lion(**LION), purestep.ema_params(DECAY)),
+            installed(pytorch_optimizer, pytorch_optimizer=lion_ema_pytorch_optimizer),
             words=7,  # reads p, g, m, average; writes p, m, average
         ),
         Chain(
@@ -636,9 +798,15 @@ CHAINS: dict[str, Chain] = {
                 {"hidden": purestep.muon(LR["hidden"]), "rest": purestep.adamw(LR["rest"])},
                 lambda path, p: "hidden" if hidden(tuple(p.shape)) else "rest",
             ),
-            {"torch fused": partial(muon_adamw, fused=True), "torch compiled": partial(muon_adamw, compiled=True)},
+            {
+                "torch fused": partial(muon_adamw, fused=True),
+                "torch compiled": partial(muon_adamw, compiled=True),
+                **installed(pytorch_optimizer, pytorch_optimizer=muon_adamw_pytorch_optimizer),
+            },
             words=lambda shape: 5 if hidden(shape) else 7,  # as Muon's and AdamW's
-            looser={"torch compiled": ROUNDED},
+            spends=True,
+            looser=ROUNDED,
+            without={OPTAX: ALGORITHMS["muon"].without[OPTAX]},
             note="Muon for the matrices without the token embedding",
         ),
         # The first gradient is read, and the sum written; the second and third are read, and the sum both; the fourth is read

@@ -33,7 +33,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.modes import CHAINS, MODES, SETS
+from benchmarks.modes import CHAINS, MODES, PURESTEP, SETS
 
 PICTURE = Path(__file__).parents[1] / "docs" / "_static" / "roofline.png"
 USUAL = (
@@ -117,7 +117,7 @@ def draw(run: Mapping[str, Any], modes: Sequence[str]) -> Figure:
         panel.set_ylabel("achieved bandwidth, GB/s", color=INK)
     facts = run["machine"]
     title = "The bandwidth that an optimizer step achieves, and the roof that memory sets"
-    machine = f"{facts['cpu']}, threads: {facts['threads']}, torch {facts['torch']}, {facts['date'][:10]}"
+    machine = f"{facts.get('gpu', facts['cpu'])}, threads: {facts['threads']}, torch {facts['torch']}, {facts['date'][:10]}"
     percentages = "Percentages: of the roof, geometric mean."
     note = f"{machine}\n{percentages} Each panel has what its mode exists for. Without Muon (matrix products)."
     margin = 0.12 / width
@@ -152,7 +152,7 @@ def draw_mode(
     panel: Axes, mode: str, found: Sequence[Point], roof: Mapping[str, tuple[float, ...]], sets: Sequence[str]
 ) -> None:
     """The points of one mode under the roof."""
-    color = THEIRS if mode.startswith("torch") else OURS
+    color = OURS if mode in PURESTEP else THEIRS
     names = sorted({point.subject for point in found})
     top = panel.get_xaxis_transform()
     chains = {chain.name for chain in CHAINS.values()}

@@ -1,18 +1,25 @@
-"""Time and memory of one optimizer step: purestep beside torch.optim and torchopt.
+"""Time and memory of one optimizer step: purestep beside torch.optim, torchopt, pytorch_optimizer and optax.
 
     python -m benchmarks.step
     python -m benchmarks.step --algorithms all --summary
     python -m benchmarks.step --algorithms everything --record
+    python -m benchmarks.step --algorithms lion adamw --modes usual optax
     python -m benchmarks.step --sets mlp many --algorithms adamw --modes "torch fused" wrapper --rounds 50 --json step.json
+    python -m benchmarks.step --device cuda --sets billion --modes "torch fused" wrapper "wrapper compiled"
 
 Without arguments AdamW, Adam and SGD are measured, for as many rounds as give steady medians. "all" are all the algorithms of
-torch.optim that purestep has, each on what it takes and in the modes that its classes have flags for; "chains" are five
+torch.optim that purestep has, each on what it takes and in the modes that its classes have flags for; "chains" are six
 composed transforms beside the same pieces of torch, put together by hand; "everything" is both. With these words a table is
 given some seconds, and what is slow gets fewer rounds.
 
 A table's *torch's best* is the fastest of torch's modes, but for "torch compiled", which is `torch.compile(optimizer.step)`.
 That compiles for minutes on many tensors, and is measured only where `--modes` asks for it; what torch cannot compile runs
 in it as it would without. Where torch has no counterpart the column is empty.
+
+"torchopt" and "pytorch_optimizer" are measured where they are installed. "optax" is, too, but only where `--modes` asks for
+it: its step is compiled by jax, whose pool of threads shares the processors with torch's for as long as the process lives.
+Its gradients are the same memory as everyone's, its state and parameters are given away and overwritten, and a step has ended
+when the results are there. `--modes usual` are those that are measured without asking.
 
 All modes of a table are measured in one process. In each round every mode takes one step, in an order that is shuffled
 anew, so that whatever else happens on the machine happens to all of them. The figures are medians and interquartile
@@ -28,12 +35,19 @@ where it does not bypass the cache it also reads the memory that it is about to 
 an estimate still: a fused kernel on a large set can come out some percent below 1.
 
 *Memory* is the peak, during one step more, of what was allocated beyond what was there when it began. A pure step counts
-its results, three times the parameters with Adam, because the old ones live until it has returned.
+its results, three times the parameters with Adam, because the old ones live until it has returned. Of optax it is what the
+compiler says that the program needs.
 
 The *summary* compares defaults, the classes without any flags, which is what changing the import changes; the fastest of
 purestep's wrapper modes with the fastest of torch's; and single modes with their closest relatives. Below 1 is faster.
 
 `--record` writes all of it to benchmarks/history, where `python -m benchmarks.history` compares the newest two.
+
+`--device cuda` measures the same on a GPU, all but optax: the time is that between two events of the GPU around a step that
+begins when the GPU has nothing left to do, so it includes what Python takes to launch the kernels; the memory is what torch's
+allocator counts; and *of copy bandwidth* is the floor over the median, the share of the copy's (or the update's) bandwidth
+that a step achieves. The set "billion" is for such machines alone. All modes of a table have parameters and a state of their
+own at the same time: of AdamW 12 GB each there. No GPU was at hand when this was written: it has not been run on one yet.
 """
 
 from __future__ import annotations
@@ -49,7 +63,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
@@ -57,7 +71,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 # The profiler announces itself on stderr, and complains about every tensor that is older than it.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -71,13 +85,19 @@ from benchmarks.modes import (
     ALGORITHMS,
     CHAINS,
     COMPILED,
+    CPU_ONLY,
+    INDUCTOR,
+    LARGE,
     MEASURABLE,
     MODES,
     ON_REQUEST,
+    OPTAX,
+    PYTORCH_OPTIMIZER,
     SETS,
     SUBJECTS,
     TORCH,
     WRAPPER,
+    Accounted,
     ParameterSet,
     Run,
     Subject,
@@ -92,6 +112,8 @@ except ImportError:
 
 USUAL = ("adamw", "adam", "sgd")
 WORDS = {"all": MEASURABLE, "chains": list(CHAINS), "everything": [*MEASURABLE, *CHAINS]}
+USUAL_MODES = [mode for mode in MODES if mode not in ON_REQUEST]
+PACKAGES = {"torchopt": ["torchopt"], PYTORCH_OPTIMIZER: ["pytorch_optimizer"], OPTAX: ["optax", "jax"]}  # by mode
 HISTORY = Path(__file__).parent / "history"
 COPY, UPDATE = "copy", "update"  # timed among the modes
 WARM_UP = 3  # steps: the first traces programs and makes states, the second finds them made
@@ -134,6 +156,7 @@ class Table:
 
     algorithm: str
     parameter_set: str
+    device: str
     tensors: int
     parameters: int
     note: str
@@ -162,6 +185,8 @@ class Summary:
     wrapper_to_torch: float | None
     donated_to_torch: float | None
     pure_to_torchopt: float | None
+    wrapper_to_pytorch_optimizer: float | None
+    donated_compiled_to_optax: float | None
     compiled_to_floor: float | None
     compiled_to_torch: float | None
 
@@ -176,7 +201,17 @@ class Mean:
     to_floor: float
 
 
-RATIOS = [field.name for field in fields(Summary) if "_to_" in field.name]
+COMPARISONS = {
+    "default_to_default": "wrapper / torch default",
+    "best_to_best": "wrapper's best / torch's best",
+    "wrapper_to_torch": "wrapper / torch's best",
+    "donated_to_torch": "donated / torch's best",
+    "pure_to_torchopt": "pure / torchopt",
+    "wrapper_to_pytorch_optimizer": "wrapper / pytorch_optimizer",
+    "donated_compiled_to_optax": "donated compiled / optax",
+    "compiled_to_floor": "wrapper compiled / floor",
+    "compiled_to_torch": "wrapper compiled / torch's best",
+}
 
 
 def summarize(table: Table) -> Summary:
@@ -189,6 +224,8 @@ def summarize(table: Table) -> Summary:
         wrapper_to_torch=table.over(["wrapper"], TORCH),
         donated_to_torch=table.over(["donated"], TORCH),
         pure_to_torchopt=table.over(["pure"], ["torchopt"]),
+        wrapper_to_pytorch_optimizer=table.over(["wrapper"], [PYTORCH_OPTIMIZER]),
+        donated_compiled_to_optax=table.over(["donated compiled"], [OPTAX]),
         compiled_to_floor=next((row.to_floor for row in table.rows if row.mode == "wrapper compiled"), None),
         compiled_to_torch=table.over(["wrapper compiled"], TORCH),
     )
@@ -196,7 +233,7 @@ def summarize(table: Table) -> Summary:
 
 def overall(summaries: list[Summary]) -> dict[str, float | None]:
     """The geometric mean of each comparison, over the tables that have it."""
-    return {name: mean([getattr(summary, name) for summary in summaries]) for name in RATIOS}
+    return {name: mean([getattr(summary, name) for summary in summaries]) for name in COMPARISONS}
 
 
 def means(tables: list[Table]) -> list[Mean]:
@@ -222,10 +259,11 @@ def mean(ratios: Iterable[float | None]) -> float | None:
 class Traffic:
     """The plainest ways of moving numbers through memory: about as many bytes as a step moves."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: str = "cpu") -> None:
         self.size = size
         self.buffer = 4 * (min(size // UPDATE_WORDS, BUFFER_LIMIT) // 4)  # bytes
-        self.source = torch.full((self.buffer // 4,), 1.0)  # filled, because fresh zeros share one page of memory
+        # Filled, because fresh zeros share one page of memory.
+        self.source = torch.full((self.buffer // 4,), 1.0, device=device)
         self.target = torch.full_like(self.source, 2.0)
 
     def copy(self) -> None:
@@ -245,19 +283,44 @@ class Traffic:
         return Floor(self.size, copy_speed, update_speed, median_ms=scale * median(times), iqr_ms=scale * spread(times))
 
 
+Clock: TypeAlias = Callable[[Callable[[], None]], float]
+"""What tells the milliseconds that a step takes."""
+
+
 def nothing() -> None:
     """What comes before a step that needs no preparation."""
 
 
+def timed(step: Callable[[], None]) -> float:
+    """The milliseconds that one step takes."""
+    begin = perf_counter()
+    step()
+    return 1e3 * (perf_counter() - begin)
+
+
+def timed_on_gpu(step: Callable[[], None]) -> float:
+    """The milliseconds that one step takes on a GPU, from when it has nothing left to do until it has nothing left to do."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
 def warm_up(
-    steps: Mapping[str, Callable[[], None]], seconds: float | None = None, before: Callable[[], None] = nothing
+    steps: Mapping[str, Callable[[], None]],
+    seconds: float | None = None,
+    before: Callable[[], None] = nothing,
+    clock: Clock = timed,
 ) -> dict[str, list[float]]:
     """The milliseconds of the first steps, which compile programs and make states."""
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
         for _ in range(WARM_UP if seconds is None else 2):
             before()
-            milliseconds[name].append(timed(step))
+            milliseconds[name].append(clock(step))
     return milliseconds
 
 
@@ -268,12 +331,13 @@ def measure(
     label: str,
     before: Callable[[], None] = nothing,
     first: dict[str, list[float]] | None = None,
+    clock: Clock = timed,
 ) -> dict[str, list[float]]:
     """The milliseconds of every step in every round. A limit in seconds makes it fewer rounds where they are slow.
 
     `before` is called before every step, and not timed. `first` is what `warm_up` returned, if the caller has done that.
     """
-    first = first or warm_up(steps, seconds, before)
+    first = first or warm_up(steps, seconds, before, clock)
     if seconds is not None:
         rounds = min(rounds, max(FEWEST, int(1e3 * seconds / sum(times[-1] for times in first.values()))))
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -283,15 +347,8 @@ def measure(
         shuffle(order)
         for name in order:
             before()
-            milliseconds[name].append(timed(steps[name]))
+            milliseconds[name].append(clock(steps[name]))
     return milliseconds
-
-
-def timed(step: Callable[[], None]) -> float:
-    """The milliseconds that one step takes."""
-    begin = perf_counter()
-    step()
-    return 1e3 * (perf_counter() - begin)
 
 
 def progress(rounds: Iterable[int], label: str) -> Iterable[int]:
@@ -315,11 +372,42 @@ def peak_memory(run: Run, before: Callable[[], None] = nothing) -> int:
         before()
         with record_function("measured"):
             run.step()
+    if isinstance(run, Accounted):
+        return run.peak_bytes()
     # The profiler's tables add up what each operator allocates; only the raw events tell what was alive at one time.
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     names = [e.name() for e in events]
     sizes: list[int] = [e.nbytes() for e in events[names.index("measured") :] if e.name() == "[memory]"]
     return max(accumulate(sizes, initial=0))
+
+
+def peak_memory_on_gpu(run: Run, before: Callable[[], None] = nothing) -> int:
+    """The same on a GPU, as torch's allocator counts it."""
+    before()
+    torch.cuda.reset_peak_memory_stats()
+    begin = torch.cuda.memory_allocated()
+    run.step()
+    return torch.cuda.max_memory_allocated() - begin
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where steps are taken, and how they are measured there."""
+
+    name: str
+    clock: Clock
+    peak_memory: Callable[[Run, Callable[[], None]], int]
+    without: Sequence[str]  # sets and modes
+    present: Callable[[], bool] = lambda: True
+
+
+DEVICES = {
+    device.name: device
+    for device in [
+        Device("cpu", timed, peak_memory, without=LARGE),
+        Device("cuda", timed_on_gpu, peak_memory_on_gpu, without=CPU_ONLY, present=torch.cuda.is_available),
+    ]
+}
 
 
 def clones(tensors: list[Tensor]) -> list[Tensor]:
@@ -351,19 +439,22 @@ def farthest(xs: list[Tensor], ys: list[Tensor]) -> float:
     return torch.stack([(x - y).abs().max() for x, y in zip(xs, ys)]).max().item()
 
 
-def compare(subject: Subject, parameter_set: ParameterSet, modes: Sequence[str], rounds: int, seconds: float | None) -> Table:
+def compare(
+    subject: Subject, parameter_set: ParameterSet, modes: Sequence[str], rounds: int, seconds: float | None, device: Device
+) -> Table:
     """Measure these modes against each other."""
     parameter_set = parameter_set.of(subject)
-    params, grads = parameter_set.draw(seed=0), parameter_set.draw(seed=1, gradient=subject.gradient)
+    params = parameter_set.draw(seed=0, device=device.name)
+    grads = parameter_set.draw(seed=1, gradient=subject.gradient, device=device.name)
     given = clones(grads)
     possible = starts(subject)
     runs = {mode: possible[mode](clones(params), grads) for mode in modes}
-    traffic = Traffic(subject.traffic(grads))
+    traffic = Traffic(subject.traffic(grads), device.name)
     before = partial(torch._foreach_copy_, grads, given) if subject.spends else nothing
     steps = {mode: run.step for mode, run in runs.items()} | {COPY: traffic.copy, UPDATE: traffic.update}
-    first = warm_up(steps, seconds, before)
-    milliseconds = measure(steps, rounds, seconds, f"{subject.name} on {parameter_set.name}", before, first)
-    peaks = {mode: peak_memory(run, before) for mode, run in runs.items()}
+    first = warm_up(steps, seconds, before, device.clock)
+    milliseconds = measure(steps, rounds, seconds, f"{subject.name} on {parameter_set.name}", before, first, device.clock)
+    peaks = {mode: device.peak_memory(run, before) for mode, run in runs.items()}
     check(subject, runs, params, grads, given)
 
     medians = {name: median(times) for name, times in milliseconds.items()}
@@ -385,6 +476,7 @@ def compare(subject: Subject, parameter_set: ParameterSet, modes: Sequence[str],
     return Table(
         subject.name,
         parameter_set.name,
+        device=device.name,
         tensors=len(parameter_set.shapes),
         parameters=parameter_set.parameters,
         note=subject.note,
@@ -419,8 +511,13 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "purestep": version("purestep"),
         "torch": torch.__version__,
-        "torchopt": version("torchopt") if "torchopt" in MODES else None,
+        **{name: version(name) if mode in MODES else None for mode, names in PACKAGES.items() for name in names},
     }
+
+
+def gpu() -> dict[str, Any]:
+    """And what they depend on beyond that on a GPU."""
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
 
 
 def cpu_model() -> str:
@@ -453,9 +550,9 @@ def show(table: Table) -> str:
         f"{name}: {table.tensors} tensors, {table.parameters / 1e6:.2f} M parameters, "
         f"{table.rounds} rounds; a copy moves {floor.copy_speed:.1f} GB/s, an update in place {floor.update_speed:.1f} GB/s"
     )
-    compiled = any(row.compile_s is not None for row in table.rows)
-    header = ["mode", "median ms", "IQR ms", "/ torch's best", "/ floor", "peak MB", "/ parameters"]
-    header += ["compile s"] * compiled
+    compiled, achieved = any(row.compile_s is not None for row in table.rows), table.device != "cpu"
+    header = ["mode", "median ms", "IQR ms", "/ torch's best", "/ floor", *["of copy bandwidth"] * achieved, "peak MB"]
+    header += ["/ parameters", *["compile s"] * compiled]
     lines = [
         [
             row.mode,
@@ -463,25 +560,25 @@ def show(table: Table) -> str:
             f"{row.iqr_ms:.3f}",
             ratio(row.to_torch),
             ratio(row.to_floor),
+            *[f"{1 / row.to_floor:.0%}"] * achieved,
             f"{row.peak_bytes / 1e6:.2f}",
             ratio(row.peak_multiple),
             *["" if row.compile_s is None else f"{row.compile_s:.1f}"] * compiled,
         ]
         for row in table.rows
     ]
-    lines.append(["floor", f"{floor.median_ms:.3f}", f"{floor.iqr_ms:.3f}", "", "1.00", "", "", *[""] * compiled])
+    times = [f"{floor.median_ms:.3f}", f"{floor.iqr_ms:.3f}"]
+    lines.append(["floor", *times, "", "1.00", *["100%"] * achieved, "", "", *[""] * compiled])
     return f"{title}\n\n{render(header, lines)}\n"
 
 
 def show_summary(summaries: list[Summary]) -> str:
-    """The comparisons that matter, of all tables, and their geometric means."""
-    header = (
-        "algorithm, set", "wrapper / torch default", "wrapper's best / torch's best", "wrapper / torch's best",
-        "donated / torch's best", "pure / torchopt", "wrapper compiled / floor", "wrapper compiled / torch's best",
-    )  # fmt: skip
-    lines = [(f"{s.algorithm}, {s.parameter_set}", *[ratio(getattr(s, name)) for name in RATIOS]) for s in summaries]
-    lines.append(("geometric mean", *map(ratio, overall(summaries).values())))
-    return f"Summary\n\n{render(header, lines)}\n"
+    """The comparisons that matter, of all tables, and their geometric means; none that no table has."""
+    averages = overall(summaries)
+    known = {name: title for name, title in COMPARISONS.items() if averages[name] is not None}
+    lines = [(f"{s.algorithm}, {s.parameter_set}", *[ratio(getattr(s, name)) for name in known]) for s in summaries]
+    lines.append(("geometric mean", *[ratio(averages[name]) for name in known]))
+    return f"Summary\n\n{render(('algorithm, set', *known.values()), lines)}\n"
 
 
 def show_means(found: Iterable[Mean]) -> str:
@@ -496,6 +593,7 @@ def release() -> None:
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # its limit on how often one function is compiled is meant for one model
     gc.collect()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
     if sys.platform == "linux":  # glibc keeps what is freed in pieces, which do not fit the next table's tensors
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
@@ -518,8 +616,8 @@ def dumps(value: Any, indent: int = 0) -> str:
 
 def record_path(facts: Mapping[str, Any]) -> Path:
     """Where the history keeps a run: one for a day and a processor, the last."""
-    cpu = re.sub(r"\(\w+\)|\b(cpu|processor)\b|@.*", " ", f"{facts['cpu']}".lower())  # (R), (TM), and the clock
-    return HISTORY / f"{facts['date'][:10]}-{re.sub('[^a-z0-9]+', '-', cpu).strip('-') or 'unknown'}.json"
+    name = re.sub(r"\(\w+\)|\b(cpu|processor)\b|@.*", " ", f"{facts.get('gpu', facts['cpu'])}".lower())  # (R), (TM), the clock
+    return HISTORY / f"{facts['date'][:10]}-{re.sub('[^a-z0-9]+', '-', name).strip('-') or 'unknown'}.json"
 
 
 def positive(text: str) -> int:
@@ -539,12 +637,12 @@ def arguments() -> argparse.Namespace:
             USUAL,
             f"{', '.join(map(repr, USUAL))} by default; 'all' are all algorithms, 'chains' the chains, 'everything' both",
         ),
-        ("--sets", SETS, SETS, "all by default"),
+        ("--sets", SETS, [], f"all by default, but {', '.join(map(repr, LARGE))} only on a GPU"),
         (
             "--modes",
-            MODES,
-            [mode for mode in MODES if mode not in ON_REQUEST],
-            f"by default all that an algorithm has but {', '.join(map(repr, ON_REQUEST))}",
+            [*MODES, "usual"],
+            ["usual"],
+            f"by default 'usual', all that an algorithm has but {', '.join(map(repr, ON_REQUEST))}",
         ),
     ]
     for name, known, default, text in choices:
@@ -557,6 +655,7 @@ def arguments() -> argparse.Namespace:
         f"{', '.join(map(repr, WORDS))}, else no limit"
     )
     parser.add_argument("--seconds", type=float, metavar="S", help=text)
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu", help="where; 'cpu' by default")
     parser.add_argument("--summary", action="store_true", help="print the summary, and not the tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it, and facts about the machine, to this file")
     parser.add_argument(
@@ -567,6 +666,12 @@ def arguments() -> argparse.Namespace:
         options.seconds = options.seconds or SECONDS
     named = [key for word in options.algorithms for key in WORDS.get(word, [word])]
     options.algorithms = list(dict.fromkeys(named))
+    options.device = DEVICES[options.device]
+    options.sets = options.sets or [name for name in SETS if name not in options.device.without]
+    if too_large := [name for name in options.sets if name in options.device.without]:
+        parser.error(f"{' and '.join(too_large)} would take too long on a processor; --device cuda measures it.")
+    wanted = {name for mode in options.modes for name in (USUAL_MODES if mode == "usual" else [mode])}
+    options.modes = [mode for mode in MODES if mode in wanted and mode not in options.device.without]
     lacking = [ALGORITHMS[key].name for key in options.algorithms if key in ALGORITHMS and key not in MEASURABLE]
     if lacking:
         parser.error(f"purestep.optim has no {' and no '.join(lacking)} yet; it has {', '.join(MEASURABLE)}.")
@@ -578,6 +683,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     options = arguments()
+    if not options.device.present():
+        print("There is no GPU that torch could use here, so nothing was measured.")
+        return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", empty)
         report(options)
@@ -585,13 +693,13 @@ def main() -> None:
 
 def report(options: argparse.Namespace) -> None:
     """What the command line asks for."""
-    facts = machine()
+    facts = machine() | (gpu() if options.device.name == "cuda" else {})
     if options.record:
         HISTORY.mkdir(exist_ok=True)
     paths = [path for path in (options.json, record_path(facts) if options.record else None) if path]
     if options.json:
         options.json.touch()  # a path that cannot be written is better known now than in a few minutes
-    if any(mode in starts(SUBJECTS[key]) for key in options.algorithms for mode in COMPILED if mode in options.modes):
+    if any(mode in starts(SUBJECTS[key]) for key in options.algorithms for mode in INDUCTOR if mode in options.modes):
         facts["compiler_load_s"] = round(load_compiler(), 1)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), end="\n\n")
     later = [algorithm.name for key, algorithm in ALGORITHMS.items() if key not in MEASURABLE]
@@ -607,12 +715,14 @@ def report(options: argparse.Namespace) -> None:
             if mode in options.modes:
                 print(f"{subject.name} without {mode}: {reason}\n")
         for name in options.sets:
-            if not SETS[name].of(subject).shapes:
+            parameter_set = SETS[name]
+            if not parameter_set.of(subject).shapes:
                 print(f"{subject.name} takes none of the tensors of {name}.\n")
                 continue
+            rounds = options.rounds or parameter_set.rounds
             try:
-                table = compare(subject, SETS[name], modes, options.rounds or SETS[name].rounds, options.seconds)
-            except DisagreementError as error:  # the other tables are good
+                table = compare(subject, parameter_set, modes, rounds, options.seconds, options.device)
+            except (DisagreementError, torch.OutOfMemoryError) as error:  # the other tables are good
                 failures.append(f"{subject.name} on {name}: {error}")
                 print(failures[-1], end="\n\n", flush=True)
                 continue

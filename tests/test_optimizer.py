@@ -1689,6 +1689,67 @@ def test_numbers_of_all_kinds(lr: Any) -> None:
     assert_same(theirs, ours)
 
 
+def test_a_captured_step_reads_the_learning_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU there are no graphs: what one would capture is a step that finds its learning rate in a tensor."""
+    monkeypatch.setattr("purestep.optimizer.captures", lambda p: True)
+    for make in (
+        lambda p: optim.AdamW(p, lr=0.5, capturable=True),
+        lambda p: optim.Optimizer(p, ps.chain(ps.clip_by_global_norm(9.0), ps.sgd(lr=0.5, momentum=0.9)), capturable=True),
+    ):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = make([p])
+        p.grad = torch.ones(3)
+        optimizer.step()
+        (transform,) = optimizer._transforms()
+        rate = transform.hyperparams["lr"]
+        assert isinstance(rate, Tensor)
+        assert optimizer.param_groups[0]["lr"] == 0.5  # as torch has it
+        optimizer.param_groups[0]["lr"] = 0.25
+        with monkeypatch.context() as patch:
+            patch.setattr("purestep.optimizer.capturing", lambda: True)
+            optimizer.step()
+            assert rate == 0.5
+        optimizer.param_groups[0]["lr"] = 0.125
+        optimizer.refresh()
+        assert rate == 0.125
+        assert optimizer._transforms()[0].hyperparams["lr"] is rate
+        copy = pickle.loads(pickle.dumps(optimizer))
+        copy.step()
+        assert copy._transforms()[0].hyperparams["lr"] == 0.125
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("cls", ["AdamW", "SGD", "NAdam"])
+def test_a_cuda_graph_follows_the_learning_rate(cls: str, options: Options) -> None:
+    """What is replayed is what would have been computed: the counters go on, and so does the learning rate."""
+    if cls == "NAdam":
+        options = {k: x for k, x in options.items() if k != "fused"}
+    capturable = {} if cls == "SGD" else {"capturable": True}
+    replayed, usual = (nn.Parameter(torch.linspace(-1, 1, 1000, device="cuda")) for _ in range(2))
+    a = optim.Optimizer([replayed], ps.sgd(lr=0.1), capturable=True) if cls == "SGD" else None
+    first = a or getattr(optim, cls)([replayed], lr=0.1, **capturable, **options)
+    second = optim.Optimizer([usual], ps.sgd(lr=0.1)) if cls == "SGD" else getattr(optim, cls)([usual], lr=0.1, **options)
+    for p in (replayed, usual):
+        p.grad = torch.cos(p.detach())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            first.step()
+            second.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first.step()
+    for lr in (0.1, 0.05, 0.01):
+        for optimizer in (first, second):
+            optimizer.param_groups[0]["lr"] = lr
+        first.refresh()
+        graph.replay()
+        second.step()
+    torch.testing.assert_close(replayed, usual, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("cls", ["Adam", "AdamW"])
 def test_capturable_changes_nothing_on_a_cpu(cls: str) -> None:
     theirs, ours = twins(cls, tensors((3, 2), (4,)), ADAM, {"capturable": True})

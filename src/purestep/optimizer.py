@@ -73,7 +73,8 @@ class Optimizer(torch.optim.Optimizer):
         transform: what to run.
         maximize: climb instead of descending.
         foreach: run all parameters at once (True) or one by one, with less memory (False). By default the fastest.
-        capturable: keep every number on the parameters' device; purestep always does on accelerators.
+        capturable: keep the learning rates of the groups in tensors on the parameters' device, where a CUDA graph that has
+            captured a step finds them; see `refresh`. All else is on the device anyway.
         differentiable: let autograd run through the step.
         fused: insist on a fused kernel (True), or do without (False). By default one is used where it fits.
         compile: make one kernel of every run of elementwise transforms, with Inductor, at the first step; see
@@ -131,6 +132,7 @@ class Optimizer(torch.optim.Optimizer):
         self._recipe, self._options, self._first, self._flags = recipe, tuple(options), dict(options), tuple(flags)
         self._made: list[tuple[list[Any] | None, Transform]] = []
         self._ready = False
+        self._rates: dict[tuple[int, str], Tensor] = {}  # by group and name, what a captured step reads
         self._trust: dict[int, Trust] = {}  # per group; see there
         self._known: dict[Any, dict[Tensor, bool]] = {}  # which parameters masks select
         self._routes: dict[str, Route] = {}  # by label, where a transform routes parameters
@@ -199,8 +201,42 @@ class Optimizer(torch.optim.Optimizer):
             options = [tuple(x) if type(x := g[name]) is list else x for g in sources for name in self._names(g)]
             old = made[i][0]
             if old is None or (not all(map(operator.is_, old, options)) and not all(map(unchanged, old, options))):
-                made[i] = (options, self._transform(group))
+                made[i] = (options, self._captured(i, group) if group.get("capturable") else self._transform(group))
         return [t for _, t in made]
+
+    def _captured(self, i: int, group: Mapping[str, Any]) -> Transform:
+        """A group's transform, with its learning rates in tensors that stay. No step that is captured writes to them."""
+        transform = self._transform(group)
+        if not group["params"] or not captures(group["params"][0]):
+            return transform
+        rates: dict[str, Any] = {}
+        for name, x in transform.hyperparams.items():
+            if name.split(".")[-1] == "lr" and isinstance(x, float):
+                rate = self._rates.get((i, name))
+                if rate is None:
+                    device = group["params"][0].device
+                    rate = self._rates[i, name] = torch.full((), x, dtype=torch.float32, device=device)
+                elif not capturing():
+                    rate.fill_(x)
+                rates[name] = rate
+        return transform._replace(rates, strict=False)
+
+    def refresh(self) -> None:
+        """Tell a CUDA graph that has captured a step what the learning rates of the groups are now.
+
+        A graph runs again what the step did on the device, and nothing of what it did in Python. With ``capturable=True``
+        it reads the learning rates from tensors, into which every step copies the groups', and so does this, before
+        `replay`::
+
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            for batch in batches:
+                ...
+                scheduler.step()
+                optimizer.refresh()
+                graph.replay()
+        """
+        self._transforms()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own; see `torch.optim.Optimizer.add_param_group`.
@@ -718,7 +754,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._made, self._trust, self._known = [], {}, {}
+        self._made, self._rates, self._trust, self._known = [], {}, {}, {}
         self._untouched = state.get("_untouched", {})
         for group in self.param_groups:
             for name, default in self._fallback().items():
@@ -833,6 +869,16 @@ def names_of(transform: Transform, role: Callable[[Fields], tuple[bool, ...]]) -
         for name, yes in zip(keys, role(fields_of(link.transform)))
         if yes
     }
+
+
+def captures(p: Tensor) -> bool:
+    """Whether a graph can capture what is done to this parameter."""
+    return p.is_cuda
+
+
+def capturing() -> bool:
+    """Whether a graph is capturing now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def kind(p: Tensor) -> Any:

@@ -12,6 +12,7 @@ from purestep.hyper import Hyper, Interval, NonNegative
 from purestep.maths import Scalar, counter, lerp, maximum, minimum, operation, readable, root, transforming
 from purestep.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain, leafwise
+from purestep.transforms.norms import ELSEWHERE, real
 from purestep.transforms.scale import direction
 
 Floors: TypeAlias = tuple[Annotated[Any, Interval(low=0.0, optional=True)], NonNegative]
@@ -46,15 +47,6 @@ class RelativeStepState(NamedTuple):
     def init(cls, p: Tensor) -> RelativeStepState:
         """Before the first update."""
         return cls(counter(p))
-
-
-def real(path: str, p: Tensor) -> None:
-    """Refuse complex parameters."""
-    if p.is_complex():
-        raise RuntimeError(
-            f"adafactor cannot treat complex parameters, but {path} is {p.dtype}. Route it elsewhere with masked(...), "
-            "or give it an optimizer of its own."
-        )
 
 
 WIDE = (torch.float32, torch.float64)
@@ -100,7 +92,7 @@ def size(u: Tensor, p: Tensor, eps2: Any, d: Any) -> Tensor:
     return maximum(rms(p, read), eps2) / maximum(rms(u, read) / d, 1.0)
 
 
-@leafwise(AdafactorState, requires=real)
+@leafwise(AdafactorState, requires=real("adafactor", ELSEWHERE))
 def scale_by_adafactor(
     g: Tensor,
     s: AdafactorState,

@@ -11,6 +11,7 @@ from purestep.hyper import Hyper, Interval, NonNegative
 from purestep.maths import Scalar, counter, inner, maximum, number, operation, origin, root, where, wide
 from purestep.transform import Transform, chain, leafwise, whole
 from purestep.transforms.decay import add_decayed_weights
+from purestep.transforms.norms import ELSEWHERE, real
 from purestep.transforms.scale import direction, scale_by_learning_rate
 
 One: TypeAlias = Annotated[Tensor, "one number, in float32 at least"]
@@ -44,15 +45,6 @@ class LDogState(NamedTuple):
         """Before the first update."""
         size = root((p.to(wide(p)) ** 2).sum())
         return cls(counter(p), p.clone(), (reps_rel * (1 + size)).to(size.dtype), torch.zeros_like(size))
-
-
-def real(path: str, p: Tensor) -> None:
-    """Refuse complex parameters."""
-    if p.is_complex():
-        raise RuntimeError(
-            f"ldog cannot treat complex parameters, but {path} is {p.dtype}. Use dog, route it elsewhere with partition(...), "
-            "or give it an optimizer of its own."
-        )
 
 
 @whole(DogState, scales=True)
@@ -115,7 +107,7 @@ def over(rbar: Tensor, total: Tensor, eps: Any) -> Tensor:
     return rbar / root(total + eps)
 
 
-@leafwise(LDogState, requires=real)
+@leafwise(LDogState, requires=real("ldog", f"Use dog. {ELSEWHERE}"))
 def scale_by_ldog(
     g: Tensor,
     s: LDogState,

@@ -12,6 +12,7 @@ from purestep.hyper import Betas, Hyper, NonNegative, Steps
 from purestep.maths import Scalar, counter, lerp, operation, some, where, wide
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
+from purestep.transforms.norms import ELSEWHERE, real
 from purestep.transforms.scale import direction, scale_by_learning_rate
 
 Low: TypeAlias = Annotated[Tensor, "a matrix of low rank's coordinates"]
@@ -34,15 +35,6 @@ class GaloreState(NamedTuple):
         r = min(rank, rows, columns)
         shape = (rows, r) if rows >= columns else (r, columns)
         return cls(counter(p), p.new_zeros(shape), p.new_zeros(shape), p.new_zeros(min(rows, columns), r))
-
-
-def real(path: str, p: Tensor) -> None:
-    """Refuse complex parameters."""
-    if p.is_complex():
-        raise RuntimeError(
-            f"galore cannot treat complex parameters, but {path} is {p.dtype}. Route it elsewhere with partition(...), or give "
-            "it an optimizer of its own."
-        )
 
 
 @operation
@@ -73,7 +65,7 @@ def lifted(u: Tensor, q: Tensor, p: Tensor, scale: Any) -> Tensor:
     return ((u @ q.mT if p.shape[0] >= p.shape[1] else q @ u) * scale).to(p.dtype)
 
 
-@leafwise(GaloreState, requires=real)
+@leafwise(GaloreState, requires=real("galore", ELSEWHERE))
 def scale_by_galore(
     g: Tensor,
     s: GaloreState,

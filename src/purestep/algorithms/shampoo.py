@@ -12,6 +12,7 @@ from purestep.maths import Scalar, counter, operation, some, where, wide
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.momentum import trace
+from purestep.transforms.norms import ELSEWHERE, real
 from purestep.transforms.scale import direction, scale_by_learning_rate
 
 Factor: TypeAlias = Annotated[Tensor, "a square matrix"]
@@ -43,16 +44,6 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0] if x.ndim else 1, -1)
 
 
-def real(path: str, p: Tensor) -> None:
-    """Refuse complex and empty parameters."""
-    if p.is_complex() or not p.numel():
-        what = f"{path} is {p.dtype}" if p.is_complex() else f"{path} has shape {tuple(p.shape)}"
-        raise RuntimeError(
-            f"shampoo cannot treat complex or empty parameters, but {what}. Route it elsewhere with partition(...), or give it "
-            "an optimizer of its own."
-        )
-
-
 @operation
 def grown(precond: Tensor, g: Tensor, left: bool) -> Tensor:
     """The sum, with the gradient's own square."""
@@ -81,7 +72,7 @@ def preconditioned(g: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (x @ right if g.ndim > 1 else x).reshape(g.shape).to(g.dtype)
 
 
-@leafwise(ShampooState, requires=real)
+@leafwise(ShampooState, requires=real("shampoo", ELSEWHERE, empty=False))
 def scale_by_shampoo(
     g: Tensor, s: ShampooState, p: Tensor, *, eps: Positive = 1e-4, update_freq: Steps = 1
 ) -> tuple[Tensor, ShampooState]:

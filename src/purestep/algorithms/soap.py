@@ -12,6 +12,7 @@ from purestep.hyper import Betas, Fraction, Hyper, NonNegative, Steps
 from purestep.maths import Scalar, counter, lerp, operation, root, some, where, wide
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
+from purestep.transforms.norms import ELSEWHERE, real
 from purestep.transforms.scale import direction, scale_by_learning_rate
 
 Factor: TypeAlias = Annotated[Tensor, "a square matrix"]
@@ -38,16 +39,6 @@ class SoapState(NamedTuple):
 
         rows, columns = flat(p).shape
         return cls(counter(p), zeros_like(p), zeros_like(p), square(rows), square(columns), square(rows), square(columns))
-
-
-def real(path: str, p: Tensor) -> None:
-    """Refuse complex and empty parameters."""
-    if p.is_complex() or not p.numel():
-        what = f"{path} is {p.dtype}" if p.is_complex() else f"{path} has shape {tuple(p.shape)}"
-        raise RuntimeError(
-            f"soap cannot treat complex or empty parameters, but {what}. Route it elsewhere with partition(...), or give it an "
-            "optimizer of its own."
-        )
 
 
 @operation
@@ -109,7 +100,7 @@ def rotated(x: Tensor, left: Tensor, right: Tensor, back: bool) -> Tensor:
     return y.reshape(x.shape).to(x.dtype)
 
 
-@leafwise(SoapState, requires=real)
+@leafwise(SoapState, requires=real("soap", ELSEWHERE, empty=False))
 def scale_by_soap(
     g: Tensor,
     s: SoapState,

@@ -39,14 +39,18 @@ def factor(k: Any, u: Tensor) -> Any:
     return k.to(u.dtype) if isinstance(k, Tensor) and not u.dim() else k
 
 
-def real(name: str) -> Any:
-    """What refuses complex parameters: the real and the imaginary part would be taken for a dimension."""
+ELSEWHERE = "Route it elsewhere with partition(...), or give it an optimizer of its own."
+
+
+def real(name: str, remedy: str = "", *, empty: bool = True) -> Any:
+    """What refuses complex parameters, whose real and imaginary parts would be taken for a dimension; and perhaps `empty` ones."""
+    remedy = remedy or f"Leave it out with masked({name}(...), mask)."
+    kinds = "complex" if empty else "complex or empty"
 
     def requires(path: str, p: Tensor) -> None:
-        if p.is_complex():
-            raise RuntimeError(
-                f"{name} cannot treat complex parameters, but {path} is {p.dtype}. Leave it out with masked({name}(...), mask)."
-            )
+        if p.is_complex() or not (empty or p.numel()):
+            what = f"is {p.dtype}" if p.is_complex() else f"has shape {tuple(p.shape)}"
+            raise RuntimeError(f"{name} cannot treat {kinds} parameters, but {path} {what}. {remedy}")
 
     return requires
 

@@ -43,7 +43,7 @@ ELSEWHERE = "Route it elsewhere with partition(...), or give it an optimizer of 
 
 
 def real(name: str, remedy: str = "", *, empty: bool = True) -> Any:
-    """What refuses complex parameters, whose real and imaginary parts would be taken for a dimension; and perhaps `empty` ones."""
+    """What refuses complex parameters, whose real and imaginary part would be taken for a dimension; perhaps `empty` ones."""
     remedy = remedy or f"Leave it out with masked({name}(...), mask)."
     kinds = "complex" if empty else "complex or empty"
 

@@ -747,3 +747,25 @@ def test_a_deep_nest_trains() -> None:
     for _ in range(200):
         params, state = t.step(grads(loss, params), state, params, donate=True)
     assert float(loss(ps.eval_params(state, params))) < 0.5 * first
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_updates_are_not_in_the_memory_of_a_sum(donate: bool) -> None:
+    """What `accumulate` adds up in place may be what comes out of it, where the inner transform lets it pass."""
+    mask = {"w": True, "b": False}
+    t = ps.chain(ps.accumulate(ps.masked(ps.scale(0.5), mask), 2), ps.scale(-0.1))
+    p = {"w": torch.zeros(1), "b": torch.zeros(1)}
+    state = t.init_state(p)
+    updates = []
+    for k in range(4):
+        u, state = t.update({name: torch.full((1,), k + 1.0) for name in p}, state, p, donate=donate)
+        updates.append(u)
+    assert [round(u["w"].item(), 4) for u in updates] == [0, -0.075, 0, -0.175]
+    assert [round(u["b"].item(), 4) for u in updates] == [0, -0.15, 0, -0.35]
+    alone = ps.accumulate(ps.masked(ps.scale(0.5), mask), 2)
+    state = alone.init_state(p)
+    held = []
+    for k in range(4):
+        u, state = alone.update({name: torch.full((1,), k + 1.0) for name in p}, state, p, donate=donate)
+        held.append(u["b"])
+    assert [x.item() for x in held] == [0, 1.5, 0, 3.5]

@@ -172,7 +172,7 @@ class Call:
         if inner is not None:
             check_nested(d, after, stage.stop - i - 1)
             self.states[i + 1 : stage.stop] = inner.put(self.states[i + 1 : stage.stop], after.inner)
-            after = self.reused(state, after, info)
+            after = self.reused(state, after, info, new)
         if d.state is not None:
             self.states[i] = [list(x) if leaf else x for x, leaf in zip(after, info.leaves)]
             if rows is not None:
@@ -189,8 +189,8 @@ class Call:
             new = [x - p for x, p in zip(new, pick(self.params, rows))]
         self.grads = list(new) if rows is None else put(self.grads, rows, new)
 
-    def reused(self, olds: Sequence[Any], news: Sequence[Any], info: Fields) -> list[Any]:
-        """New fields in the memory of the old ones, if that was given away, and where the new are not made of it.
+    def reused(self, olds: Sequence[Any], news: Sequence[Any], info: Fields, updates: Any = ()) -> list[Any]:
+        """New fields in the memory of the old ones, if that was given away, and where neither they nor the updates are in it.
 
         Counters may be someone else's, too.
         """
@@ -203,6 +203,8 @@ class Call:
             new = result[f] if leaf else [result[f]]
             pairs = [(x, y) for x, y in zip(old, new) if isinstance(x, Tensor) and isinstance(y, Tensor)]
             if not pairs or any([id(y) in held for _, y in pairs]) or not (self.alone or (leaf and not info.scalars[f])):
+                continue
+            if leaf and shared([x for x, _ in pairs], updates):
                 continue
             overwrite(*map(list, zip(*pairs)))
             result[f] = [y if x is None else x for x, y in zip(old, new)] if leaf else old[0]
@@ -306,6 +308,8 @@ class Call:
                 own[:] = [list(c) for c in zip(*made)]
                 for f, column in enumerate(own):
                     self.states[i][f] = column if rows is None else put(self.states[i][f], rows, column)
+                if not all([alike([x is None for x in column]) for column in own]):  # large ones have other fields than small
+                    return self.parts(segment, range(len(self.params)) if rows is None else rows, own, apply)
         complex_ = params[0].is_complex()
         if complex_:
             grads, params = real(grads), real(params)
@@ -336,6 +340,17 @@ class Call:
                     x = imaginary(x)
                 self.states[i][f] = x if rows is None else put(self.states[i][f], rows, x)
         return imaginary(updates) if complex_ else updates
+
+    def parts(self, segment: Segment, rows: Sequence[int], columns: list[list[Any]], apply: bool) -> list[Any]:
+        """`bucket`, of rows that lack different fields of a state."""
+        found: dict[tuple[bool, ...], list[int]] = {}
+        for k, fields in enumerate(zip(*columns)):
+            found.setdefault(tuple([x is None for x in fields]), []).append(k)
+        out: list[Any] = [None] * len(rows)
+        for ks in found.values():
+            for k, u in zip(ks, self.bucket(segment, [rows[k] for k in ks], apply)):
+                out[k] = u
+        return out
 
     def execute(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """Run these links, in the way that suits the tensors; what it writes in place is below autograd's sight."""
@@ -840,7 +855,7 @@ class Inner:
             used: the updates and the state that `update` has made of them. What it does in place is in memory of its own.
         """
         own = self._apply and not any([stage.whole for stage in self._groups[0].plan.stages])
-        if self._call.mode == "program" and self._call.donate and (own or not held(xs, used)):
+        if self._call.mode == "program" and self._call.donate and (own or not shared(xs, used)):
             torch._foreach_zero_(xs)
             return xs
         return [torch.zeros_like(x) for x in xs]
@@ -865,7 +880,7 @@ class Inner:
         ]
 
 
-def held(xs: list[Tensor], used: Any) -> bool:
+def shared(xs: list[Tensor], used: Any) -> bool:
     """Whether any of these tensors, or a view of it, is found elsewhere."""
     memory = {x.untyped_storage()._cdata for x in xs}
     return any([isinstance(y, Tensor) and y.untyped_storage()._cdata in memory for y in pytree.tree_leaves(used)])

@@ -715,8 +715,8 @@ class Optimizer(torch.optim.Optimizer):
             transform = self._transform({**self._fallback(), **old})
             names = group.get("param_names", old["params"])
             links = [
-                (link.transform, keys, not optional)
-                for link, keys, optional in zip(transform.links, transform.plan.keys, transform.plan.optional)
+                (link.transform, keys, not (off or link.masks))
+                for link, keys, off in zip(transform.links, transform.plan.keys, transform.plan.off)
                 if keys and not link.transform.declaration.whole
             ]
             for key, p, path in zip(old["params"], group["params"], names):
@@ -725,10 +725,11 @@ class Optimizer(torch.optim.Optimizer):
                     []
                     if is_lazy(p)
                     else [
-                        (name, value.declaration.name, needed and like, new)
+                        (name, value.declaration.name, needed and (like or encoded) and new is not None, new)
                         for value, keys, needed in links
-                        for name, like, scalar, new in zip(
-                            keys, fields_of(value).like, fields_of(value).scalars, fresh_state(value, p.detach().to("meta"))
+                        for info in [fields_of(value)]
+                        for name, like, encoded, scalar, new in zip(
+                            keys, info.like, info.encoded, info.scalars, fresh_state(value, p.detach().to("meta"))
                         )
                         if not scalar
                     ]
@@ -754,7 +755,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._made, self._rates, self._trust, self._known = [], {}, {}, {}
+        self._made, self._trust, self._known = [], {}, {}
+        self._rates = self.__dict__.get("_rates", {})  # a graph reads them, whatever is loaded
         self._untouched = state.get("_untouched", {})
         for group in self.param_groups:
             for name, default in self._fallback().items():

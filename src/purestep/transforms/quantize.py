@@ -67,13 +67,19 @@ def code(signed: bool, device: torch.device) -> Code:
     found = _codes.get((signed, device))
     if found is not None:
         return found
-    values = torch.tensor(dynamic_tree(signed), device=device)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return tabulated(signed, device)
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False):  # they outlive what is running
+        made = _codes[signed, device] = tabulated(signed, device)
+    return made
+
+
+def tabulated(signed: bool, device: torch.device) -> Code:
+    """The same, made anew."""
+    values = torch.tensor(dynamic_tree(signed), dtype=torch.float32, device=device)
     halves = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(torch.float16).float()
     nearest = torch.bucketize(halves.nan_to_num(0.0) / LARGEST, (values[1:] + values[:-1]) / 2).to(torch.uint8)
-    made = Code(values, nearest)
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
-        _codes[signed, device] = made
-    return made
+    return Code(values, nearest)
 
 
 def blocks(x: Tensor) -> Tensor:
@@ -94,7 +100,7 @@ def scale_of(x: Tensor) -> Tensor:
 @operation(block=BLOCK)
 def encoded(x: Tensor, scale: Tensor, signed: bool) -> Tensor:
     """The nearest codes of numbers relative to the scale of their block; in a block of zeros that of 0."""
-    relative = (blocks(x.detach()) / (scale[:, None] / LARGEST)).half().view(torch.int16).int() + 2**15
+    relative = (blocks(x.detach()) / scale[:, None]).mul_(LARGEST).half().view(torch.int16).int() + 2**15
     return code(signed, x.device).nearest.index_select(0, relative.view(-1))[: x.numel()].view(x.shape)
 
 
@@ -339,7 +345,8 @@ def quantize_state(transform: Transform, bits: Bits = 8, *, min_size: int = 4096
             biases and norms, are where an error would cost most and memory least. To choose otherwise, use `partition`.
 
     Raises:
-        ValueError: there is nothing to quantize in the transform, or other numbers of bits are asked for.
+        ValueError: there is nothing to quantize in the transform, other numbers of bits are asked for, or 16 of a state that
+            does not count its updates.
         TypeError: it is not a transform, or `min_size` not a whole number.
 
     >>> import torch, purestep as ps
@@ -365,6 +372,12 @@ def quantize_state(transform: Transform, bits: Bits = 8, *, min_size: int = 4096
             f"quantize_state finds no running mean in the state of {transform!r}, so there is nothing to quantize. Those it "
             f"knows are the fields called {', '.join(SIGNED)}."
         )
+    for state in {link.transform.declaration.state for link in transform.links if not link.transform.declaration.whole}:
+        if bits == 16 and state is not None and "step" not in state._fields and form_of(state, bits, min_size).means:
+            raise ValueError(
+                f"quantize_state rounds by the number of the update, which {state.__name__} does not count; add the field "
+                "'step: Scalar' to it, begun with counter(p), or keep it in 8 bits."
+            )
     return Quantized((transform,), (bits, min_size))
 
 

@@ -67,10 +67,12 @@ def code(signed: bool, device: torch.device) -> Code:
     found = _codes.get((signed, device))
     if found is not None:
         return found
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling():
         return tabulated(signed, device)
     with torch._C._DisableFuncTorch(), torch.inference_mode(False):  # they outlive what is running
-        made = _codes[signed, device] = tabulated(signed, device)
+        made = tabulated(signed, device)
+    if torch._C._len_torch_dispatch_stack() == 0:
+        _codes[signed, device] = made
     return made
 
 

@@ -759,6 +759,7 @@ CHAINS: dict[str, Chain] = {
                 **installed(torchopt, torchopt=clip_adamw_torchopt),
             },
             words=8,
+            tolerance=5e-3,  # torch's norm is too small by 0.1 % on gpt2: it adds up all squares in one float
             spends=True,
         ),
         Chain(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import purestep as ps
+from purestep import foreach
+from purestep.algorithms import muon
 from tests.problems import PROBLEMS, clone, difference, grads
 
 SHAPES = [(3, 5), (4, 3), (4, 4), (1, 3)]
@@ -65,6 +67,29 @@ def test_muons_derivatives_in_bfloat16() -> None:
         patch.setattr(Tensor, "float", Tensor.double)
         exact = torch.func.grad(value)(g)
     assert (found - exact).norm() <= 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("most", [2**22, 50, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matrices_of_one_shape_are_orthogonalized_together(
+    dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as fit, wide and tall ones apart, and each as if it were alone, but for what bfloat16 rounds."""
+    sizes: list[torch.Size] = []
+    iterate = muon.addmm
+    monkeypatch.setattr(muon, "addmm", lambda a, x, *rest: sizes.append(x.shape) or iterate(a, x, *rest))
+    monkeypatch.setattr(foreach, "STACK", most)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 6), (6, 4), (4, 6), (4, 6), (3, 3), (6, 4)]
+    params = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    grads = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    t = ps.scale_by_muon()
+    expected, _ = t.update(grads, t.init_state(params), params, executor="leaf")
+    sizes.clear()
+    found, _ = t.update(grads, t.init_state(params), params)
+    assert all((a - b).abs().max() <= 2**-7 * b.abs().max() for a, b in zip(found, expected))
+    stacks = {2**22: [3, 2, 1], 50: [2, 1, 2, 1], 1: [1] * 6}[most]
+    assert [s[0] if len(s) == 3 else 1 for s in sizes[:: 2 * 5]] == stacks
 
 
 def test_muon_keeps_its_momentum_in_bfloat16() -> None:

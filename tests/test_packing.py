@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import purestep as ps
 import purestep.blocks
 import purestep.engine
-from purestep import fused, optim
+from purestep import fused, optim, threads
 from tests.cases import Case, Options, each_options
 from tests.problems import clone, difference
 
@@ -204,10 +204,10 @@ def test_two_threads_may_step_one_transform() -> None:
     def work(i: int) -> None:
         results[i], _ = train(t, steps=50)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in workers:
         thread.start()
-    for thread in threads:
+    for thread in workers:
         thread.join()
     assert all(difference(r, expected) == 0 for r in results)
 
@@ -255,7 +255,7 @@ def test_blocks_are_what_runs_on_large_tensors(monkeypatch: pytest.MonkeyPatch) 
 
 def test_small_tensors_on_one_thread_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel is called for small tensors with one thread, and the number of threads is what it was afterwards."""
-    threads = torch.get_num_threads()
+    count = torch.get_num_threads()
     seen: list[tuple[int, int]] = []
     original = torch._fused_adamw_
 
@@ -267,20 +267,20 @@ def test_small_tensors_on_one_thread_are_the_same(monkeypatch: pytest.MonkeyPatc
     sizes = [3] * 10 + [5000] * 2
     lists = [[torch.randn(n, generator=torch.Generator().manual_seed(k)) for n in sizes] for k in range(4)]
     results = []
-    for serial in (fused.SERIAL, 0):
-        monkeypatch.setattr(fused, "SERIAL", serial)
+    for serial in (threads.SERIAL, 0):
+        monkeypatch.setattr(threads, "SERIAL", serial)
         p, g, m, v = [[x.clone() for x in xs] for xs in lists]
         state = {"exp_avg": m, "exp_avg_sq": [x.abs() for x in v], "step": lambda: torch.tensor(3.0)}
         adamw(p, g, state, {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}, 2)
         results.append([*p, *m])
     assert difference(*results) == 0
-    assert torch.get_num_threads() == threads
-    if threads > 1 and fused.OPENMP is not None:
-        assert seen == [(2, threads), (10, 1), (12, threads)]
+    assert torch.get_num_threads() == count
+    if count > 1 and threads.OPENMP is not None:
+        assert seen == [(2, count), (10, 1), (12, count)]
 
 
 @pytest.mark.skipif(
-    fused.OPENMP is None or torch.get_num_threads() == 1, reason="needs torch with OpenMP, and more than one thread"
+    threads.OPENMP is None or torch.get_num_threads() == 1, reason="needs torch with OpenMP, and more than one thread"
 )
 def test_threads_that_begin_meanwhile_have_all_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of threads is set for the calling thread alone."""

@@ -113,8 +113,8 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 
 FLOORS = [
-    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists"},
-    {"value", "masks", "leaves", "single"},
+    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops"},
+    {"value", "masks", "leaves", "single", "merging"},
     {"program", "schedules", "links"},
     {"blocks", "compiled"},
     {"batches", "plan"},

@@ -32,19 +32,23 @@ def calculate(
     apply: bool,
     own: bool,
     donate: bool,
+    kernels: bool = False,
 ) -> tuple[Any, ...]:
     """What the program of a recipe returns: run on all tensors at once, or in blocks if they are large.
 
-    `given` are the gradients, the parameters, and the fields of the state, each a list or a number.
+    `given` are the gradients, the parameters, and the fields of the state, each a list or a number. With `kernels` they are
+    such that torch's fused kernels may be called for lines that these compute.
     """
     grads, params, columns = given
     cuts = chunks(params)
+    overwriting = program(recipe, apply, own, True, *declarations, form="kernels" if kernels else "lists")
+    if cuts is not None or (kernels and not donate):  # the kernels overwrite what they are given
+        found = Blocks.of(overwriting, grads, params, columns, donate)
+        if found is not None:
+            return found.run(numbers, donate)
+    run = (overwriting if donate else program(recipe, apply, own, False, *declarations)).run
     if cuts is None:
-        return program(recipe, apply, own, donate, *declarations).run(grads, params, *columns, *numbers)
-    found = Blocks.of(program(recipe, apply, own, True, *declarations), grads, params, columns, donate)
-    if found is not None:
-        return found.run(numbers, donate)
-    run = program(recipe, apply, own, donate, *declarations).run
+        return run(grads, params, *columns, *numbers)
     made = [run(grads[s], params[s], *[c[s] if isinstance(c, list) else c for c in columns], *numbers) for s in cuts]
     return tuple([list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*made)])
 

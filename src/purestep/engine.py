@@ -85,6 +85,7 @@ class Call:
     here. `mask` says which of these parameters some masks select.
     `alone` says that no one else holds their counters. With `trust` the
     state is the caller's own: no one looks at its version counters, and it is inspected once; `seen` says that it has been.
+    `copies` says that the parameters are copies of the caller's, so that those which a transform has moved may be new ones.
     `extras` are the arguments that some whole transforms ask for at each update.
     """
 
@@ -102,11 +103,12 @@ class Call:
         executor: Executor | None,
         trust: Trust | None = None,
         seen: bool = False,
+        copies: bool = False,
         extras: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.grads, self.params, self.states = grads, params, states
         self.mask, self.mode, self.apply, self.donate, self.alone = mask, mode, apply, donate, alone
-        self.executor, self.trust, self.seen, self.extras = executor, trust, seen, extras
+        self.executor, self.trust, self.seen, self.copies, self.extras = executor, trust, seen, copies, extras
         self.own = False  # whether the gradients' memory is ours: true once a link has made new ones
         self.factor: Any = None  # what they are still to be multiplied by
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
@@ -127,7 +129,7 @@ class Call:
                     self.scale()
                     self.whole(groups, n)
                 elif self.moved:
-                    if self.donate and not all(map(operator.is_, self.grads, self.params)):
+                    if self.donate and not self.copies and not all(map(operator.is_, self.grads, self.params)):
                         self.grads = overwrite(self.params, self.grads)
                 elif stage.stop > stage.start or self.apply:
                     self.leafwise(groups, n, self.apply and stage is last)
@@ -568,8 +570,9 @@ class Call:
                 if found is None and mixed:
                     return self.promoted(segment, grads, params, fields, apply)
             updates, *results = found or calculate(
-                recipe, segment.declarations, given, numbers, apply=apply, own=self.own, donate=self.donate
-            )
+                recipe, segment.declarations, given, numbers,
+                apply=apply, own=self.own, donate=self.donate, kernels=self.merges(segment, recipe, given, apply),
+            )  # fmt: skip
         else:
             updates, *results = runner(recipe, apply, self.own, self.donate, *segment.declarations)(
                 grads, params, *columns, *numbers
@@ -582,6 +585,21 @@ class Call:
         for (j, f), x in zip(places, results):
             news[j][f] = list(x) if isinstance(x, tuple) else x
         return list(updates) if isinstance(updates, tuple) else updates, news
+
+    def merges(self, segment: Segment, recipe: Any, given: tuple[list[Tensor], list[Tensor], list[Any]], apply: bool) -> bool:
+        """Whether a kernel computes several lines of this program, and may be trusted with these tensors."""
+        grads, params, columns = given
+        p = params[0]
+        if self.executor is not None or not p.is_cpu or p.dtype not in FUSED_DTYPES:
+            return False
+        if not program(recipe, apply, self.own, True, *segment.declarations, form="kernels").merged:
+            return False
+        return all(
+            [
+                set(map(type, xs)) <= PLAIN and all([x.dtype is p.dtype and x.is_contiguous() for x in xs])
+                for xs in (grads, params, *[c for c in columns if isinstance(c, list)])
+            ]
+        )
 
     def arranged(self, segment: Segment, fields: Any) -> tuple[list[Any], list[tuple[int, int]], list[list[Any]]]:
         """The fields that a program takes, lists and numbers; the link and the number of each; and the new fields, empty but

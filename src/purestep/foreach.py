@@ -193,6 +193,25 @@ def cast(x: Lists, like: Lists) -> Lists:
     return [t.to(y.dtype) for t, y in zip(x, like)]
 
 
+STACK = 2**22
+"""So many elements at most are stacked."""
+
+
+def stacked(function: Callable[..., Tensor], x: Lists, *rest: Any) -> list[Tensor]:
+    """A function that takes batches, of every tensor of a list: of those of one shape at once."""
+    groups: dict[Any, list[int]] = {}
+    for k, t in enumerate(x):
+        groups.setdefault((t.shape, t.dtype, t.device), []).append(k)
+    found: dict[int, Tensor] = {}
+    for (shape, *_), ks in groups.items():
+        most = max(1, STACK // max(1, shape.numel()))
+        for part in [ks[i : i + most] for i in range(0, len(ks), most)]:
+            many = len(part) > 1
+            made = function(torch.stack([x[k] for k in part]), *rest).unbind() if many else [function(x[part[0]], *rest)]
+            found.update(zip(part, made))
+    return [found[k] for k in range(len(x))]
+
+
 KERNELS: dict[str, Any] = {
     name: kernel
     for base in UNARY
@@ -204,4 +223,4 @@ KERNELS: dict[str, Any] = {
         maximum, maximum_, minimum, minimum_, lerp, lerp_, axpy, axpy_, axpby, axpby_, addcmul, addcmul_,
         addcdiv, addcdiv_, clone, cast,
     )
-} | {"copy_": torch._foreach_copy_}  # fmt: skip
+} | {"copy_": torch._foreach_copy_, "stacked": stacked}  # fmt: skip

@@ -32,8 +32,8 @@ Encoded: TypeAlias = Annotated[Tensor, "encoded"]
 @overload
 def operation(function: F) -> F: ...
 @overload
-def operation(*, like: bool = False, single: bool = False, block: int = 0) -> Callable[[F], F]: ...
-def operation(function: Any = None, *, like: bool = False, single: bool = False, block: int = 0) -> Any:
+def operation(*, like: bool = False, single: bool = False, block: int = 0, stacks: bool = False) -> Callable[[F], F]: ...
+def operation(function: Any = None, *, like: bool = False, single: bool = False, block: int = 0, stacks: bool = False) -> Any:
     """Make `function` one operation of a leaf function: the tracer records the call and does not look inside.
 
     Whatever torch can do to one tensor can be written this way: branches on a shape, loops, a matrix decomposition. All
@@ -46,13 +46,15 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False,
             its shape and dtype.
         block: promises that every so many consecutive numbers are treated by themselves, whatever the shape (1 for a function
             that is elementwise), and that the result is a new tensor. Large tensors are then computed in pieces.
+        stacks: promises that it treats a further first dimension of its first argument, the only one that is a tensor, as a
+            batch. Tensors of one shape are then computed together.
 
     >>> @operation
     ... def spectral_norm(x: Tensor) -> Tensor:
     ...     return torch.linalg.matrix_norm(x, 2)
     """
     if function is None:
-        return functools.partial(operation, like=like, single=single, block=block)
+        return functools.partial(operation, like=like, single=single, block=block, stacks=stacks)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -61,7 +63,7 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False,
                 return x.tracer.create_proxy("call_function", call, args, {})
         return function(*args)
 
-    call.like, call.single, call.block = like, single, block  # type: ignore[attr-defined]
+    call.like, call.single, call.block, call.stacks = like, single, block, stacks  # type: ignore[attr-defined]
     return call
 
 

@@ -564,7 +564,7 @@ class Optimizer(torch.optim.Optimizer):
             grads, given, columns, lambda masks: self._selected(masks, params), mode,
             apply=True, donate=not torch.is_grad_enabled(), alone=alone and not params[0].is_cpu, executor=executor,
             trust=self._trust.setdefault(id(groups[0][0]), Trust()) if touched is None else Trust(),
-            extras=extras,
+            copies=touched is None and "value_and_grad" in extras, extras=extras,
         )  # fmt: skip
         try:
             out, after = call.run(together)

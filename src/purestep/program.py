@@ -13,6 +13,8 @@ graph into straight-line Python over *lists* of tensors (one entry per parameter
    overwritten: `mul` becomes `mul_`. Nothing else ever is. The new value of an input that was given away ends up in that
    input's own memory.
 
+4. *Merging*, where a program may call torch's fused kernels: what several lines compute together becomes one line.
+
 The source is kept, and printing a program shows it. Nothing here knows any algorithm.
 """
 
@@ -31,11 +33,12 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 
 from purestep import maths
 from purestep.foreach import KERNELS, UNARY
+from purestep.merging import MERGED, Merger
+from purestep.ops import Name, Op, Product, Scale, nodes_in
 from purestep.single import SINGLE
 
 # ---------------------------------------------------------------------------------------------------------------- recipes
@@ -76,9 +79,9 @@ class StateFields(Protocol):
     def encoded(self) -> tuple[bool, ...]: ...
 
 
-Form: TypeAlias = Literal["lists", "single", "split"]
-"""What a program takes: lists of tensors; one tensor, and then it overwrites nothing; or one tensor and the numbers that a
-function of its own has computed of all others."""
+Form: TypeAlias = Literal["lists", "kernels", "single", "split"]
+"""What a program takes: lists of tensors; the same, and it calls torch's fused kernels for what they compute; one tensor, and
+then it overwrites nothing; or one tensor and the numbers that a function of its own has computed of all others."""
 
 
 class Recipe(NamedTuple):
@@ -89,6 +92,11 @@ class Recipe(NamedTuple):
     own_grads: bool  # the gradients' memory may be reused
     donate: bool  # so may the memory of the state, and of params when they are applied
     form: Form = "lists"
+
+    @property
+    def lists(self) -> bool:
+        """Whether the program takes lists."""
+        return self.form in ("lists", "kernels")
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,8 @@ class Program:
     block: int = 0  # so many consecutive numbers of the result depend on those in their own places only; 0: on all
     broadcasts: bool = False  # takes tensors that are to be broadcast in the places of numbers
     reads_params: bool = True  # other than to add the updates to them
-    length: int = 0  # how many operations
+    length: int = 0  # how many operations, before any were merged
+    merged: bool = False  # whether some of them are torch's fused kernels
     coefficients: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]] | None = field(default=None, repr=False)
     """Of a split program: from all numbers to those that it takes in their place, as one tensor, and to those it returns."""
 
@@ -276,33 +285,12 @@ BINARY = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum"})
 
 
-@dataclass
-class Op:
-    """One line of the program: `out = name(lists..., numbers...)`."""
-
-    out: fx.Node
-    name: str
-    args: list[Any]  # list-valued nodes, and number expressions or constants
-    targets: tuple[int, ...] = ()  # which arguments could be overwritten with the result
-    fresh: bool = True  # the result's memory is its own; False where it may be an argument's
-    inplace: int | None = None
-
-    def lists(self, kinds: dict[fx.Node, str]) -> list[fx.Node]:
-        return [a for a in nodes_in(self.args) if kinds[a] == "list"]
-
-
-def nodes_in(args: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    map_arg(args, found.append)
-    return found
-
-
 class Writer:
     """Turns one graph into the source of a program."""
 
     def __init__(self, recipe: Recipe, graph: fx.Graph, inputs: list[Input], outputs: list[Any]) -> None:
         self.recipe, self.graph, self.inputs, self.outputs = recipe, graph, inputs, outputs
-        self.space: dict[str, Any] = dict(KERNELS if recipe.form == "lists" else SINGLE)
+        self.space: dict[str, Any] = KERNELS | MERGED if recipe.lists else dict(SINGLE)
         self.placeholders = {i.node: i for i in inputs}
         self.kinds: dict[fx.Node, str] = {}
         self.like: dict[fx.Node, bool] = {}  # the parameter's shape and dtype
@@ -316,8 +304,11 @@ class Writer:
     def program(self) -> Program:
         self.classify()
         ops = self.contract()
-        if self.recipe.form == "lists":
+        if self.recipe.lists:
             self.reuse(ops)
+        lines = ops
+        if self.recipe.form == "kernels":
+            ops = Merger(lines, self.graph, self.kinds, self.uses).merged()
         source = self.write(ops)
         name = f"program_{next(_serial)}"
         file = f"<purestep {name}: {'+'.join(p.declaration.name for p in self.recipe.parts)}>"
@@ -330,7 +321,7 @@ class Writer:
         broadcasts = block == 1 and all(self.is_list(x) for node in loops for x in nodes_in((node.args, node.kwargs)))
         reads = self.uses.get(self.inputs[1].node, 0) > 0
         run, numbers = self.space["program"], self.space.get("coefficients")
-        return Program(self.recipe, name, source, run, block, broadcasts, reads, len(ops), numbers)
+        return Program(self.recipe, name, source, run, block, broadcasts, reads, len(lines), len(ops) < len(lines), numbers)
 
     def block(self, op: Op) -> int:
         """How many consecutive numbers one operation treats by themselves; 0 if it must see all of a tensor."""
@@ -534,7 +525,7 @@ class Writer:
             if op.inplace is None:
                 op.inplace = next((t for t in candidates(i, op) if op.args[t] in ours), None)
 
-    # -- 4. source
+    # -- 5. source
 
     def write(self, ops: list[Op]) -> str:
         self.var: dict[fx.Node, str] = {}
@@ -605,21 +596,24 @@ class Writer:
             return
         if op.inplace is None:
             out = self.var[op.out] = self.fresh("t")
-            name = "root" if self.recipe.form != "lists" and op.out.target is maths.root else op.name
+            name = "root" if not self.recipe.lists and op.out.target is maths.root else op.name
             self.lines.append(f"{out} = {name}({', '.join(self.text(a, True) for a in op.args)})")
             return
         args = list(op.args)
         args.insert(0, args.pop(op.inplace))
         name = "rdiv" if op.name == "div" and op.inplace else op.name  # the other operations with two targets commute
         self.var[op.out] = self.text(args[0])
+        self.var.update({node: self.text(op.args[i]) for node, i in op.further.items()})
         self.lines.append(f"{name}_({', '.join(self.text(a, True) for a in args)})")
 
     def loop(self, node: fx.Node) -> str:
         """A list comprehension over the parameters, for what torch has no foreach operation for."""
         lists = list(dict.fromkeys(x for x in nodes_in((node.args, node.kwargs)) if self.kinds[x] == "list"))
+        if self.recipe.lists and getattr(node.target, "stacks", False) and lists == [node.args[0]]:
+            return f"stacked({self.constant(maths.untraced(node.target))}, {self.arguments(node)})"
         items = {x: f"x{i}" if len(lists) > 1 else "x" for i, x in enumerate(lists)}
         saved = {x: self.var[x] for x in lists}
-        self.var.update(saved if self.recipe.form != "lists" else items)
+        self.var.update(saved if not self.recipe.lists else items)
         if node.target in INFIX:
             text = f"{self.text(node.args[0])} {INFIX[node.target]} {self.text(node.args[1])}"
         elif node.op == "call_method":
@@ -627,7 +621,7 @@ class Writer:
             text = f"{self.text(receiver)}.{node.target}({self.arguments(rest, node.kwargs)})"
         else:
             text = f"{self.constant(maths.untraced(node.target))}({self.arguments(node)})"
-        if self.recipe.form != "lists":
+        if not self.recipe.lists:
             return text
         self.var.update(saved)
         names = ", ".join(items.values())
@@ -730,26 +724,6 @@ def function(name: str, arguments: Sequence[str], lines: Sequence[str], results:
     """The source of a function that returns a tuple."""
     body = "".join(f"    {line}\n" for line in [*lines, f"return {', '.join(results)},"])
     return f"def {name}({', '.join(arguments)}):\n{body}"
-
-
-class Name(str):
-    """The name of a variable of the program."""
-
-
-class Scale(NamedTuple):
-    """The number in front of a contracted product."""
-
-    negative: bool
-    numbers: list[Any]
-
-
-class Product(NamedTuple):
-    """Numbers times one list, or times the product or quotient of two."""
-
-    numbers: list[Any]
-    lists: list[Any]
-    name: str
-    absorbed: set[fx.Node]
 
 
 TORCH = frozenset(filter(callable, (getattr(torch, n, None) for n in (*UNARY, *BINARY, "pow", "square", "lerp", "where"))))

@@ -10,13 +10,18 @@ import ctypes
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SERIAL = 4096
 """Up to this many elements a tensor is updated sooner by one thread."""
+
+FEW = 4
+"""So many small tensors at most, among larger ones, are not worth a call of their own."""
 
 
 def _openmp() -> Callable[[int], Any] | None:
@@ -54,3 +59,32 @@ def one_thread(put: Callable[[int], Any]) -> Iterator[None]:
         yield
     finally:
         put(threads)
+
+
+def divided(run: Callable[..., None]) -> Callable[..., None]:
+    """A kernel that is given lists of tensors, first the parameters, and is called for the small ones with one thread.
+
+    Whatever else it is given is passed on, but for dictionaries, in which lists are looked for too.
+    """
+
+    def call(params: list[Tensor], *given: Any) -> None:
+        put, threads = OPENMP, torch.get_num_threads()
+        few = [x.numel() <= SERIAL for x in params] if threads > 1 and params[0].is_cpu else []
+        if put is None or sum(few) <= min(FEW, len(params) - 1):
+            run(params, *given)
+            return
+        if not all(few):
+            large = [not x for x in few]
+            run(*[_where(x, large) for x in (params, *given)])
+            params, *given = (_where(x, few) for x in (params, *given))  # type: ignore[assignment]
+        with one_thread(put):
+            run(params, *given)
+
+    return call
+
+
+def _where(x: Any, chosen: list[bool]) -> Any:
+    """Some of a list, or of the lists in a dictionary."""
+    if isinstance(x, dict):
+        return {name: _where(y, chosen) for name, y in x.items()}
+    return list(compress(x, chosen)) if isinstance(x, list) else x

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, zeros_like
+from torch.linalg import vector_norm
 
 from purestep.hyper import Hyper, NonNegative, Steps
 from purestep.maths import Scalar, counter, lerp, maximum, operation, transforming
@@ -39,24 +40,25 @@ def matrix(path: str, p: Tensor) -> None:
         raise ValueError(f"muon orthogonalizes matrices, but {path} has shape {tuple(p.shape)}. {REMEDY}")
 
 
-@operation
+@operation(stacks=True)
 def orthogonalized(x: Tensor, coefficients: Any, eps: Any, ns_steps: int) -> Tensor:
-    """The Newton–Schulz iteration on the wider side of a matrix, in bfloat16."""
+    """The Newton–Schulz iteration on the wider side of a matrix, or of each of a stack of them, in bfloat16."""
     a, b, c = coefficients
-    tall = x.shape[0] > x.shape[1]
+    tall = x.shape[-2] > x.shape[-1]
     y = x.bfloat16().mT if tall else x.bfloat16()
-    y = y / maximum(y.norm(), eps)
+    y = y / maximum(vector_norm(y, dim=(-2, -1), keepdim=True), eps)
     for _ in range(ns_steps):
         gram = y @ y.mT
         y = addmm(a, y, 1.0, addmm(b, gram, c, gram, gram), y)
-    return (y.mT.contiguous() if tall else y).to(x.dtype)
+    return (y.mT if tall else y).to(x.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def addmm(a: Any, x: Tensor, b: Any, y: Tensor, z: Tensor) -> Tensor:
     """`a*x + b*(y @ z)` in bfloat16, rounded once."""
     if transforming() or isinstance(a, Tensor) or isinstance(b, Tensor):  # torch.addmm takes only numbers, and in a batch
         return (a * x.float() + b * (y.float() @ z.float())).bfloat16()  # it would round the product and the sum
-    return torch.addmm(x, y, z, beta=a, alpha=b)
+    multiply = torch.addmm if x.ndim == 2 else torch.baddbmm
+    return multiply(x, y, z, beta=a, alpha=b)
 
 
 @operation

@@ -15,6 +15,7 @@ number of updates so far. Almost always there is one bucket, and finding that ou
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -664,7 +665,7 @@ class Call:
                 number = self.number(count)
                 new[info.step] = number + 1
                 if value.declaration.state is not None:
-                    before, step["step"] = number, lambda c=count, n=number: stored(c, n + 1)
+                    before, step["step"] = number, functools.cache(functools.partial(stored, count, number + 1))
             news.append(new)
         if tail.numbers is None:
             hypers = dict(hypers)

@@ -250,6 +250,42 @@ def scaled_inside_and_out(g: Tensor, s: Two, p: Tensor, b: float) -> tuple[Tenso
     return -0.1 * (m / (ps.root(v * 2.0) / 3.0 + 1e-3)), Two(m, v)
 
 
+def squares_changed_afterwards(g: Tensor, s: Two, p: Tensor, b: float) -> tuple[Tensor, Two]:
+    """What is kept is made of the squares before the step is."""
+    v = s.v * b + g * g * (1 - b)
+    d = ps.root(v) + 1e-3
+    return -0.1 * ((g + s.m) / d), Two(s.m * b, v * 0.5)
+
+
+def mean_changed_afterwards(g: Tensor, s: Two, p: Tensor, b: float) -> tuple[Tensor, Two]:
+    m = ps.lerp(s.m, g, 1 - b)
+    v = s.v * b + g * g * (1 - b)
+    kept = m * 0.5
+    return -0.1 * (m / (ps.root(v) + 1e-3)), Two(kept, v)
+
+
+def mean_from_a_temporary(g: Tensor, s: Two, p: Tensor, b: float) -> tuple[Tensor, Two]:
+    """Read by two lines, and nothing that is kept."""
+    m = ps.lerp(s.m * 0.9 + 0.1, g, 1 - b)
+    v = s.v * b + g * g * (1 - b)
+    other = torch.sign(m)
+    return -0.1 * (m / (ps.root(v) + 1e-3)), Two(other, v)
+
+
+def a_buffer_as_gradient(g: Tensor, s: Two, p: Tensor, b: float) -> tuple[Tensor, Two]:
+    """What is squared is kept, and changed after it."""
+    m = s.m * b + g
+    v = s.v * b + m * m * (1 - b)
+    return -0.1 * ((m + g) / (ps.root(v) + 1e-3)), Two(m * 0.5, v)
+
+
+def two_at_once(g: Tensor, s: Two, p: Tensor, b: float) -> tuple[Tensor, Two]:
+    """Two steps, the second along the first's squares."""
+    v = s.v * b + g * g * (1 - b)
+    m = s.m - 0.1 * (g / (ps.root(v) + 1e-3))
+    return -0.1 * (g + 0.5 * p) + 0.0 * m, Two(m, v)
+
+
 LEAVES: dict[Any, bool] = {
     usual: True,
     gradient_of_our_own: True,
@@ -260,6 +296,11 @@ LEAVES: dict[Any, bool] = {
     other_weights: False,
     other_gradients: False,
     scaled_inside_and_out: True,
+    squares_changed_afterwards: False,
+    mean_changed_afterwards: False,
+    mean_from_a_temporary: False,
+    a_buffer_as_gradient: True,
+    two_at_once: True,
 }
 
 

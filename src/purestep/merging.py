@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from purestep import foreach, maths
-from purestep.ops import Op, Scale
+from purestep.ops import Op, Scale, nodes_in
 from purestep.threads import divided
 
 # ----------------------------------------------------------------------------------------------------- what the lines call
@@ -86,8 +86,8 @@ MERGED: dict[str, Any] = {"adam_": adam_, "sgd_": sgd_}
 class Merger:
     """Finds the lines that one kernel computes, after it has been settled which lines overwrite what.
 
-    The kernel takes the place of the last of them. So nothing in between may read what they write, which their uses say, or
-    overwrite what they read.
+    The kernel takes the place of the last of them. So no line that stays may read what they write before it has, or overwrite
+    what it reads.
     """
 
     def __init__(self, ops: Sequence[Op], graph: fx.Graph, kinds: dict[fx.Node, str], uses: dict[fx.Node, int]) -> None:
@@ -105,35 +105,34 @@ class Merger:
         return self.ops
 
     def adam(self, last: Op) -> tuple[Op, list[Op]] | None:
-        """The lines of `adam_` that end in this one."""
+        """The lines of `adam_` that end in this one: p + k*x/(c*sqrt(v) + e), and those that make v and, perhaps, x."""
         if last.name != "addcdiv" or last.inplace != 0:
             return None
         p, x, node, k = last.args
         gone: list[Op] = []
-        factors: list[Any] = []
-        eps: Any = 0.0
-        for inside in (False, True):
-            op = self.with_number(node, "add") if not inside else None
-            if op is not None:
-                gone.append(op)
-                node, eps = op.args
-            op = self.with_number(node, "mul", "div")
+
+        def peeled(*names: str) -> Op | None:
+            """The line that this list was made by, if it is one of these with a number; go on with what it was made from."""
+            nonlocal node
+            op = self.with_number(node, *names)
             if op is not None:
                 gone.append(op)
                 node = op.args[0]
-                factors.append((inside, op.name, op.args[1]))
-            if not inside:
-                op = self.by.get(node)
-                if op is None or op.name != "sqrt" or self.uses[node] != 1:
-                    return None
-                gone.append(op)
-                node = op.args[0]
-        square = self.by.get(node)
-        if square is None or square.name != "addcmul" or square.inplace != 0 or self.uses[node] != 2:
+            return op
+
+        added, outer = peeled("add"), peeled("mul", "div")
+        root = self.by.get(node)
+        if root is None or root.name != "sqrt" or self.uses[node] != 1:
             return None
-        faded = self.with_number(square.args[0], "mul")
-        g = square.args[1]
-        if g is not square.args[2] or faded is None or faded.inplace != 0 or complement(square.args[3]) is not faded.args[1]:
+        gone.append(root)
+        node = root.args[0]
+        inner = peeled("mul", "div")
+        square = self.by.get(node)
+        if square is None or square.name != "addcmul" or square.inplace != 0 or square.args[1] is not square.args[2]:
+            return None
+        old, g, _, weight = square.args
+        faded = self.with_number(old, "mul")
+        if faded is None or faded.inplace != 0 or complement(weight) is not faded.args[1]:
             return None
         gone += [square, faded]
         v, b2 = faded.args
@@ -143,17 +142,20 @@ class Merger:
             mean = self.by.get(x)
             if mean is None:
                 return None
-            if mean.name == "lerp" and mean.inplace == 0 and mean.args[1] is g and self.uses[x] == 2:
+            if self.uses[x] == 1 and (self.temporary(x) or self.home(x) is self.home(g)):
+                m, b1 = x, 1.0
+            elif mean.name == "lerp" and mean.inplace == 0 and mean.args[1] is g and complement(mean.args[2]) is not None:
                 m, b1 = mean.args[0], complement(mean.args[2])
-                if b1 is None:
-                    return None
                 gone.append(mean)
                 further[x] = 2
-            elif self.uses[x] == 1 and (self.temporary(x) or self.same(x, g)):
-                m, b1 = x, 1.0
             else:
                 return None
-        line = Op(last.out, "adam", [p, g, m, v, b1, b2, self.factor(last, factors), eps, k], inplace=0, further=further)
+        if self.read_before(last, further, gone):
+            return None
+        factor = self.factor(last, inner, outer)
+        line = Op(
+            last.out, "adam", [p, g, m, v, b1, b2, factor, added.args[1] if added else 0.0, k], inplace=0, further=further
+        )
         return line, gone
 
     def sgd(self, last: Op) -> tuple[Op, list[Op]] | None:
@@ -182,9 +184,10 @@ class Merger:
         home = self.by.get(self.home(node))
         return home is not None and home.fresh
 
-    def same(self, x: fx.Node, y: fx.Node) -> bool:
-        """Whether the first is in the memory of the second."""
-        return self.home(x) is self.home(y)
+    def read_before(self, last: Op, nodes: Collection[fx.Node], gone: Sequence[Op]) -> bool:
+        """Whether a line that stays asks for one of these lists before the kernel has made it."""
+        before = self.ops[: self.ops.index(last)]
+        return any([x in nodes for op in before if op not in gone for x in nodes_in(op.args)])
 
     def keep(self, node: fx.Node, last: Op, gone: Sequence[Op]) -> None:
         """Let no other line overwrite this list before the kernel has read it."""
@@ -195,16 +198,16 @@ class Merger:
             if op.inplace is not None and op not in gone and self.home(op.args[op.inplace]) is home:
                 op.inplace = None
 
-    def factor(self, last: Op, factors: Sequence[tuple[bool, str, Any]]) -> Any:
+    def factor(self, last: Op, inner: Op | None, outer: Op | None) -> Any:
         """What a root is multiplied by, as a number of the program: what stands under it goes through a root itself."""
         product: Any = 1.0
         with self.graph.inserting_before(last.out):
-            for inside, name, number in factors:
-                if name == "div":
-                    number = self.number(operator.truediv, 1.0, number)
-                if inside:
-                    number = self.number(maths.root, number)
-                product = number if product == 1.0 else self.number(operator.mul, product, number)
+            for op in (inner, outer):
+                if op is None:
+                    continue
+                number = op.args[1] if op.name == "mul" else self.number(operator.truediv, 1.0, op.args[1])
+                number = self.number(maths.root, number) if op is inner else number
+                product = number if isinstance(product, float) else self.number(operator.mul, product, number)
         return product
 
     def number(self, function: Any, *args: Any) -> fx.Node:

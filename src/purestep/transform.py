@@ -345,6 +345,8 @@ class Transform:
     def program(self, *, donate: bool = False) -> str:
         """The source of the foreach program that `step` runs on matrices of real floating-point numbers, as text to read.
 
+        On a CPU, lines that one of torch's fused kernels computes together are run as that.
+
         >>> import purestep as ps
         >>> print(ps.sgd(lr=0.1).program(donate=True))
         def program(g, p, lr):

@@ -40,7 +40,7 @@ def matrix(path: str, p: Tensor) -> None:
         raise ValueError(f"muon orthogonalizes matrices, but {path} has shape {tuple(p.shape)}. {REMEDY}")
 
 
-@operation(stacks=True)
+@operation(like=True, stacks=True)
 def orthogonalized(x: Tensor, coefficients: Any, eps: Any, ns_steps: int) -> Tensor:
     """The Newton–Schulz iteration on the wider side of a matrix, or of each of a stack of them, in bfloat16."""
     a, b, c = coefficients
@@ -61,12 +61,11 @@ def addmm(a: Any, x: Tensor, b: Any, y: Tensor, z: Tensor) -> Tensor:
     return multiply(x, y, z, beta=a, alpha=b)
 
 
-@operation
-def adjusted(u: Tensor, adjust_lr_fn: str | None) -> Tensor:
-    """An orthogonal matrix, scaled to its shape."""
-    rows, columns = u.shape
-    scale = adjustment(rows, columns, adjust_lr_fn)
-    return u if scale == 1.0 else u * scale
+@operation(single=True)
+def gain(p: Tensor, adjust_lr_fn: str | None) -> float:
+    """What an orthogonal matrix is multiplied by, for its shape."""
+    rows, columns = p.shape
+    return adjustment(rows, columns, adjust_lr_fn)
 
 
 def adjustment(rows: int, columns: int, adjust_lr_fn: str | None) -> float:
@@ -86,7 +85,7 @@ def orthogonal_momentum(
     """`scale_by_muon`, without the check of its switches."""
     b = lerp(s.momentum_buffer, g, 1 - momentum)
     u = orthogonalized(lerp(g, b, momentum) if nesterov else b, ns_coefficients, eps, ns_steps)
-    return adjusted(u, adjust_lr_fn), MuonState(s.step + 1, b)
+    return u * gain(p, adjust_lr_fn), MuonState(s.step + 1, b)
 
 
 def scale_by_muon(

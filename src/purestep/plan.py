@@ -247,10 +247,13 @@ JOINED = 2**13
 """Parameters of so many elements on average are treated as one vector where their derivatives are recorded; four times as
 many where there are more operations than a `SHORT` program has, which then run once."""
 
+BRIEF = 2
+"""To put tensors together and take the result apart costs as much as so many operations on each of them."""
+
 
 def joinable(params: list[Tensor], single: Program) -> bool:
     """Whether it costs less to put tensors together, compute once, and take the result apart, than to compute often."""
-    if len(params) < 2 or not single.elementwise:
+    if len(params) < 2 or single.length <= BRIEF or not single.elementwise:
         return False
     limit = JOINED if single.length <= SHORT else 4 * JOINED
     return sum([maths.bottom(p)[0].numel() for p in params]) <= limit * len(params)

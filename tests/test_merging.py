@@ -12,7 +12,7 @@ from torch import Tensor
 
 import purestep as ps
 import purestep.blocks
-from purestep import merging, optim, program
+from purestep import merging, optim, program, threads
 from tests.problems import difference
 
 SHAPES = [(3, 4), (5,), (), (1,), (70, 3), (0,)]
@@ -103,6 +103,22 @@ def test_precision(name: str, dtype: torch.dtype) -> None:
         return math.sqrt(sum(float((x.double() - y).square().sum()) for x, y in zip(found, params)))
 
     assert error() <= 1.1 * error(executor="foreach")
+
+
+@pytest.mark.parametrize("name", [*ADAM, *SGD])
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+def test_small_tensors_among_large_ones(name: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small ones are given to a kernel by themselves, on one thread."""
+    t = (ADAM | SGD)[name]
+    expected = train(t, executor="foreach")
+    monkeypatch.setattr(threads, "SERIAL", 10)
+    monkeypatch.setattr(threads, "FEW", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert difference(train(t, **how), expected) <= 1e-13
+    finally:
+        torch.set_num_threads(before)
 
 
 ODD: dict[str, ps.Transform] = {

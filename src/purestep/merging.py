@@ -49,7 +49,7 @@ def adam_(p: Any, g: Any, m: Any, v: Any, b1: Any, b2: Any, c: Any, e: Any, k: A
         foreach.addcdiv_(p, g if m is None else m, root, k)
         return
     m = [torch.zeros_like(x) for x in g] if m is None else m
-    _adam(p, g, m, v, min(b1, NEARLY), b2, e / c, -k / c)
+    _adam(list(p), list(g), list(m), list(v), min(b1, NEARLY), b2, e / c, -k / c)
 
 
 @divided
@@ -67,7 +67,7 @@ def sgd_(p: Any, g: Any, decay: Any, k: Any) -> None:
     if isinstance(decay, Tensor) or isinstance(k, Tensor):
         foreach.axpy_(p, foreach.axpy(g, p, decay), k)
     else:
-        _sgd(p, g, decay, -k)
+        _sgd(list(p), list(g), decay, -k)
 
 
 @divided

@@ -94,6 +94,7 @@ class Subject:
     takes: Callable[[Shape], bool] = every  # which tensors of a set
     gradient: Gradient = dense
     closure: bool = False  # whether a step evaluates loss and gradient itself
+    begins: int = 0  # so many steps at the start are other ones, and not timed
     spends: bool = False  # whether some mode writes to the gradients, which are then filled anew before each step
     tolerance: float = 1e-4  # between modes after all steps, relative to the farthest that a parameter has moved
     looser: Mapping[str, float] = field(default_factory=dict)  # the tolerances of modes that need other ones
@@ -136,6 +137,7 @@ ALGORITHMS = {
             "RAdam",
             {"lr": 1e-2, "eps": 1e-8},
             words=7,
+            begins=5,  # SGD with momentum, until there is a variance
             looser={"torch compiled": 5e-3},
             without={OPTAX: "its rectification is in float32, where it cancels: the steps are other ones."},
         ),

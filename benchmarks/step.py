@@ -314,11 +314,12 @@ def warm_up(
     seconds: float | None = None,
     before: Callable[[], None] = nothing,
     clock: Clock = timed,
+    least: int = 0,
 ) -> dict[str, list[float]]:
-    """The milliseconds of the first steps, which compile programs and make states."""
+    """The milliseconds of the first steps, which compile programs and make states; of so many at least."""
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
-        for _ in range(WARM_UP if seconds is None else 2):
+        for _ in range(max(least, WARM_UP if seconds is None else 2)):
             before()
             milliseconds[name].append(clock(step))
     return milliseconds
@@ -452,7 +453,7 @@ def compare(
     traffic = Traffic(subject.traffic(grads), device.name)
     before = partial(torch._foreach_copy_, grads, given) if subject.spends else nothing
     steps = {mode: run.step for mode, run in runs.items()} | {COPY: traffic.copy, UPDATE: traffic.update}
-    first = warm_up(steps, seconds, before, device.clock)
+    first = warm_up(steps, seconds, before, device.clock, subject.begins)
     milliseconds = measure(steps, rounds, seconds, f"{subject.name} on {parameter_set.name}", before, first, device.clock)
     peaks = {mode: device.peak_memory(run, before) for mode, run in runs.items()}
     check(subject, runs, params, grads, given)

@@ -595,12 +595,7 @@ class Call:
             return False
         if not program(recipe, apply, self.own, True, *segment.declarations, form="kernels").merged:
             return False
-        return all(
-            [
-                set(map(type, xs)) <= PLAIN and all([x.dtype is p.dtype and x.is_contiguous() for x in xs])
-                for xs in (grads, params, *[c for c in columns if isinstance(c, list)])
-            ]
-        )
+        return plain([grads, params, *[c for c in columns if isinstance(c, list)]], p.dtype)
 
     def arranged(self, segment: Segment, fields: Any) -> tuple[list[Any], list[tuple[int, int]], list[list[Any]]]:
         """The fields that a program takes, lists and numbers; the link and the number of each; and the new fields, empty but
@@ -699,7 +694,7 @@ class Call:
             return None
         columns, places, news = self.arranged(segment.head, fields)
         lists = [grads, params, *states.values(), *[c for c in columns if isinstance(c, list)]]
-        if not all([all(map(Tensor.is_contiguous, x)) and {y.dtype for y in x} == {params[0].dtype} for x in lists]):
+        if not plain(lists, params[0].dtype):
             return None
         head = program(details(segment.head, absent(fields)), False, False, True, *segment.head.declarations)
         if not head.elementwise:
@@ -1002,6 +997,11 @@ def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: An
     if trust is not None:
         trust.sizes, trust.states = sizes, states
     return True
+
+
+def plain(lists: list[list[Tensor]], dtype: torch.dtype) -> bool:
+    """Whether there is nothing special about any tensor: it is of this dtype, and in one piece."""
+    return all([set(map(type, xs)) <= PLAIN and all([x.dtype is dtype and x.is_contiguous() for x in xs]) for xs in lists])
 
 
 def one(values: list[Any], mode: str) -> bool:

@@ -66,7 +66,7 @@ def sgd_(p: Any, g: Any, decay: Any, k: Any) -> None:
     """p becomes p + k*(g + decay*p)."""
     if isinstance(decay, Tensor) or isinstance(k, Tensor):
         foreach.axpy_(p, foreach.axpy(g, p, decay), k)
-    else:
+    elif k != 0:  # as line by line: a step of nothing leaves the parameters, whatever the gradient
         _sgd(list(p), list(g), decay, -k)
 
 
@@ -171,8 +171,9 @@ class Merger:
     def with_number(self, node: fx.Node, *names: str) -> Op | None:
         """The line that makes this list from another one and a number, if nobody else asks for it."""
         op = self.by.get(node)
-        known = op is not None and op.name in names and len(op.args) == 2 and self.uses[node] == 1
-        return op if known and self.kinds.get(op.args[1]) != "list" else None  # type: ignore[union-attr]
+        if op is None or op.name not in names or len(op.args) != 2 or self.uses[node] != 1:
+            return None
+        return op if self.kinds.get(op.args[1]) != "list" else None
 
     def home(self, node: fx.Node) -> fx.Node:
         """The list in whose memory this one is."""

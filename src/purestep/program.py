@@ -12,7 +12,6 @@ graph into straight-line Python over *lists* of tensors (one entry per parameter
 3. *Reuse.* A list that nobody reads again and that is ours (a temporary, or an input that was given away) is
    overwritten: `mul` becomes `mul_`. Nothing else ever is. The new value of an input that was given away ends up in that
    input's own memory.
-
 4. *Merging*, where a program may call torch's fused kernels: what several lines compute together becomes one line.
 
 The source is kept, and printing a program shows it. Nothing here knows any algorithm.

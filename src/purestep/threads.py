@@ -73,12 +73,13 @@ def divided(run: Callable[..., None]) -> Callable[..., None]:
         if put is None or sum(few) <= min(FEW, len(params) - 1):
             run(params, *given)
             return
+        small = [params, *given]
         if not all(few):
             large = [not x for x in few]
-            run(*[_where(x, large) for x in (params, *given)])
-            params, *given = (_where(x, few) for x in (params, *given))  # type: ignore[assignment]
+            run(*[_where(x, large) for x in small])
+            small = [_where(x, few) for x in small]
         with one_thread(put):
-            run(params, *given)
+            run(*small)
 
     return call
 

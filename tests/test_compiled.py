@@ -96,6 +96,30 @@ def test_one_kernel_serves_every_model_and_learning_rate(monkeypatch: pytest.Mon
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_where_torch_has_the_kernel_nothing_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A donated step and an optimizer are the fused kernel then, to the last bit, for tensors of all sizes at once."""
+    monkeypatch.delattr(purestep.compiled, "compiled")
+    opt = getattr(ps, name.lower())(0.1, weight_decay=0.1)
+    results = []
+    for options in ({"compile": True}, {"executor": "fused"}):
+        params, state = drawn(0, shapes=SHAPES | MANY), opt.init_state(drawn(0, shapes=SHAPES | MANY))
+        for k in range(3):
+            params, state = opt.step(drawn(k + 1, shapes=SHAPES | MANY), state, params, donate=True, **options)
+        results.append((params, state))
+    assert difference(*results) == 0
+    trained = []
+    for flag in ("compile", "fused"):
+        leaves = [torch.nn.Parameter(p) for p in drawn(0, shapes=SHAPES | MANY).values()]
+        optimizer = getattr(optim, name)(leaves, lr=0.1, weight_decay=0.1, **{flag: True})
+        for k in range(3):
+            for p, g in zip(leaves, drawn(k + 1, shapes=SHAPES | MANY).values()):
+                p.grad = None if k == 1 and p.ndim == 3 else g
+            optimizer.step()
+        trained.append([p.detach() for p in leaves])
+    assert difference(*trained) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_precision(dtype: torch.dtype) -> None:
     """At least as near to the float64 trajectory as op by op."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -67,12 +66,6 @@ class Trust:
         dtype = params[0].dtype
         plain = [set(map(type, xs)) <= PLAIN and [x.dtype for x in xs].count(dtype) == len(xs) for xs in states]
         self.dtype, self.sizes, self.states = dtype, list(map(Tensor.numel, params)) if all(plain) else [], states
-
-
-# ----------------------------------------------------------------------------------------------------------------- states
-
-
-# ------------------------------------------------------------------------------------------------------------------ plans
 
 
 # -------------------------------------------------------------------------------------------------------------- one call
@@ -238,12 +231,13 @@ class Call:
         if isinstance(self.factor, Tensor) and not alike([p.device for p in self.params]):
             self.scale()
         scaled = self.factor is not None
-        if len(groups) == 1 and self.uniform(stage) and not self.mixed():
-            self.grads = self.bucket(groups[0].plan.segment(stage.positions, scaled), None, apply)
+        segment = groups[0].plan.segment(stage.positions, scaled)
+        if len(groups) == 1 and self.uniform(stage) and not self.mixed(segment, apply):
+            self.grads = self.bucket(segment, None, apply)
         else:
             out = list(self.grads)
             for group in groups:
-                for rows, positions in self.buckets(group, group.plan.stages[n]):
+                for rows, positions in self.buckets(group, group.plan.stages[n], apply):
                     for k, u in zip(rows, self.bucket(group.plan.segment(positions, scaled), rows, apply)):
                         out[k] = u
             self.grads = out
@@ -263,20 +257,24 @@ class Call:
                 return False
         return alike([p.dtype for p in params]) and (all([p.is_cpu for p in params]) or alike([p.device for p in params]))
 
-    def mixed(self) -> bool:
+    def mixed(self, segment: Segment, apply: bool) -> bool:
         """Whether there are small tensors that are better packed, and large ones that are not."""
-        if self.executor != "compiled" or self.mode != "program":
+        if self.executor != "compiled" or self.mode != "program" or self.ready(segment, apply):
             return False
         few = sum([p.numel() <= SIZE for p in self.params])
         return COUNT <= few < len(self.params)
 
-    def buckets(self, group: Group, stage: Stage) -> list[tuple[list[int], tuple[int, ...]]]:
+    def ready(self, segment: Segment, apply: bool) -> bool:
+        """Whether there is nothing to be compiled: all of it is a fused kernel, which may write where it reads."""
+        return apply and self.donate and segment.kernel is not None and not segment.first
+
+    def buckets(self, group: Group, stage: Stage, apply: bool) -> list[tuple[list[int], tuple[int, ...]]]:
         """The rows that one program can take together, and the links that act on them."""
         plan, rows = group.plan, group.rows
         params = [self.params[k] for k in rows]
         masks = [None if m is None else [m[k] for k in rows] for m in [self.selected(plan.links[i]) for i in stage.positions]]
         keys: list[Sequence[Any]] = [[(p.dtype, p.device) for p in params], *[m for m in masks if m is not None]]
-        if self.mixed():
+        if self.mixed(plan.segment(stage.positions), apply):
             keys.append([p.numel() <= SIZE for p in params])
         for i, f in (*stage.columns, *stage.scalars):
             values = [self.states[i][f][k] for k in rows]
@@ -320,7 +318,8 @@ class Call:
             fields = [[c if scalar else real(c) for c, scalar in zip(own, scalars)] for own, scalars in zip(fields, kinds)]
         if self.mode == "program":
             updates, news = self.execute(segment, grads, params, fields, apply)
-            kernel = segment.kernel is not None and self.executor in (None, "fused")  # which keeps its own
+            fused = self.executor in (None, "fused") or (self.executor == "compiled" and self.ready(segment, apply))
+            kernel = segment.kernel is not None and fused  # which keeps its own
             if self.trust is not None and self.donate and apply and rows is None and not complex_ and not kernel:
                 self.trust.keep(params, [new[f] for (_, _, info), new in zip(segment.items, news) for f in info.columns])
             if self.donate:  # what was written in place, below autograd's sight
@@ -357,11 +356,14 @@ class Call:
 
     def execute(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """Run these links, in the way that suits the tensors; what it writes in place is below autograd's sight."""
+        given = (segment, grads, params, fields)
         below = torch._C._AutoDispatchBelowAutograd  # nothing requires grad; to ask each tensor costs a tenth of a step
-        with nullcontext() if self.executor == "compiled" else below():
-            packs = self.executor in (None, "compiled")
-            packed = self.packed(segment, grads, params, fields, apply) if packs else None
-            return packed or self.program(segment, grads, params, fields, apply)
+        if self.executor == "compiled":
+            with below():
+                found = self.fused(*given) if self.ready(segment, apply) else None
+            return found or self.packed(*given, apply) or self.program(*given, apply)
+        with below():
+            return (self.packed(*given, apply) if self.executor is None else None) or self.program(*given, apply)
 
     # -- mode: leaf
 

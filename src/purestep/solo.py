@@ -77,7 +77,7 @@ class Solo(NamedTuple):
             if not one(found, "program") or not isinstance(found[0], Tensor) or not found[0].is_cpu:
                 return False
             counts.append(found[0])
-        if self.kernel is not None and executor in (None, "fused"):
+        if self.kernel is not None and executor != "foreach":
             before = counts[0].item() if counts else 0
             after = [stored(x, x.item() + 1) for x in counts]
             self.run(params, grads, trust.states, before, after[0] if after else torch.zeros(()))

@@ -142,8 +142,9 @@ class Transform:
             params: the parameters.
             donate: give the memory of `state` away: it is reused, and the old state must not be used again.
             compile: make one kernel of every run of elementwise transforms, with Inductor, at its first use in the process;
-                it serves tensors of every shape. What is not elementwise runs as it would without. The same as
-                ``executor="compiled"``. Inside `torch.func` and `torch.compile` it changes nothing.
+                it serves tensors of every shape. What is not elementwise runs as it would without, and so does a donated
+                step for which torch has the very kernel. The same as ``executor="compiled"``. Inside `torch.func` and
+                `torch.compile` it changes nothing.
             executor: how the leaf functions are run. By default the fastest way that fits; ``"leaf"`` runs them one
                 parameter at a time, so that an error appears on its author's line; ``"foreach"`` runs all parameters at
                 once; ``"fused"`` insists on one of torch's fused kernels.
@@ -192,7 +193,7 @@ class Transform:
         leaves, spec = tree.flatten(params)
         gradients = tree.flatten_like(grads, spec, "grads")
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
-        if apply and donate and executor in (None, "fused") and not torch.compiler.is_compiling():
+        if apply and donate and executor in (None, "fused", "compiled") and not torch.compiler.is_compiling():
             solo = solo_of(plan)
             if solo is not None and solo.at_once(gradients, leaves, states):
                 return params, state

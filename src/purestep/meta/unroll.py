@@ -17,6 +17,7 @@ from purestep.leaves import detach
 from purestep.lists import flattened, parted
 from purestep.meta.attach import Rule, attach, exchanged, pullback, pushforward, watched
 from purestep.meta.joined import join_state, joins, part_state
+from purestep.meta.loop import Loop
 from purestep.transform import Transform
 
 PyTree = Any
@@ -122,18 +123,23 @@ def run(steps: Steps, opt: Transform, state: Any, params: PyTree, batches: PyTre
         return as_vector(steps, opt, state, leaves, spec, batches)
     losses: list[Tensor] = []
     names = opt.plan.extras
+    loop: Loop | None = None
     each = split(batches, steps.number) if steps.batched else [()] * steps.number
     for batch in each:
         given = (batch,) if steps.batched else ()
         grads, value = differentiate(steps.loss, params, given, record=not steps.first_order)
+        losses.append(value)
+        if loop is not None:
+            params = loop.step(grads)
+            continue
         extras: dict[str, Any] = {}
         if "value" in names:
             extras["value"] = value
         if "value_and_grad" in names:
             extras["value_and_grad"] = lambda p, given=given: differentiate(steps.loss, p, given)[::-1]
         params, state = opt.step(grads, state, params, **extras)
-        losses.append(value)
-    return Unrolled(params, state, torch.stack(losses))
+        loop = Loop.of(opt, grads, state, params)
+    return Unrolled(params, state if loop is None else loop.state(), torch.stack(losses))
 
 
 def as_vector(steps: Steps, opt: Transform, state: Any, leaves: list[Tensor], spec: tree.Spec, batches: PyTree) -> Unrolled:

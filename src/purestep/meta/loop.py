@@ -1,0 +1,52 @@
+"""The steps of a training run after its first one.
+
+`Transform.step` takes trees apart, looks at every tensor, and puts trees together again, which on small networks costs more
+than the step. Within a loop that calls it with what it has returned there is nothing new to be found.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.engine import Call, choose
+from purestep.masks import Memo, select
+from purestep.plan import Group
+from purestep.transform import Transform
+
+
+class Loop:
+    """A transform with the parameters and the state that it has returned, as lists."""
+
+    def __init__(self, opt: Transform, state: Any, params: list[Tensor], spec: tree.Spec) -> None:
+        self.opt, self.params, self.spec = opt, params, spec
+        self.states = [opt._columns(link, s, spec) for link, s in zip(opt.links, opt._split(state))]
+        self.groups = [Group(opt.plan, range(len(params)))]
+
+    @classmethod
+    def of(cls, opt: Transform, grads: Any, state: Any, params: Any) -> Loop | None:
+        """None if every step has something new to tell the transform, or some parameters may be left out."""
+        leaves, spec = tree.flatten(params)
+        tensors = [*leaves, *tree.flatten_like(grads, spec, "grads")]
+        plain = all([isinstance(x, Tensor) and x.layout is torch.strided for x in tensors])
+        return cls(opt, state, leaves, spec) if plain and not opt.plan.extras else None
+
+    def step(self, grads: Any) -> Any:
+        """The new parameters."""
+        gradients, params, opt = tree.flatten_like(grads, self.spec, "grads"), self.params, self.opt
+        kept = [c if isinstance(c, list) else (c,) for s in self.states for c in s]
+        memo: Memo = {}
+        call = Call(
+            gradients, params, self.states, lambda masks: select(masks, params, self.spec, memo),
+            choose(None, params, gradients, *kept, opt.plan.tensors),
+            apply=True, donate=False, alone=True, executor=None,
+        )  # fmt: skip
+        self.params, self.states = call.run(self.groups)
+        return tree.unflatten(self.params, self.spec)
+
+    def state(self) -> Any:
+        """The state, as the transform returns it."""
+        return self.opt._join([self.opt._tree(link, s, self.spec) for link, s in zip(self.opt.links, self.states)])

@@ -44,6 +44,7 @@ from purestep.lists import (
     same_layout,
     widest,
 )
+from purestep.looks import Looks
 from purestep.packing import COUNT, SIZE, Scratch, small, split
 from purestep.plan import Group, Segment, Stage, absent, details, encodes, joinable
 from purestep.program import call, program, runner
@@ -57,15 +58,18 @@ class Trust:
     """The tensors that a plan was last run on, and need not be looked at again while they are the same objects."""
 
     def __init__(self) -> None:
-        self.dtype: torch.dtype | None = None
-        self.sizes: list[int] = []
-        self.states: list[list[Tensor]] = []
+        self.put(None, [], [])
 
     def keep(self, params: list[Tensor], states: list[list[Any]]) -> None:
         """Remember these, if there is nothing special about them."""
         dtype = params[0].dtype
         plain = [set(map(type, xs)) <= PLAIN and [x.dtype for x in xs].count(dtype) == len(xs) for xs in states]
-        self.dtype, self.sizes, self.states = dtype, list(map(Tensor.numel, params)) if all(plain) else [], states
+        self.put(dtype, list(map(Tensor.numel, params)) if all(plain) else [], states)
+
+    def put(self, dtype: torch.dtype | None, sizes: list[int], states: list[list[Tensor]]) -> None:
+        """Remember these states of tensors of these sizes, and that nothing is known of parameters and gradients."""
+        self.dtype, self.sizes, self.states = dtype, sizes, states
+        self.looks = Looks()
 
 
 # -------------------------------------------------------------------------------------------------------------- one call
@@ -988,7 +992,7 @@ def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: An
     if trust is not None:
         if trust.sizes == sizes and len(trust.states) == len(states):
             lists = [grads, params, *[x for x, y in zip(states, trust.states) if not all(map(operator.is_, x, y))]]
-        trust.dtype, trust.sizes, trust.states = p.dtype, [], []
+        trust.put(p.dtype, [], [])
     for x in lists:
         if not set(map(type, x)) <= PLAIN or [t.dtype for t in x].count(p.dtype) != len(x):
             return False
@@ -997,7 +1001,7 @@ def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: An
     if not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
         return all([same_layout(ts) for ts in zip(grads, params, *states)])
     if trust is not None:
-        trust.sizes, trust.states = sizes, states
+        trust.put(p.dtype, sizes, states)
     return True
 
 

@@ -15,9 +15,13 @@ from torch.utils import _pytree as pytree
 from purestep import maths
 from purestep.blocks import SHORT
 from purestep.links import SCALED, Link, LinkDeclaration, Primitive, fields_of, is_off
+from purestep.looks import Looks
 from purestep.masks import Label
 from purestep.packing import Scratch
 from purestep.program import Program, program
+
+LOOKS = 8
+"""So many models with different numbers of tensors are kept in mind."""
 
 
 class Group(NamedTuple):
@@ -61,7 +65,17 @@ class Plan:
         if not self.stages or self.stages[-1].whole:
             self.stages.append(Stage(self, len(links), len(links), False))  # where the updates are applied
         self.solo: Any = ...  # what `purestep.solo` makes of it, at the first use
+        self.looks: dict[tuple[int, int], Looks] = {}  # of all tensors of a call, by the number of parameters and of all
         self.final = len(self.stages) - 2 if self.stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
+
+    def seen(self, count: int, total: int) -> Looks:
+        """What the tensors of a call with `count` parameters, `total` of all, have looked like."""
+        found = self.looks.get((count, total))
+        if found is None:
+            if len(self.looks) >= LOOKS:
+                self.looks.clear()
+            found = self.looks[count, total] = Looks()
+        return found
 
     def segment(self, positions: tuple[int, ...], scaled: bool = False) -> Segment:
         """The links at these positions, run one after the other, perhaps on gradients times a number."""

@@ -63,14 +63,16 @@ class Solo(NamedTuple):
         for key, column in zip(self.keys, trust.states):
             if not all(map(operator.is_, [s.get(key) for s in states], column)):
                 return False
-        for xs in (grads, params):
-            if not (
-                set(map(type, xs)) <= PLAIN
-                and all([x.layout is torch.strided and x.is_cpu and x.dtype is trust.dtype for x in xs])
-                and list(map(Tensor.numel, xs)) == trust.sizes
-                and all(map(Tensor.is_contiguous, xs))
-            ):
-                return False
+        if not trust.looks.fit(params + grads):
+            for xs in (grads, params):
+                if not (
+                    set(map(type, xs)) <= PLAIN
+                    and all([x.layout is torch.strided and x.is_cpu and x.dtype is trust.dtype for x in xs])
+                    and list(map(Tensor.numel, xs)) == trust.sizes
+                    and all(map(Tensor.is_contiguous, xs))
+                ):
+                    return False
+            trust.looks.learn(params + grads)
         counts: list[Tensor] = []
         for key, _, _ in self.counters:
             found = [s.get(key) for s in states]
@@ -109,9 +111,9 @@ class Solo(NamedTuple):
         torch.autograd.graph.increment_version(params)
         return [stored(x, news[j][f]) for (_, j, f), x in zip(self.counters, counts)]
 
-    def at_once(self, grads: list[Any], params: list[Any], states: list[Any]) -> bool:
+    def at_once(self, grads: list[Any], params: list[Any], states: list[Any], plain: bool) -> bool:
         """The update of parameters and states that were given away, all of them in place, by a kernel, if there is one and
-        nothing is special about any of them.
+        nothing is special about any of them; `plain` says that this is known.
 
         Nothing has changed if it is False: then it takes a `Call`, or an error, to say what is.
         """
@@ -120,6 +122,18 @@ class Solo(NamedTuple):
         links = [i for i, _, _ in self.segment.items]
         columns = [states[links[j]][f] for j, f in self.places]
         counters = [states[links[j]][f] for _, j, f in self.counters]
+        if not all([one(c, "program") and type(c[0]) is Tensor and c[0].is_cpu for c in counters]):
+            return False
+        if not plain and not self.takes(params, grads, columns, counters):
+            return False
+        before = counters[0][0].item() if counters else 0
+        after = [c[0].add_(1) for c in counters]
+        self.run(params, grads, columns, before, after[0] if after else torch.zeros(()))
+        torch.autograd.graph.increment_version(flat.from_iterable(columns))
+        return True
+
+    def takes(self, params: list[Any], grads: list[Any], columns: list[Any], counters: list[Any]) -> bool:
+        """Whether the kernel may be trusted with these tensors, and nobody asks for derivatives."""
         dtype, shapes, n = params[0].dtype, [p.shape if type(p) in PLAIN else None for p in params], len(params)
         for xs in (params, grads, *columns):
             if not (
@@ -131,13 +145,7 @@ class Solo(NamedTuple):
                 return False
         if torch.is_grad_enabled() and any([any([x.requires_grad for x in xs]) for xs in (params, grads, *counters, *columns)]):
             return False
-        if dtype not in FUSED_DTYPES or not all([one(c, "program") and type(c[0]) is Tensor and c[0].is_cpu for c in counters]):
-            return False
-        before = counters[0][0].item() if counters else 0
-        after = [c[0].add_(1) for c in counters]
-        self.run(params, grads, columns, before, after[0] if after else torch.zeros(()))
-        torch.autograd.graph.increment_version(flat.from_iterable(columns))
-        return True
+        return dtype in FUSED_DTYPES
 
     def run(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], before: float, after: Tensor) -> None:
         """Call the kernel, in place."""

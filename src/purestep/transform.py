@@ -33,6 +33,7 @@ from purestep.links import (
     state_type,
 )
 from purestep.lists import pick, put
+from purestep.looks import Looks
 from purestep.masks import Memo, Not, refuse_unused, route, select
 from purestep.plan import Group, Plan, detail
 from purestep.program import program
@@ -193,19 +194,25 @@ class Transform:
         leaves, spec = tree.flatten(params)
         gradients = tree.flatten_like(grads, spec, "grads")
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
-        if apply and donate and executor in (None, "fused", "compiled") and not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        everything = [*leaves, *gradients, *distinct(plan, states)]
+        looks = plan.seen(len(leaves), len(everything)) if eager else Looks()
+        known = looks.fit(everything)  # as in an earlier call, in which nothing was wrong, and nothing followed
+        if apply and donate and executor in (None, "fused", "compiled") and eager:
             solo = solo_of(plan)
-            if solo is not None and solo.at_once(gradients, leaves, states):
+            if solo is not None and solo.at_once(gradients, leaves, states, known and looks.plain):
+                if not known:
+                    looks.learn(everything, plain=True)
                 return params, state
-        check_params(leaves, spec)
-        shapes = [p if p is None else p.shape for p in leaves]
-        check_gradients(gradients, leaves, shapes, spec)
         rows = None
-        if type(None) in set(map(type, gradients)):
-            rows = [k for k, g in enumerate(gradients) if g is not None]
-        check_states(self.links, states, leaves, shapes, spec)
+        if not known:
+            check_params(leaves, spec)
+            shapes = [p if p is None else p.shape for p in leaves]
+            check_gradients(gradients, leaves, shapes, spec)
+            if type(None) in set(map(type, gradients)):
+                rows = [k for k, g in enumerate(gradients) if g is not None]
+            check_states(self.links, states, leaves, shapes, spec)
         chosen = states if rows is None else [pick_leaves(s, info, rows) for s, info in zip(states, plan.fields)]
-        flat_state = [c if isinstance(c, list) else pytree.tree_leaves(c) for s in chosen for c in s]
         live, given = pick(gradients, rows), pick(leaves, rows)
 
         memo: Memo = {}
@@ -215,8 +222,11 @@ class Transform:
 
         for name in plan.trees:
             extras[name] = like_params(extras[name], name, plan, leaves, rows, spec, mask)
-        mode = choose(executor, live, given, *flat_state, plan.tensors, *[extras[name] for name in plan.trees])
-        kept = [list(s) for s in states]
+        followed = [plan.tensors, *[extras[name] for name in plan.trees]]
+        if not known:
+            followed += [live, given, *[c if isinstance(c, list) else pytree.tree_leaves(c) for s in chosen for c in s]]
+        mode = choose(executor, *followed)
+        before = [list(s) for s in states]
         groups = [Group(plan, range(len(given)))]
         touched = None
         if not all([g.layout is torch.strided for g in live]):
@@ -231,6 +241,8 @@ class Transform:
         out, news = call.run(groups)
         if touched is not None:
             out, news = touched.scatter(out, news, apply, donate)
+        elif not known and eager and mode == "program" and all([isinstance(x, Tensor) for x in everything]):
+            looks.learn(everything)
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)
             for olds, new, info in zip(states, news, plan.fields):
@@ -238,7 +250,7 @@ class Transform:
                     if leaf:
                         new[f] = put(olds[f], rows, new[f])
         result = params if out is leaves else tree.unflatten(out, spec)
-        if all([all(map(operator.is_, new, old)) for new, old in zip(news, kept)]):
+        if all([all(map(operator.is_, new, old)) for new, old in zip(news, before)]):
             return result, state  # all of it was reused in place
         return result, self._join([self._tree(link, s, spec) for link, s in zip(self.links, news)])
 
@@ -711,6 +723,21 @@ def share(column: list[Any], params: list[Any]) -> list[Any]:
         else:
             result.append(shared.setdefault((p.device, x.dtype), x))
     return result
+
+
+def distinct(plan: Plan, states: list[Any]) -> list[Any]:
+    """All that is in these states, of links that do something; counters, which parameters share, once each."""
+    found: list[Any] = []
+    counters: dict[int, Any] = {}
+    for s, info, off in zip(states, plan.fields, plan.off):
+        for c, leaf, scalar in zip(s, info.leaves, info.scalars):
+            if off:
+                continue
+            if leaf and scalar:
+                counters.update(zip(map(id, c), c))
+            else:
+                found += [x for x in c if x is not None] if leaf else [c]
+    return found + [x for x in counters.values() if x is not None]
 
 
 def executor_of(compile: bool, executor: Executor | None) -> Executor | None:

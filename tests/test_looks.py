@@ -87,6 +87,27 @@ def test_other_surroundings() -> None:
     assert seen == [False]
 
 
+def test_what_was_found_does_not_change() -> None:
+    """Another thread may learn something else between two looks at it."""
+    looks = Looks()
+    looks.learn(some())
+    found = looks.fit(some())
+    looks.learn(some(), plain=True)
+    assert found is not None
+    assert not found.plain
+
+
+def test_a_donated_step_after_a_pure_one_is_plain() -> None:
+    opt = ps.adamw(0.1)
+    params, grads = {"w": torch.ones(3)}, {"w": torch.ones(3)}
+    params, state = opt.step(grads, opt.init_state(params), params)
+    for _ in range(2):
+        params, state = opt.step(grads, state, params, donate=True)
+    (looks,) = opt.plan.looks.values()
+    assert looks.last is not None
+    assert looks.last.plain
+
+
 def test_what_changes_all_the_time_is_not_learnt_for_ever() -> None:
     looks = Looks()
     kinds = [some(), [torch.randn(2)] * 2]
@@ -196,6 +217,27 @@ def test_grad_mode_is_looked_at() -> None:
 
 
 SHAPES = [(6, 5), (40,), (6, 5), (5, 6), (30,)]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad"])
+def test_a_state_in_another_order_of_memory(name: str) -> None:
+    """A kernel would read it in the wrong order: it is looked at again where a kernel may run that did not before."""
+    results = []
+    for library in (torch.optim, optim):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+        optimizer = getattr(library, name)([p], lr=0.1, foreach=True)
+        for k in range(6):
+            p.grad = torch.randn(4, 3, dtype=torch.float64)
+            if k == 1:
+                for field, x in optimizer.state[p].items():
+                    if x.dim():
+                        optimizer.state[p][field] = x.t().contiguous().t()
+            if k == 3 and library is optim:
+                optimizer.param_groups[0]["foreach"] = None
+            optimizer.step()
+        results.append(p.detach())
+    assert difference(*results) <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam"])

@@ -6,7 +6,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -112,6 +112,24 @@ def test_checkpoints_change_nothing(name: str, every: int) -> None:
     found, again = torch.func.grad(functools.partial(outer, every), (0, 1), has_aux=True)(PARAMS, BATCHES)
     assert difference(again, trained) <= 1e-12
     assert difference(found, wanted) <= 1e-12
+
+
+class Counted(NamedTuple):
+    seen: dict[str, Tensor]
+
+    @classmethod
+    def init(cls, params: list[Tensor]) -> Counted:
+        return cls({"updates": torch.zeros(())})
+
+
+def test_a_state_of_its_own_may_be_any_tree() -> None:
+    @ps.whole(Counted)
+    def counting(gs: list[Tensor], s: Counted, params: list[Tensor]) -> Any:
+        return [-0.1 * g for g in gs], Counted({"updates": s.seen["updates"] + 1})
+
+    result = ps.meta.unroll(counting(), loss, PARAMS, BATCHES)
+    assert result.state.seen["updates"].item() == STEPS
+    assert difference(result.params, ps.meta.unroll(ps.sgd(0.1), loss, PARAMS, BATCHES).params) <= 1e-12
 
 
 def test_maml_written_out() -> None:

@@ -63,8 +63,7 @@ class Trust:
     def keep(self, params: list[Tensor], states: list[list[Any]]) -> None:
         """Remember these, if there is nothing special about them."""
         dtype = params[0].dtype
-        plain = [set(map(type, xs)) <= PLAIN and [x.dtype for x in xs].count(dtype) == len(xs) for xs in states]
-        self.put(dtype, list(map(Tensor.numel, params)) if all(plain) else [], states)
+        self.put(dtype, list(map(Tensor.numel, params)) if plain(states, dtype) else [], states)
 
     def put(self, dtype: torch.dtype | None, sizes: list[int], states: list[list[Tensor]]) -> None:
         """Remember these states of tensors of these sizes, and that nothing is known of parameters and gradients."""
@@ -235,8 +234,9 @@ class Call:
         if isinstance(self.factor, Tensor) and not alike([p.device for p in self.params]):
             self.scale()
         scaled = self.factor is not None
-        segment = groups[0].plan.segment(stage.positions, scaled)
-        if len(groups) == 1 and self.uniform(stage) and not self.mixed(segment, apply):
+        uniform = len(groups) == 1 and self.uniform(stage)
+        segment = groups[0].plan.segment(stage.positions, scaled) if uniform else None
+        if segment is not None and not self.mixed(segment, apply):
             self.grads = self.bucket(segment, None, apply)
         else:
             out = list(self.grads)

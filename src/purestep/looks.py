@@ -7,7 +7,7 @@ its arguments at every call, in C++, and these are its guards.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,31 +17,43 @@ MISSES = 4
 """To learn what tensors look like costs as much as to look at them; what has changed so many times is not learnt again."""
 
 
-class Looks:
+class Look(NamedTuple):
     """What some tensors look like: their types, dtypes, devices, layouts, shapes and strides, and what follows them.
 
     None of them is kept alive.
     """
 
-    __slots__ = ("count", "grad", "guards", "misses", "plain")
+    guards: TensorGuards
+    number: int
+    grad: bool  # whether grad mode was on
+    plain: bool  # for whoever looks to say what was found
+
+    def fits(self, tensors: Sequence[object]) -> bool:
+        """Whether these are as many and look the same, one by one, in the same surroundings; not if one is there twice."""
+        same = len(tensors) == self.number and torch.is_grad_enabled() is self.grad
+        return same and bool(self.guards.check(*tensors))
+
+
+class Looks:
+    """What the tensors of one call after the other look like."""
+
+    __slots__ = ("last", "misses")
 
     def __init__(self) -> None:
-        self.guards: Any = None
+        self.last: Look | None = None
         self.misses = 0
-        self.plain = False  # for whoever looks to say what was found
 
-    def fit(self, tensors: Sequence[object]) -> bool:
-        """Whether these are as many and look the same, one by one, in the same surroundings; not if one is there twice."""
-        if self.guards is None or len(tensors) != self.count or torch.is_grad_enabled() is not self.grad:
-            return False
-        if not self.guards.check(*tensors):
-            return False
+    def fit(self, tensors: Sequence[object]) -> Look | None:
+        """What was learnt last, if these look like that."""
+        found = self.last  # which another thread may exchange
+        if found is None or not found.fits(tensors):
+            return None
         self.misses = 0
-        return True
+        return found
 
     def learn(self, tensors: Sequence[Tensor], plain: bool = False) -> None:
         """Keep in mind what these look like."""
         if self.misses < MISSES:
             self.misses += 1
-            self.count, self.grad, self.plain = len(tensors), torch.is_grad_enabled(), plain
-            self.guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            self.last = Look(guards, len(tensors), torch.is_grad_enabled(), plain)

@@ -63,7 +63,7 @@ class Solo(NamedTuple):
         for key, column in zip(self.keys, trust.states):
             if not all(map(operator.is_, [s.get(key) for s in states], column)):
                 return False
-        if not trust.looks.fit(params + grads):
+        if trust.looks.fit(params + grads) is None:
             for xs in (grads, params):
                 if not (
                     set(map(type, xs)) <= PLAIN

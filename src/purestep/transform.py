@@ -195,17 +195,17 @@ class Transform:
         gradients = tree.flatten_like(grads, spec, "grads")
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
         eager = not torch.compiler.is_compiling()
-        everything = [*leaves, *gradients, *distinct(plan, states)]
+        everything = [*leaves, *gradients, *distinct(plan, states)] if eager else []  # which tensors are one is no constant
         looks = plan.seen(len(leaves), len(everything)) if eager else Looks()
         known = looks.fit(everything)  # as in an earlier call, in which nothing was wrong, and nothing followed
         if apply and donate and executor in (None, "fused", "compiled") and eager:
             solo = solo_of(plan)
-            if solo is not None and solo.at_once(gradients, leaves, states, known and looks.plain):
-                if not known:
+            if solo is not None and solo.at_once(gradients, leaves, states, known is not None and known.plain):
+                if known is None or not known.plain:
                     looks.learn(everything, plain=True)
                 return params, state
         rows = None
-        if not known:
+        if known is None:
             check_params(leaves, spec)
             shapes = [p if p is None else p.shape for p in leaves]
             check_gradients(gradients, leaves, shapes, spec)
@@ -223,7 +223,7 @@ class Transform:
         for name in plan.trees:
             extras[name] = like_params(extras[name], name, plan, leaves, rows, spec, mask)
         followed = [plan.tensors, *[extras[name] for name in plan.trees]]
-        if not known:
+        if known is None:
             followed += [live, given, *[c if isinstance(c, list) else pytree.tree_leaves(c) for s in chosen for c in s]]
         mode = choose(executor, *followed)
         before = [list(s) for s in states]
@@ -241,7 +241,7 @@ class Transform:
         out, news = call.run(groups)
         if touched is not None:
             out, news = touched.scatter(out, news, apply, donate)
-        elif not known and eager and mode == "program" and all([isinstance(x, Tensor) for x in everything]):
+        elif known is None and eager and mode == "program" and all([isinstance(x, Tensor) for x in everything]):
             looks.learn(everything)
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from purestep import tree
 from purestep.engine import Call, choose
@@ -37,7 +38,7 @@ class Loop:
     def step(self, grads: Any) -> Any:
         """The new parameters."""
         gradients, params, opt = tree.flatten_like(grads, self.spec, "grads"), self.params, self.opt
-        kept = [c if isinstance(c, list) else (c,) for s in self.states for c in s]
+        kept = [c if isinstance(c, list) else pytree.tree_leaves(c) for s in self.states for c in s]
         memo: Memo = {}
         call = Call(
             gradients, params, self.states, lambda masks: select(masks, params, self.spec, memo),

@@ -42,8 +42,18 @@ def some() -> list[Tensor]:
     return [torch.randn(3, 2), torch.randn(4), torch.randn(())]
 
 
+def learnt(xs: list[Tensor]) -> Looks:
+    """At the second time."""
+    looks = Looks()
+    for _ in range(2):
+        looks.learn(xs)
+    return looks
+
+
 def test_the_same_look() -> None:
     looks = Looks()
+    assert not looks.fit(some())
+    looks.learn(some())
     assert not looks.fit(some())
     looks.learn(some())
     assert looks.fit(some())
@@ -53,12 +63,13 @@ def test_the_same_look() -> None:
 
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "nadam", "adafactor", "clipped"])
-def test_a_second_step_is_known(name: str, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is checked at it that has been at the first."""
+def test_after_some_steps_all_is_known(name: str, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is checked that has been."""
     opt = ps.chain(ps.clip_by_global_norm(1.0), ps.adamw(0.1)) if name == "clipped" else getattr(ps, name)(0.1)
     params, grads = {"v": torch.ones(3), "w": torch.ones(3, 2)}, {"v": torch.ones(3), "w": torch.ones(3, 2)}
-    params, state = opt.step(grads, opt.init_state(params), params, donate=donate)
-    params, state = opt.step(grads, state, params, donate=donate)
+    state = opt.init_state(params)
+    for _ in range(3):
+        params, state = opt.step(grads, state, params, donate=donate)
     for check in ("check_params", "check_gradients", "check_states"):
         monkeypatch.delattr(f"purestep.transform.{check}")
     monkeypatch.delattr("purestep.solo.Solo.takes")
@@ -68,41 +79,39 @@ def test_a_second_step_is_known(name: str, donate: bool, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("how", DIFFERENT)
 def test_another_look(how: str) -> None:
     xs = some()
-    looks = Looks()
-    looks.learn(xs)
+    looks = learnt(xs)
     assert not looks.fit([DIFFERENT[how](xs[0]), *xs[1:]])
     assert looks.fit(xs)
 
 
 def test_other_surroundings() -> None:
     xs = some()
-    looks = Looks()
-    looks.learn(xs)
+    looks = learnt(xs)
     with torch.no_grad():
         assert not looks.fit(xs)
     with Idle():
         assert not looks.fit(xs)
-    seen: list[bool] = []
+    seen: list[object] = []
     torch.func.vmap(lambda x: (seen.append(looks.fit(xs)), x)[1])(torch.ones(2))
-    assert seen == [False]
+    assert seen == [None]
 
 
 def test_what_was_found_does_not_change() -> None:
     """Another thread may learn something else between two looks at it."""
-    looks = Looks()
-    looks.learn(some())
+    looks = learnt(some())
     found = looks.fit(some())
-    looks.learn(some(), plain=True)
+    for _ in range(2):
+        looks.learn(some(), plain=True)
     assert found is not None
     assert not found.plain
 
 
-def test_a_donated_step_after_a_pure_one_is_plain() -> None:
+def test_donated_steps_after_pure_ones_are_plain() -> None:
     opt = ps.adamw(0.1)
     params, grads = {"w": torch.ones(3)}, {"w": torch.ones(3)}
-    params, state = opt.step(grads, opt.init_state(params), params)
-    for _ in range(2):
-        params, state = opt.step(grads, state, params, donate=True)
+    state = opt.init_state(params)
+    for k in range(6):
+        params, state = opt.step(grads, state, params, donate=k > 2)
     (looks,) = opt.plan.looks.values()
     assert looks.last is not None
     assert looks.last.plain
@@ -114,12 +123,12 @@ def test_what_changes_all_the_time_is_not_learnt_for_ever() -> None:
     for k in range(20):
         if not looks.fit(kinds[k % 2]):
             looks.learn(kinds[k % 2])
-    assert looks.misses == MISSES
+    assert looks.misses > MISSES
     looks = Looks()
-    for k in range(60):
-        if not looks.fit(kinds[0][: 1 + k // 3 % 2]):
-            looks.learn(kinds[0][: 1 + k // 3 % 2])
-    assert looks.misses < MISSES  # most steps were like the one before
+    for k in range(120):
+        if not looks.fit(kinds[0][: 1 + k // 6 % 2]):
+            looks.learn(kinds[0][: 1 + k // 6 % 2])
+    assert looks.misses <= MISSES  # most steps were like the one before
 
 
 def test_nothing_is_kept_alive() -> None:

@@ -52,8 +52,8 @@ class Looks:
         return found
 
     def learn(self, tensors: Sequence[Tensor], plain: bool = False) -> None:
-        """Keep in mind what these look like."""
-        if self.misses < MISSES:
-            self.misses += 1
+        """Keep in mind what these look like, if it is not the first time that nothing was known: there may be no second."""
+        self.misses += 1
+        if 1 < self.misses <= MISSES:
             guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
             self.last = Look(guards, len(tensors), torch.is_grad_enabled(), plain)

@@ -194,15 +194,17 @@ class Transform:
         leaves, spec = tree.flatten(params)
         gradients = tree.flatten_like(grads, spec, "grads")
         states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
-        eager = not torch.compiler.is_compiling()
+        eager = not (torch.compiler.is_compiling() or maths.transforming())
         everything = [*leaves, *gradients, *distinct(plan, states)] if eager else []  # which tensors are one is no constant
         looks = plan.seen(len(leaves), len(everything)) if eager else Looks()
         known = looks.fit(everything)  # as in an earlier call, in which nothing was wrong, and nothing followed
         if apply and donate and executor in (None, "fused", "compiled") and eager:
             solo = solo_of(plan)
             if solo is not None and solo.at_once(gradients, leaves, states, known is not None and known.plain):
-                if known is None or not known.plain:
+                if known is None:
                     looks.learn(everything, plain=True)
+                elif not known.plain:
+                    looks.last = known._replace(plain=True)
                 return params, state
         rows = None
         if known is None:

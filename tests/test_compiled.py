@@ -120,6 +120,23 @@ def test_where_torch_has_the_kernel_nothing_is_compiled(name: str, monkeypatch: 
     assert difference(*trained) == 0
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_longer_chain_is_compiled(donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is more to it than torch's kernel computes, all of it is one kernel of Inductor's."""
+    made: list[int] = []
+    original = purestep.compiled.compiled
+
+    def counted(split: Any, *rest: Any) -> Any:
+        made.append(len(split.recipe.parts))
+        return original(split, *rest)
+
+    monkeypatch.setattr(purestep.compiled, "compiled", counted)
+    opt = ps.chain(ps.clip(1.0), ps.adamw(0.1))
+    params = drawn(0)
+    opt.step(drawn(1), opt.init_state(params), params, donate=donate, compile=True)
+    assert made == [len(opt.links)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_precision(dtype: torch.dtype) -> None:
     """At least as near to the float64 trajectory as op by op."""

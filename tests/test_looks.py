@@ -124,6 +124,9 @@ def test_what_changes_all_the_time_is_not_learnt_for_ever() -> None:
         if not looks.fit(kinds[k % 2]):
             looks.learn(kinds[k % 2])
     assert looks.misses > MISSES
+    last = looks.last
+    looks.learn(kinds[0])
+    assert looks.last is last
     looks = Looks()
     for k in range(120):
         if not looks.fit(kinds[0][: 1 + k // 6 % 2]):
@@ -226,6 +229,36 @@ def test_grad_mode_is_looked_at() -> None:
 
 
 SHAPES = [(6, 5), (40,), (6, 5), (5, 6), (30,)]
+
+
+def test_what_is_known_need_not_suit_a_kernel() -> None:
+    """A gradient in another order of memory is known after pure steps, and a kernel still may not have it."""
+    opt = ps.adamw(0.1)
+    grads = {"w": torch.randn(4, 3).t()}
+    params = {"w": torch.randn(3, 4)}
+    state = opt.init_state(params)
+    for _ in range(3):
+        params, state = opt.step(grads, state, params)
+    expected, others = copy.deepcopy((params, state))
+    for _ in range(3):
+        params, state = opt.step(grads, state, params, donate=True)
+        expected, others = opt.step(grads, others, expected, executor="leaf")
+    assert difference((params, state), (expected, others)) <= 1e-6
+
+
+def test_a_state_of_other_sizes_is_still_an_error() -> None:
+    """The parameter looks as it did in earlier steps, but its state is that of a smaller one: a kernel would write beyond it."""
+    p = torch.nn.Parameter(torch.ones(40))
+    optimizer = optim.AdamW([p], lr=0.1)
+    for size in (40, 30):
+        optimizer.state.pop(p, None)
+        p.data = torch.ones(size)
+        for _ in range(4 if size == 40 else 1):
+            p.grad = torch.ones(size)
+            optimizer.step()
+    p.data, p.grad = torch.ones(40), torch.ones(40)
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adagrad"])

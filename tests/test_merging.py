@@ -354,6 +354,6 @@ def test_the_program() -> None:
 def test_a_mean_that_nearly_stays() -> None:
     """The weight of `NEARLY` changes no number, and corrects no bias."""
     assert merging.NEARLY < 1
-    assert 1 - merging.NEARLY ** merging.MANY.item() == 1  # exactly: exp(-128) is lost next to it
+    assert 1 - merging.NEARLY ** float(merging.MANY) == 1  # exactly: exp(-128) is lost next to it
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(x + (1 - merging.NEARLY) * (x.flip(0) - x), x)

@@ -263,14 +263,17 @@ class Call:
 
     def mixed(self, segment: Segment, apply: bool) -> bool:
         """Whether there are small tensors that are better packed, and large ones that are not."""
-        if self.executor != "compiled" or self.mode != "program" or self.ready(segment, apply):
+        if self.executor != "compiled" or self.mode != "program" or self.fuses(segment, apply):
             return False
         few = sum([p.numel() <= SIZE for p in self.params])
         return COUNT <= few < len(self.params)
 
-    def ready(self, segment: Segment, apply: bool) -> bool:
-        """Whether there is nothing to be compiled: all of it is a fused kernel, which may write where it reads."""
-        return apply and self.donate and segment.kernel is not None and not segment.first
+    def fuses(self, segment: Segment, apply: bool) -> bool:
+        """Whether a fused kernel is wanted: in the place of what would be compiled, if it is all of it and may write where it
+        reads."""
+        if not apply or segment.kernel is None or self.executor == "foreach":
+            return False
+        return self.executor != "compiled" or (self.donate and not segment.first)
 
     def buckets(self, group: Group, stage: Stage, apply: bool) -> list[tuple[list[int], tuple[int, ...]]]:
         """The rows that one program can take together, and the links that act on them."""
@@ -322,8 +325,7 @@ class Call:
             fields = [[c if scalar else real(c) for c, scalar in zip(own, scalars)] for own, scalars in zip(fields, kinds)]
         if self.mode == "program":
             updates, news = self.execute(segment, grads, params, fields, apply)
-            fused = self.executor in (None, "fused") or (self.executor == "compiled" and self.ready(segment, apply))
-            kernel = segment.kernel is not None and fused  # which keeps its own
+            kernel = self.fuses(segment, apply)  # which keeps its own
             if self.trust is not None and self.donate and apply and rows is None and not complex_ and not kernel:
                 self.trust.keep(params, [new[f] for (_, _, info), new in zip(segment.items, news) for f in info.columns])
             if self.donate:  # what was written in place, below autograd's sight
@@ -364,7 +366,7 @@ class Call:
         below = torch._C._AutoDispatchBelowAutograd  # nothing requires grad; to ask each tensor costs a tenth of a step
         if self.executor == "compiled":
             with below():
-                found = self.fused(*given) if self.ready(segment, apply) else None
+                found = self.fused(*given) if self.fuses(segment, apply) else None
             return found or self.packed(*given, apply) or self.program(*given, apply)
         with below():
             return (self.packed(*given, apply) if self.executor is None else None) or self.program(*given, apply)
@@ -552,8 +554,9 @@ class Call:
 
     def program(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """All parameters at once: the tail of the chain as a fused kernel if there is one, the rest as a program."""
-        if apply and segment.kernel is not None and self.executor not in ("foreach", "compiled") and self.mode == "program":
-            pays = self.donate or segment.kernel.copies or self.executor == "fused"
+        kernel = segment.kernel if self.fuses(segment, apply) else None
+        if kernel is not None and self.mode == "program" and self.executor != "compiled":
+            pays = self.donate or kernel.copies or self.executor == "fused"
             found = self.fused(segment, grads, params, fields) if pays else None
             if found is not None:
                 return found

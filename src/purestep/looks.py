@@ -1,7 +1,7 @@
 """Whether tensors are what they were when they were last looked at.
 
-To ask 800 tensors for their types, dtypes, shapes and strides takes as long as to update them. `torch.compile` asks the same of
-its arguments at every call, in C++, and these are its guards.
+To ask 800 tensors for their types, dtypes, shapes and strides takes a good part of the time that their update takes.
+`torch.compile` asks the same of its arguments at every call, in C++, and these are its guards.
 """
 
 from __future__ import annotations

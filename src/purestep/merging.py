@@ -57,7 +57,7 @@ def _adam(
     p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], b1: float, b2: float, eps: float, lr: float
 ) -> None:
     torch._fused_adam_(
-        p, list(g), list(m), list(v), [], [MANY] * len(p),
+        p, g, m, v, [], [MANY] * len(p),
         lr=lr, beta1=b1, beta2=b2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
     )  # fmt: skip
 

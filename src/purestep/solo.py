@@ -126,7 +126,7 @@ class Solo(NamedTuple):
             return False
         if not plain and not self.takes(params, grads, columns, counters):
             return False
-        before = counters[0][0].item() if counters else 0
+        before = counters[0][0].item() if counters else 0  # they are on the CPU: there is nothing to wait for
         after = [c[0].add_(1) for c in counters]
         self.run(params, grads, columns, before, after[0] if after else torch.zeros(()))
         torch.autograd.graph.increment_version(flat.from_iterable(columns))

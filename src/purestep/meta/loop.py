@@ -30,10 +30,12 @@ class Loop:
     @classmethod
     def of(cls, opt: Transform, grads: Any, state: Any, params: Any) -> Loop | None:
         """None if every step has something new to tell the transform, or some parameters may be left out."""
+        if opt.plan.extras:
+            return None
         leaves, spec = tree.flatten(params)
         tensors = [*leaves, *tree.flatten_like(grads, spec, "grads")]
         plain = all([isinstance(x, Tensor) and x.layout is torch.strided for x in tensors])
-        return cls(opt, state, leaves, spec) if plain and not opt.plan.extras else None
+        return cls(opt, state, leaves, spec) if plain else None
 
     def step(self, grads: Any) -> Any:
         """The new parameters."""

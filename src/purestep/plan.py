@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -36,8 +37,28 @@ class Kernel(NamedTuple):
 
     pattern: tuple[tuple[LinkDeclaration, bool], ...]  # each with whether it may be left out
     run: Callable[..., None]
+    name: str  # torch's name for it, a key of `CPU_DTYPES`
     copies: bool = True  # whether it pays to copy what was not given away, so that the kernel can write on it
     tails: bool = True  # whether it pays as the tail of a longer chain, which would be one program without it
+
+    def computes(self, p: Tensor) -> bool:
+        """Whether the kernel is right for tensors of this dtype on this device."""
+        return p.dtype in CPU_DTYPES[self.name] if p.is_cpu else p.is_cuda and p.dtype in FUSED_DTYPES
+
+
+FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""The dtypes that torch's fused kernels take."""
+
+CPU_DTYPES: dict[str, frozenset[torch.dtype]] = {
+    "adam": FUSED_DTYPES,
+    "adagrad": FUSED_DTYPES,
+    # torch._fused_sgd_ leaves every full vector of float16 and bfloat16 numbers as it was, and updates the rest. SGD_SINCE.
+    "sgd": frozenset({torch.float64, torch.float32}),
+}
+"""For each kernel, the dtypes for which a test shows that its CPU version computes what the mathematics says."""
+
+MERGED_DTYPES = frozenset.intersection(*CPU_DTYPES.values())
+"""The dtypes of programs in which kernels take the place of several lines."""
 
 
 KERNELS: list[Kernel] = []
@@ -229,6 +250,24 @@ def tail(kernel: Kernel, declarations: Sequence[LinkDeclaration]) -> int | None:
         elif not optional:
             return None
     return i
+
+
+def packed_links(plan: Plan) -> set[int]:
+    """The links whose states the packed executor would keep in one piece of memory: elementwise, without a kernel."""
+    found: set[int] = set()
+    for stage in plan.stages:
+        if stage.inner is not None:
+            found |= {stage.start + 1 + i for i in packed_links(stage.inner)}
+        elif stage.positions and plan.segment(stage.positions).kernel is None:
+            segment = plan.segment(stage.positions)
+            recipe = details(segment, tuple([(False,) * len(info.names) for _, _, info in segment.items]))
+            try:
+                elementwise = program(recipe, False, False, False, *segment.declarations, form="single").elementwise
+            except TypeError:  # a leaf function that cannot be traced runs by itself
+                continue
+            if elementwise and not segment.encoded:
+                found |= set(stage.positions)
+    return found
 
 
 def absent(fields: Any) -> tuple[tuple[bool, ...], ...]:

@@ -374,7 +374,7 @@ class Transform:
 
 def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
     """The source of the program of each stage of a plan; of a whole transform, its name and those it is put around."""
-    texts, own = [], False
+    texts = []
     for stage in plan.stages:
         if stage.whole:
             inner = programs(stage.inner, False, donate) if stage.inner else []
@@ -386,8 +386,7 @@ def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
             matrix = torch.empty(64, 64, device="meta")
             parts = tuple([detail(v, tuple([x is None for x in fresh_state(v, matrix)])) for v in values])
             last = apply and stage is plan.stages[-1]
-            texts.append(program(parts, last, own, donate, *[v.declaration for v in values]).source)
-        own = not stage.whole
+            texts.append(program(parts, last, False, donate, *[v.declaration for v in values]).source)
     return texts
 
 

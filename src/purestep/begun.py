@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from purestep.links import Primitive, fresh_state
 
@@ -30,7 +31,15 @@ class Begun(NamedTuple):
 
     def own(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """Those tensors of a state that are still what the optimizer made: neither replaced nor written to."""
-        return {n: x for n, (x, version) in self.fields.items() if state.get(n) is x and x._version == version}
+        return {n: x for n, (x, _) in self.made(state).items()}
+
+    def made(self, state: Mapping[str, Any]) -> dict[str, tuple[Tensor, int]]:
+        """The same, each with its version."""
+        return {n: (x, version) for n, (x, version) in self.fields.items() if state.get(n) is x and x._version == version}
+
+    def again(self) -> Begun:
+        """The same of copies of these tensors, whose versions have begun anew."""
+        return self._replace(fields={n: (x, x._version) for n, (x, _) in self.fields.items()})
 
 
 def kind(p: Tensor) -> Any:
@@ -39,8 +48,9 @@ def kind(p: Tensor) -> Any:
 
 
 def options_of(value: Primitive) -> dict[str, Any]:
-    """The hyperparameters that the first state of a leafwise transform depends on."""
-    return {name: value.arguments[name] for name in value.declaration.init_names}
+    """The hyperparameters that the first state of a leafwise transform depends on, as they are now."""
+    chosen = {name: value.arguments[name] for name in value.declaration.init_names}
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, chosen)
 
 
 def reads(value: Primitive, p: Tensor) -> bool:

@@ -62,8 +62,8 @@ class Call:
     `params` and `grads` are lists; `states` holds, per link, a list of its state's fields, and a field is a list over the
     parameters (or, in a whole transform, also a value of its own). Every parameter has a gradient: the others never get
     here. `mask` says which of these parameters some masks select.
-    `alone` says that no one else holds their counters. `private` says that the state belongs to an optimizer: nobody asks for the
-    version counters of its tensors. `seen` says that all tensors have been looked at.
+    `alone` says that no one else holds their counters. `private` says that the state belongs to an optimizer: nobody asks
+    for the version counters of its tensors. `seen` says that all tensors have been looked at.
     `copies` says that the parameters are copies of the caller's, so that those which a transform has moved may be new ones.
     `extras` are the arguments that some whole transforms ask for at each update.
     """

@@ -34,8 +34,8 @@ def _adam(kernel: Any, amsgrad: bool) -> Any:
 def _sgd(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], before: Any) -> None:
     torch._fused_sgd_(  # is_first_step=True would overwrite a momentum buffer that was given before the first step
         p, g, s.get("momentum_buffer", []), lr=h["lr"], weight_decay=h.get("weight_decay", 0.0),
-        momentum=h.get("momentum", 0.0), dampening=h.get("dampening", 0.0) if before else 0.0, nesterov=h.get("nesterov", False),
-        maximize="maximize" in h, is_first_step=False,
+        momentum=h.get("momentum", 0.0), dampening=h.get("dampening", 0.0) if before else 0.0,
+        nesterov=h.get("nesterov", False), maximize="maximize" in h, is_first_step=False,
     )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ class Optimizer(torch.optim.Optimizer):
     """Options that a checkpoint may be too old to have, with the values they had before they existed."""
 
     _uncounted: ClassVar[frozenset[str]] = frozenset()
-    """Fields of a state that torch's class has without counting updates: where one was given, the next update is not the first."""
+    """Fields of a state that torch keeps without counting updates: where one was given, the next update is not the first."""
 
     _compile = False
 
@@ -433,11 +433,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _fill_whole(self, link: Link, names: tuple[str, ...], frozen: bool) -> None:
         """The same for a whole transform, which begins with all parameters: its own fields are kept under one key."""
-        value = link.transform
-        params = [p for group in self.param_groups for p in group["params"] if not is_lazy(p)]
-        if not frozen:  # a function of all parameters is one of the frozen ones, too
-            params = [p for p in params if p.requires_grad or p.grad is not None]
-        params = [p for p, yes in zip(params, self._selected(link.masks, params)) if yes]
+        value, params = link.transform, self._members(link, frozen)
         for name, leaf, x in zip(names, fields_of(value).leaves, fresh_whole_state(value, params)):
             if not leaf:
                 self.state[SHARED].setdefault(name, x)
@@ -448,6 +444,13 @@ class Optimizer(torch.optim.Optimizer):
                 ys = together(ys)
             for (p, _), y in zip(missing, ys):
                 self.state[p][name] = y
+
+    def _members(self, link: Link, frozen: bool) -> list[Tensor]:
+        """The parameters that a whole transform begins with; a function of all parameters is one of the frozen ones, too."""
+        params = [p for group in self.param_groups for p in group["params"] if not is_lazy(p)]
+        if not frozen:
+            params = [p for p in params if p.requires_grad or p.grad is not None]
+        return [p for p, yes in zip(params, self._selected(link.masks, params)) if yes]
 
     # -- before the first step of a parameter
 
@@ -484,7 +487,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _touch(self, params: list[Tensor], transform: Transform) -> None:
         """Before the first step of some of these parameters: make anew what depends on values that may have changed."""
-        first = [p for p in params if p in self._untouched]
+        first = [p for p in dict.fromkeys(params) if p in self._untouched]
         if not first:
             return
         beginning = all([p in self._untouched for g in self.param_groups for p in g["params"] if p.requires_grad])
@@ -504,12 +507,15 @@ class Optimizer(torch.optim.Optimizer):
             on = self._selected(link.masks, first)
             if value.declaration.whole:
                 chosen = [j for j, yes in enumerate(on) if yes]
-                self._touch_whole(link, names, [first[j] for j in chosen], [(states[j], owns[j]) for j in chosen], beginning)
+                entries = [(states[j], owns[j]) for j in chosen]
+                frozen = bool(transform.plan.extras)
+                self._touch_whole(link, names, [first[j] for j in chosen], entries, beginning, frozen)
                 continue
             for p, yes, old, state, own, given in zip(first, on, begun, states, owns, mine):
                 if not yes:
                     continue
-                again = old.kind != kind(p) or old.options.get(names[0]) != options.get(names[0]) or self._begins_from(value, p)
+                again = old.kind != kind(p) or self._begins_from(value, p)
+                again |= not same(old.options.get(names[0]), options.get(names[0]))
                 fields = dict(zip(names, fresh_state(value, p))) if again else own
                 for name in names:
                     if name not in given and fields.get(name) is not None:
@@ -526,6 +532,7 @@ class Optimizer(torch.optim.Optimizer):
         params: list[Tensor],
         states: list[tuple[dict[str, Any], dict[str, Tensor]]],
         beginning: bool,
+        frozen: bool,
     ) -> None:
         """The same for a whole transform: what it keeps per parameter, and its own fields before the very first step."""
         value = link.transform
@@ -539,10 +546,7 @@ class Optimizer(torch.optim.Optimizer):
         shared = self.state.get(SHARED, {})
         if not beginning or not shared or all(leaves):
             return
-        every = [
-            p for g in self.param_groups for p in g["params"] if not is_lazy(p) and (p.requires_grad or p.grad is not None)
-        ]
-        every = [p for p, yes in zip(every, self._selected(link.masks, every)) if yes]
+        every = self._members(link, frozen)
         for name, leaf, x in zip(names, leaves, fresh_whole_state(value, every)):
             old, version = self._begun_shared.get(name, (None, -1))
             if not leaf and old is not None and shared.get(name) is old and old._version == version:
@@ -773,9 +777,10 @@ class Optimizer(torch.optim.Optimizer):
         pairs: list[tuple[Tensor, Tensor]] = []
         for names, info, olds, used, news in zip(plan.keys, plan.fields, before, given, after):
             for name, leaf, scalar, old, known, new in zip(names, info.leaves, info.scalars, olds, used, news):
-                if not leaf:
+                if not leaf:  # a counter that shares no memory with the other fields stays the tensor that it is
                     if new is not old:
-                        self._settle(self.state[SHARED], name, old, new, pairs)
+                        alone = scalar and sum([in_memory_of(x, old) for x in olds]) == 1
+                        self._settle(self.state[SHARED], name, old if alone else None, new, pairs)
                 elif scalar and not any([x is None and y is not None for x, y in zip(old, new)]):
                     self._counters.write(old, known, new)
                 elif not all(map(operator.is_, known, new)):
@@ -937,7 +942,8 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            **{name: self.__dict__[name] for name in (*KEPT, "_untouched", "_begun_shared")},
+            **{name: self.__dict__[name] for name in (*KEPT, "_begun_shared")},
+            "_untouched": {p: x._replace(fields=x.made(self.state.get(p, NOTHING))) for p, x in self._untouched.items()},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -945,7 +951,8 @@ class Optimizer(torch.optim.Optimizer):
         self._made, self._looks, self._known, self._aside, self._reads = [], {}, {}, {}, {}
         self._counters = Counters()
         self._rates = self.__dict__.get("_rates", {})  # a graph reads them, whatever is loaded
-        self._untouched, self._begun_shared = state.get("_untouched", {}), state.get("_begun_shared", {})
+        self._untouched = {p: x.again() for p, x in state.get("_untouched", {}).items()}
+        self._begun_shared = {n: (x, x._version) for n, (x, _) in state.get("_begun_shared", {}).items()}
         for group in self.param_groups:
             for name, default in self._fallback().items():
                 group.setdefault(name, default)
@@ -1061,6 +1068,12 @@ def fits_in(old: Any, new: Any) -> bool:
     if not isinstance(old, Tensor) or not isinstance(new, Tensor) or torch.is_grad_enabled():
         return False
     return old.shape == new.shape and old.dtype == new.dtype and old.device == new.device and type(old) is type(new)
+
+
+def in_memory_of(x: Any, y: Any) -> bool:
+    """Whether two tensors share a storage."""
+    both = isinstance(x, Tensor) and isinstance(y, Tensor)
+    return both and x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def overwrite_all(pairs: list[tuple[Tensor, Tensor]]) -> None:

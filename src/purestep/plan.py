@@ -52,8 +52,8 @@ FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfl
 CPU_DTYPES: dict[str, frozenset[torch.dtype]] = {
     "adam": FUSED_DTYPES,
     "adagrad": FUSED_DTYPES,
-    # torch._fused_sgd_ leaves every full vector of float16 and bfloat16 numbers as it was, and updates the rest. SGD_SINCE.
-    "sgd": frozenset({torch.float64, torch.float32}),
+    # Up to torch 2.13, torch._fused_sgd_ leaves every full vector of float16 and bfloat16 numbers as it was.
+    "sgd": FUSED_DTYPES if torch.__version__ >= "2.14" else frozenset({torch.float64, torch.float32}),
 }
 """For each kernel, the dtypes for which a test shows that its CPU version computes what the mathematics says."""
 
@@ -266,7 +266,8 @@ def packed_links(plan: Plan) -> set[int]:
             except TypeError:  # a leaf function that cannot be traced runs by itself
                 continue
             if elementwise and not segment.encoded:
-                found |= set(stage.positions)
+                # torch adds a sparse tensor to one with a storage offset in the wrong place, beyond the end of its memory
+                found |= {i for i in stage.positions if plan.links[i].transform.declaration.sparse != "rows"}
     return found
 
 

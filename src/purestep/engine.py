@@ -44,7 +44,7 @@ from purestep.lists import (
     same_layout,
     widest,
 )
-from purestep.packing import COUNT, SIZE, Scratch, small, split
+from purestep.packing import COUNT, SIZE, Scratch, borrow, give_back, small, split
 from purestep.plan import FUSED_DTYPES, MERGED_DTYPES, Group, Segment, Stage, absent, details, encodes, joinable
 from purestep.program import call, program, runner
 from purestep.value import Schedule
@@ -483,13 +483,11 @@ class Call:
             [[x.dtype for x in xs].count(dtype) == len(shapes) and [x.shape for x in xs] == shapes for xs in lists]
         ):
             return None
-        scratch = segment.scratch.pop() if segment.scratch else None
-        if scratch is None or scratch.shapes != shapes or scratch.dtype != dtype:
-            scratch = Scratch(params)
+        scratch = borrow(params)
         try:
             return self.on_scratch(segment, scratch, grads, params, fields, columns, apply, recipe.reads_params)
         finally:
-            segment.scratch.append(scratch)
+            give_back(scratch)
 
     def on_scratch(
         self, segment: Segment, scratch: Scratch, grads: Any, params: Any, fields: Any, columns: Any, apply: bool, reads: bool

@@ -385,7 +385,7 @@ class Optimizer(torch.optim.Optimizer):
             del self._untouched[p]
             self.state.pop(p, None)
         if gone:
-            new = [p for p in there if p not in self.state]
+            new = {p for p in there if p not in self.state}
             groups = [{**g, "params": [p for p in g["params"] if p in new]} for g in self.param_groups]
             self._begin_state([g for g in groups if g["params"]])
 
@@ -496,8 +496,9 @@ class Optimizer(torch.optim.Optimizer):
             begun.append(self._untouched[p])
             states.append(self.state[p] if begun[-1].fields or p in self.state else {})
             owns.append(self._aside.pop(p)[0] if p in self._aside else begun[-1].own(states[-1]))
-            for name in owns[-1]:
-                states[-1].pop(name, None)
+            for name, x in owns[-1].items():
+                if states[-1].get(name) is x:
+                    del states[-1][name]
         mine = [set(state) for state in states]  # what the user has made
         options, keys = options_in(transform), transform.plan.keys
         for k, link in enumerate(transform.links):
@@ -573,14 +574,15 @@ class Optimizer(torch.optim.Optimizer):
         if not masks:
             return [True] * len(params)
         key = tuple(map(identity, masks))
-        known = self._known.setdefault(key, {})
+        known = self._known.get(key, {})
         new = {p for p in params if p not in known}
         if new:
             paths = self._paths()
             spec = spec_of(paths, masks, "param_names" in self.param_groups[0])
             asked = new if self._routes else set(paths)  # a mask in one part is not asked about the others'
             values = select(masks, [p if p in asked else None for p in paths], spec)
-            known.update({p: yes for p, yes in zip(paths, values) if p in asked})
+            kept = {p: yes for p, yes in known.items() if p in paths}  # what has left the groups is not kept alive
+            known = self._known[key] = kept | {p: yes for p, yes in zip(paths, values) if p in asked}
         return [known[p] for p in params]
 
     # -- the step
@@ -866,6 +868,7 @@ class Optimizer(torch.optim.Optimizer):
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = before, after
         self._keep_precision(state_dict)
         for group, transform in zip(self.param_groups, self._transforms()):
+            self._lay_out(group, transform, anew=True)
             if not any(
                 [link.span for link in transform.links]
             ):  # within another, what has made no step may have seen gradients
@@ -958,7 +961,7 @@ class Optimizer(torch.optim.Optimizer):
                 group.setdefault(name, default)
             group.update(self._constants)
         for group, transform in zip(self.param_groups, self._transforms()):
-            self._lay_out(group, transform)
+            self._lay_out(group, transform, anew=False)
 
     def _fallback(self) -> dict[str, Any]:
         """The options and flags that a checkpoint may be too old to know, with the values they had before they existed."""
@@ -966,23 +969,26 @@ class Optimizer(torch.optim.Optimizer):
         flags = {name: None if name in ("foreach", "fused") else False for name in self._flags}
         return {**switches, **flags, **self._before}
 
-    def _lay_out(self, group: dict[str, Any], transform: Transform) -> None:
-        """Give each parameter of a group, after loading, counters of its own, one after the other in memory."""
+    def _lay_out(self, group: dict[str, Any], transform: Transform, anew: bool) -> None:
+        """Give each parameter of a group counters of its own, one after the other in memory.
+
+        Copies of an optimizer keep their counters, which other processes may share, where these are tensors of their own.
+        """
         for name in scalars_of(transform):
-            found: list[tuple[dict[str, Any], Tensor]] = []
+            kinds: dict[Any, list[tuple[dict[str, Any], Tensor]]] = {}
             for p in group["params"]:
                 state = self.state.get(p, {})
                 x = state.get(name)
                 if isinstance(x, dict):  # torch's distributed checkpoints: no such entry
                     del state[name]
                 elif x is not None:  # numbers, as torch saved them before 1.12, become tensors
-                    found.append((state, x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float32)))
-            kinds: dict[Any, list[tuple[dict[str, Any], Tensor]]] = {}
-            for state, x in found:
-                kinds.setdefault((x.dtype, x.device), []).append((state, x))
+                    x = x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float32)
+                    kinds.setdefault((x.dtype, x.device), []).append((state, x))
             for entries in kinds.values():
-                for (state, _), x in zip(entries, together([x for _, x in entries])):
-                    state[name] = x
+                xs = [x for _, x in entries]
+                if anew or not all([state[name] is x for state, x in entries]) or len({x.data_ptr() for x in xs}) < len(xs):
+                    for (state, _), x in zip(entries, together(xs)):
+                        state[name] = x
 
 
 def over(factory: Callable[..., Transform]) -> Callable[[F], F]:

@@ -18,7 +18,6 @@ from purestep.blocks import SHORT
 from purestep.links import SCALED, Link, LinkDeclaration, Primitive, fields_of, is_off
 from purestep.looks import Looks
 from purestep.masks import Label
-from purestep.packing import Scratch
 from purestep.program import Program, program
 
 LOOKS = 8
@@ -183,7 +182,6 @@ class Segment:
         self.details: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
         self.hypers = arguments_of(values)
-        self.scratch: list[Scratch] = []  # taken out while in use
         self.kernel: Kernel | None = None
         self.first = 0
         self.head = self.tail = self

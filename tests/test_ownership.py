@@ -574,8 +574,9 @@ def test_a_changing_learning_rate_leaves_no_memory_behind() -> None:
             give_gradients(params, step % 3)
             optimizer.param_groups[0]["lr"] = 0.1 * 0.9**step
             optimizer.step()
-            counts.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
-        assert counts[-1] <= counts[5]
+            if step in (5, 29):
+                counts.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+        assert counts[1] <= counts[0]
     finally:
         gc.enable()
 

@@ -860,6 +860,7 @@ class Optimizer(torch.optim.Optimizer):
                 {"label": g["label"], **old} for old, g in zip(state_dict["param_groups"], self.param_groups)
             ]
         self._check_state(state_dict)
+        begun = {p: (b.options, b.own(self.state.get(p, NOTHING))) for p, b in self._untouched.items()}
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
             self._optimizer_load_state_dict_post_hooks = OrderedDict()  # they will
@@ -867,13 +868,16 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = before, after
         self._keep_precision(state_dict)
-        for group, transform in zip(self.param_groups, self._transforms()):
+        for old, group, transform in zip(state_dict["param_groups"], self.param_groups, self._transforms()):
             self._lay_out(group, transform, anew=True)
-            if not any(
-                [link.span for link in transform.links]
-            ):  # within another, what has made no step may have seen gradients
-                begun = [p for p in group["params"] if is_zero(self.state.get(p, NOTHING).get("step"))]
-                self._remember(begun, transform)
+            if any([link.span for link in transform.links]):
+                continue  # within another transform, what has made no step may have seen gradients
+            for key, p in zip(old["params"], group["params"]):
+                if is_zero(self.state.get(p, NOTHING).get("step")):
+                    self._remember([p], transform)
+                    options, own = begun.get(p, ({}, {}))
+                    if options and same(own, state_dict["state"].get(key, {})):  # a hook has put it among what is loaded
+                        self._untouched[p] = self._untouched[p]._replace(options=options)
         for report in after.values():
             report(self)
 

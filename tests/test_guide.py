@@ -782,7 +782,7 @@ def test_a_recorded_step_runs_again_and_again(cls: str) -> None:
             recorded = make_fx(recorded)(copy.deepcopy(params), grads, copy.deepcopy(state_dict["state"]))
         for _ in range(5):
             recorded(params, grads, state_dict["state"])
-        return params, [{n: x for n, x in sorted(own.items())} for own in state_dict["state"].values()]
+        return params, [dict(sorted(own.items())) for own in state_dict["state"].values()]
 
     agree(usage)
 

@@ -741,7 +741,14 @@ class Optimizer(torch.optim.Optimizer):
             extras = {**extras, "value_and_grad": value_and_grad(given, params, grads, loss, extras["value_and_grad"])}
         touched = None
         if not all([g.layout is torch.strided for g in grads]):
-            touched = Touched(grads, given, columns, together_, lambda k: self._paths()[params[k]])
+            touched = Touched(
+                grads,
+                given,
+                columns,
+                together_,
+                lambda masks: self._selected(masks, params),
+                lambda k: self._paths()[params[k]],
+            )
             grads, given, columns = touched.grads, touched.params, touched.states
         call = Call(
             grads, given, columns, lambda masks: self._selected(masks, params), mode,

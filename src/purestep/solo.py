@@ -62,8 +62,8 @@ class Solo(NamedTuple):
         """
         if choose(None) != "program":
             return False
-        columns = [[s.get(key) for s in states] for key in self.keys]
-        counters = [[s.get(key) for s in states] for key, _, _ in self.counters]
+        columns: list[list[Any]] = [[s.get(key) for s in states] for key in self.keys]
+        counters: list[list[Any]] = [[s.get(key) for s in states] for key, _, _ in self.counters]
         everything = [*params, *grads, *flat.from_iterable(columns), *flat.from_iterable(counters)]
         if looks.fit(everything) is None:
             if not (set(map(type, everything)) <= PLAIN and self.takes(params, grads, columns, [])):

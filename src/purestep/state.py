@@ -134,8 +134,9 @@ def map_params(function: Callable[..., Any], state: Any, *others: PyTree, rest: 
 
     So the state follows what is done to the rows of a parameter: they are dropped, appended, permuted, sharded. Which tensors
     these are is declared by the type of the state: a field annotated `Tensor` (in a `whole` transform, `list[Tensor]`). The
-    structure stays; a parameter that has no state (None) has none afterwards. All other tensors are copied: the new state shares
-    no memory with the old one, except what the function returns of it, so ``map_params(torch.clone, state)`` is a snapshot.
+    structure stays; a parameter that has no state (None) has none afterwards. All other tensors are copied: the new state
+    shares no memory with the old one, except what the function returns of it, so ``map_params(torch.clone, state)`` is a
+    snapshot.
 
     Args:
         function: called with each such tensor and what `others` have in its place; returns what replaces it.

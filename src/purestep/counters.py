@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from purestep.packing import apart
+
 
 def together(values: Sequence[Tensor]) -> list[Tensor]:
     """New 0-d tensors with these values, which are of one dtype and device, one after the other in memory."""
-    return list(torch.stack([x.detach().reshape(()) for x in values]).unbind())
+    return apart(torch.stack([x.detach().reshape(()) for x in values]), [torch.Size(())] * len(values))
 
 
 def spans(counters: Sequence[Tensor]) -> list[Tensor]:
@@ -60,10 +62,10 @@ def traced() -> bool:
 
 
 class Known(NamedTuple):
-    """What is known of the counters in one piece of memory, until its version changes."""
+    """What is known of a counter until its version changes."""
 
     version: int
-    values: dict[int, Any]  # by address: equal where the counters are equal
+    value: Any  # equal where counters are equal
 
 
 class Counters:
@@ -111,8 +113,8 @@ class Counters:
         """What tells these counters apart. The device is waited for only where something else has written to them."""
         found: list[Any] = []
         for x in counters:
-            known = self._known.get(memory(x))
-            found.append(None if known is None or known.version != x._version else known.values.get(x.data_ptr()))
+            known = self._known.get(x)
+            found.append(None if known is None or known.version != x._version else known.value)
         if None not in found:
             return found
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -128,12 +130,4 @@ class Counters:
 
     def _remember(self, counters: list[Tensor], values: list[Any]) -> None:
         for x, value in zip(counters, values):
-            known = self._known.get(memory(x))
-            values_of = {} if known is None else known.values
-            values_of[x.data_ptr()] = value
-            self._known[memory(x)] = Known(x._version, values_of)
-
-
-def memory(x: Tensor) -> Tensor:
-    """The tensor that this one is a view of, with which it shares its version."""
-    return x if x._base is None else x._base
+            self._known[x] = Known(x._version, value)

@@ -30,7 +30,7 @@ from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_sta
 from purestep.lists import alike, clones
 from purestep.looks import Looks
 from purestep.masks import Label, Memo, Not, refuse_unused, route, select
-from purestep.packing import joined, small, split
+from purestep.packing import apart, joined, small
 from purestep.plan import Group, Plan, packed_links
 from purestep.solo import solo_of
 from purestep.sparse import Touched
@@ -428,7 +428,7 @@ class Optimizer(torch.optim.Optimizer):
         for (k, name), entries in columns.items():
             xs = [x for _, x in entries]
             if k in packs and packable(xs):
-                for (state, _), x in zip(entries, split(joined(xs), xs)):
+                for (state, _), x in zip(entries, apart(joined(xs), [x.shape for x in xs])):
                     state[name] = x
 
     def _fill_whole(self, link: Link, names: tuple[str, ...], frozen: bool) -> None:
@@ -468,6 +468,24 @@ class Optimizer(torch.optim.Optimizer):
             for name in own:
                 del state[name]
             self._aside[p] = own, set(state)
+
+    def _renew(self) -> None:
+        """Make the state of parameters without a step anew where options have changed, so that what is saved is what they say."""
+        for group, transform in zip(self.param_groups, self._transforms()):
+            options = options_in(transform)
+            stale = [p for p in group["params"] if p in self._untouched and not same(self._untouched[p].options, options)]
+            owns = [self._untouched[p].own(self.state.get(p, NOTHING)) for p in stale]
+            for p, own in zip(stale, owns):
+                for name in own:
+                    del self.state[p][name]
+            if stale:
+                with torch.no_grad():
+                    self._fill(stale, transform)
+                    for p, own in zip(stale, owns):
+                        self.state[p].update(
+                            {n: renewed(x, self.state[p].get(n, x)) for n, x in own.items() if n in self.state[p]}
+                        )
+                self._remember(stale, transform)
 
     def _put_back(self) -> None:
         """Undo `_set_aside` for parameters that made no step after all."""
@@ -842,6 +860,8 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as `torch.optim.Optimizer.state_dict` gives it: of every parameter, from construction on."""
         self._forget()
+        if self._untouched and not traced():
+            self._renew()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

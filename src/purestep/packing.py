@@ -91,6 +91,15 @@ def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return list(pieces)
 
 
+def apart(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Consecutive pieces of one long tensor, in these shapes, as tensors that are no views: each has a version of its own."""
+    storage, start, pieces = flat.untyped_storage(), 0, []
+    for shape in shapes:
+        pieces.append(flat.new_empty(0).set_(storage, start, shape))  # type: ignore[call-overload]
+        start += shape.numel()
+    return pieces
+
+
 def offset(xs: Sequence[Tensor], flat: Tensor, k: float) -> list[Tensor]:
     """`xs` plus `k` times the consecutive pieces of one long tensor."""
     return list(torch._foreach_add(list(xs), split(flat, xs), alpha=k))

@@ -475,17 +475,17 @@ class Optimizer(torch.optim.Optimizer):
             options = options_in(transform)
             stale = [p for p in group["params"] if p in self._untouched and not same(self._untouched[p].options, options)]
             owns = [self._untouched[p].own(self.state.get(p, NOTHING)) for p in stale]
+            given = [self.state.get(p, NOTHING).keys() - own.keys() for p, own in zip(stale, owns)]
             for p, own in zip(stale, owns):
                 for name in own:
                     del self.state[p][name]
-            if stale:
-                with torch.no_grad():
-                    self._fill(stale, transform)
-                    for p, own in zip(stale, owns):
-                        self.state[p].update(
-                            {n: renewed(x, self.state[p].get(n, x)) for n, x in own.items() if n in self.state[p]}
-                        )
-                self._remember(stale, transform)
+            with torch.no_grad():
+                self._fill(stale, transform)
+            for p, own, names in zip(stale, owns, given):
+                state = self.state.get(p, NOTHING)
+                made = {n: renewed(own.get(n), x) for n, x in state.items() if n not in names}
+                self.state[p].update(made)
+                self._untouched[p] = Begun.of(p, made, options)
 
     def _put_back(self) -> None:
         """Undo `_set_aside` for parameters that made no step after all."""

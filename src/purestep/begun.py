@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep.links import Primitive, fresh_state
+from purestep.links import Primitive, fresh_state, fresh_whole_state
+from purestep.value import same
 
 
 class Begun(NamedTuple):
@@ -58,6 +59,12 @@ def reads(value: Primitive, p: Tensor) -> bool:
     zeros, ones = (fresh_state(value, torch.full_like(p, x)) for x in (0.0, 1.0))
     pairs = [(x, y) for x, y in zip(zeros, ones) if isinstance(x, Tensor) and isinstance(y, Tensor)]
     return any([x.shape != y.shape or not torch.equal(x, y) for x, y in pairs])
+
+
+def reads_whole(value: Primitive, p: Tensor) -> set[int]:
+    """Which fields of the first state of a whole transform depend on the values of the parameters, by their number."""
+    first, second = (list(fresh_whole_state(value, [torch.full_like(p, x)])) for x in (0.0, 1.0))
+    return {f for f, (x, y) in enumerate(zip(first, second)) if not same(x, y)}
 
 
 def renewed(old: Any, new: Any) -> Any:

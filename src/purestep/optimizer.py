@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
 
-from purestep.begun import Begun, kind, options_of, reads, renewed
+from purestep.begun import Begun, kind, options_of, reads, reads_whole, renewed
 from purestep.counters import Counters, together, traced
 from purestep.engine import PLAIN, Call, Executor, Mode, choose
 from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_state, is_off
@@ -147,7 +147,9 @@ class Optimizer(torch.optim.Optimizer):
         self._untouched: dict[Tensor, Begun] = {}  # parameters that have made no step, and how their state began
         self._begun_shared: dict[str, tuple[Tensor, int]] = {}  # what is shared as it began: its tensors and their versions
         self._aside: dict[Tensor, tuple[dict[str, Tensor], set[str]]] = {}  # see `_set_aside`
-        self._reads: dict[Any, bool] = {}  # which declarations begin their state from the values of parameters
+        self._reads: dict[
+            Any, Any
+        ] = {}  # by declaration: whether, or which fields of, a first state depend on parameters' values
         if isinstance(recipe, Transform) and routed(recipe):
             params = self._split(list(params))
         else:
@@ -470,7 +472,7 @@ class Optimizer(torch.optim.Optimizer):
             self._aside[p] = own, set(state)
 
     def _renew(self) -> None:
-        """Make the state of parameters without a step anew where options have changed, so that what is saved is what they say."""
+        """Make the state of parameters without a step anew where options have changed: what is saved goes with them."""
         for group, transform in zip(self.param_groups, self._transforms()):
             options = options_in(transform)
             stale = [p for p in group["params"] if p in self._untouched and not same(self._untouched[p].options, options)]
@@ -525,10 +527,8 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             on = self._selected(link.masks, first)
             if value.declaration.whole:
-                chosen = [j for j, yes in enumerate(on) if yes]
-                entries = [(states[j], owns[j]) for j in chosen]
-                frozen = bool(transform.plan.extras)
-                self._touch_whole(link, names, [first[j] for j in chosen], entries, beginning, frozen)
+                entries = {p: entry for p, yes, *entry in zip(first, on, states, owns, begun) if yes}
+                self._touch_whole(link, names, entries, beginning, bool(transform.plan.extras))
                 continue
             for p, yes, old, state, own, given in zip(first, on, begun, states, owns, mine):
                 if not yes:
@@ -545,31 +545,36 @@ class Optimizer(torch.optim.Optimizer):
             del self._untouched[p]
 
     def _touch_whole(
-        self,
-        link: Link,
-        names: tuple[str, ...],
-        params: list[Tensor],
-        states: list[tuple[dict[str, Any], dict[str, Tensor]]],
-        beginning: bool,
-        frozen: bool,
+        self, link: Link, names: tuple[str, ...], entries: dict[Tensor, list[Any]], beginning: bool, frozen: bool
     ) -> None:
         """The same for a whole transform: what it keeps per parameter, and its own fields before the very first step."""
         value = link.transform
         leaves = fields_of(value).leaves
-        if not params:
+        if not entries:
             return
-        for name, leaf, x in zip(names, leaves, fresh_whole_state(value, params) if any(leaves) else ()):
-            for y, (state, own) in zip(x if leaf else (), states):
-                if name in own and name not in state:
-                    state[name] = renewed(own[name], y)
-        shared = self.state.get(SHARED, {})
-        if not beginning or not shared or all(leaves):
-            return
-        every = self._members(link, frozen)
-        for name, leaf, x in zip(names, leaves, fresh_whole_state(value, every)):
-            old, version = self._begun_shared.get(name, (None, -1))
-            if not leaf and old is not None and shared.get(name) is old and old._version == version:
-                shared[name] = renewed(old, x)
+        changed = any([old.kind != kind(p) for p, (_, _, old) in entries.items()])
+        again = set(range(len(names))) if changed else self._fields_from(value, min(entries, key=Tensor.numel))
+        members = list(dict.fromkeys([*self._members(link, frozen), *entries]))
+        fresh = fresh_whole_state(value, members) if again else ()
+        for f, (name, leaf) in enumerate(zip(names, leaves)):
+            column = dict(zip(members, fresh[f])) if leaf and f in again else {}
+            for p, (state, own, _) in entries.items():
+                if leaf and name in own and name not in state:
+                    state[name] = renewed(own[name], column[p]) if f in again else own[name]
+            if not leaf and f in again and beginning:
+                shared = self.state.get(SHARED, {})
+                old, version = self._begun_shared.get(name, (None, -1))
+                if old is not None and shared.get(name) is old and old._version == version:
+                    shared[name] = renewed(old, fresh[f])
+
+    def _fields_from(self, value: Any, p: Tensor) -> set[int]:
+        """Which fields of a whole transform's first state depend on the values of the parameters, by their number."""
+        found = self._reads.get(value.declaration)
+        if found is None:
+            if traced() or p.is_meta:
+                return set(range(len(fields_of(value).names)))
+            found = self._reads[value.declaration] = reads_whole(value, p.detach())
+        return found
 
     def _begins_from(self, value: Any, p: Tensor) -> bool:
         """Whether the first state of a leafwise transform depends on the values of a parameter."""

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
 from purestep import maths, tree
-from purestep.engine import Call, Executor, Inner, choose
+from purestep.engine import PLAIN, Call, Executor, Inner, choose
 from purestep.links import (
     Fields,
     Link,
@@ -252,7 +252,8 @@ class Transform:
                     if leaf:
                         new[f] = put(olds[f], rows, new[f])
         if not donate and not maths.recorded(given):
-            out, news = unshared(out, news, leaves, gradients, states, plan)
+            views = executor == "leaf" or any([p.is_complex() for p in given])
+            out, news = unshared(out, news, leaves, gradients, states, plan, views)
         result = params if out is leaves else tree.unflatten(out, spec)
         if all([all(map(operator.is_, new, old)) for new, old in zip(news, before)]):
             return result, state  # all of it was reused in place
@@ -709,7 +710,7 @@ def nested(
 
 
 def unshared(
-    out: list[Any], news: list[Any], leaves: list[Any], gradients: list[Any], states: list[Any], plan: Plan
+    out: list[Any], news: list[Any], leaves: list[Any], gradients: list[Any], states: list[Any], plan: Plan, views: bool
 ) -> tuple[list[Any], list[Any]]:
     """The results of a pure update, with copies of those that are its inputs: results may be given away, inputs were not.
 
@@ -723,22 +724,31 @@ def unshared(
         made = [copied(new, old, leaves, gradients) if leaf else new for new, old, leaf in lists]
         out = copied(out, leaves, gradients)
     else:
-        held = {id(x) for xs in (leaves, gradients) for x in xs}
+        mark = memory if views else id  # results may be views of inputs, or not
+        held = set(map(mark, leaves)) | set(map(mark, gradients))
         for _, old, leaf in lists:
-            held.update(map(id, old) if leaf else (id(old),))
-        copies: dict[int, Any] = {id(None): None}
+            held.update(map(mark, old) if leaf else (mark(old),))
+        held.discard(mark(None))
+        copies: dict[int, Any] = {}
 
         def copy(x: Any) -> Any:
-            if id(x) not in copies and id(x) in held and isinstance(x, Tensor):
+            if mark(x) not in held or not isinstance(x, Tensor):
+                return x
+            if id(x) not in copies:
                 copies[id(x)] = x.clone()
-            return copies.get(id(x), x)
+            return copies[id(x)]
 
         made = [
-            ([*map(copy, new)] if not held.isdisjoint(map(id, new)) else new) if leaf else copy(new) for new, _, leaf in lists
+            ([*map(copy, new)] if not held.isdisjoint(map(mark, new)) else new) if leaf else copy(new) for new, _, leaf in lists
         ]
-        out = out if held.isdisjoint(map(id, out)) else [*map(copy, out)]
+        out = out if held.isdisjoint(map(mark, out)) else [*map(copy, out)]
     found = iter(made)
     return out, [[next(found) for _ in own] for own in news]
+
+
+def memory(x: Any) -> int:
+    """What a tensor shares with its views; of a subclass, whose memory may be elsewhere, the tensor itself."""
+    return x.untyped_storage()._cdata if type(x) in PLAIN else id(x)
 
 
 def copied(new: list[Any], *olds: list[Any]) -> list[Any]:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from purestep import sharded
 from purestep.links import Primitive, fresh_state
+from purestep.plain import plain
 
 
 class Begun(NamedTuple):
@@ -44,7 +46,7 @@ class Begun(NamedTuple):
 
 def kind(p: Tensor) -> Any:
     """What a parameter's state is made like."""
-    return p.dtype, p.device, p.shape, p.stride()
+    return type(p), p.dtype, p.device, p.shape, p.stride(), sharded.placed(p)
 
 
 def options_of(value: Primitive) -> dict[str, Any]:
@@ -55,6 +57,8 @@ def options_of(value: Primitive) -> dict[str, Any]:
 
 def reads(value: Primitive, p: Tensor) -> bool:
     """Whether the first state of a leafwise transform depends on the values of the parameter, and not only on its kind."""
+    if not plain([p]):  # it need not be compared with others of its kind, for which processes would have to talk
+        p = torch.empty([min(n, 2) for n in p.shape], dtype=p.dtype, device=p.device)
     zeros, ones = (fresh_state(value, torch.full_like(p, x)) for x in (0.0, 1.0))
     pairs = [(x, y) for x, y in zip(zeros, ones) if isinstance(x, Tensor) and isinstance(y, Tensor)]
     return any([x.shape != y.shape or not torch.equal(x, y) for x, y in pairs])

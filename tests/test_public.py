@@ -115,10 +115,10 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 FLOORS = [
     {"plain"},
     {"sharded"},
-    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks"},
+    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks", "counters"},
     {"value", "masks", "leaves", "single", "merging"},
     {"program", "schedules", "links"},
-    {"blocks", "compiled"},
+    {"blocks", "compiled", "begun"},
     {"batches", "plan"},
     {"engine"},
     {"solo", "sparse"},

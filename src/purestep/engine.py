@@ -409,7 +409,7 @@ class Call:
                 ]
                 for columns, (_, _, info) in zip(zip(inner, inside, fields), segment.items)
             ]
-        if self.overwrites:
+        if self.overwrites and self.mode != "traced":
             columns = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.columns]
             written = [*(params if apply else ()), *[x for c in columns for x in c if sharded.is_sharded(x)]]
             torch.autograd.graph.increment_version(written)
@@ -1110,7 +1110,7 @@ def stored(old: Tensor, x: Any) -> Tensor:
 
 
 def demand_kernel(segment: Segment, params: list[Tensor]) -> None:
-    """Refuse to do without a kernel, unless it is only the memory layout that is in the way."""
+    """Refuse to do without a kernel, unless it is only the memory layout, or the type, of a tensor that is in the way."""
     odd = [p for p in params if p.dtype not in FUSED_DTYPES]
     if segment.kernel is None or odd:
         p = odd[0] if odd else params[0]

@@ -31,12 +31,8 @@ from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_sta
 from purestep.lists import alike, clones, overwrite
 from purestep.looks import Looks
 from purestep.masks import Label, Memo, Not, refuse_unused, route, select
-<<<<<<< HEAD
 from purestep.packing import apart, joined, small
-=======
-from purestep.packing import joined, small, split
 from purestep.plain import plain
->>>>>>> 9576e02 (One rule for which tensors are plain; sharded and other tensors are run by themselves, right or refused by name)
 from purestep.plan import Group, Plan, packed_links
 from purestep.solo import solo_of
 from purestep.sparse import Touched

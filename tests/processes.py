@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
-EACH = 30
+EACH = 60
 """A collective that takes so many seconds is stuck."""
 
 
-def run(size: int, function: str, folder: Path, *, seconds: float = 240.0) -> list[Any]:
+def run(size: int, function: str, folder: Path, *, seconds: float = 480.0) -> list[Any]:
     """What a function, ``module:name``, returns in each of so many processes. It is given the rank and the number of them.
 
     Raises:

@@ -115,8 +115,8 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 FLOORS = [
     {"plain"},
     {"sharded"},
-    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks", "counters"},
-    {"value", "masks", "leaves", "single", "merging"},
+    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks"},
+    {"value", "masks", "leaves", "single", "merging", "counters"},
     {"program", "schedules", "links"},
     {"blocks", "compiled", "begun"},
     {"batches", "plan"},

@@ -113,10 +113,12 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 
 FLOORS = [
+    {"plain"},
+    {"sharded"},
     {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks"},
-    {"value", "masks", "leaves", "single", "merging"},
+    {"value", "masks", "leaves", "single", "merging", "counters"},
     {"program", "schedules", "links"},
-    {"blocks", "compiled"},
+    {"blocks", "compiled", "begun"},
     {"batches", "plan"},
     {"engine"},
     {"solo", "sparse"},

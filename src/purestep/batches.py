@@ -18,6 +18,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
 from purestep.blocks import CHUNK, SHORT, Blocks, calculate, room
+from purestep.plain import plain
 from purestep.program import LeafDeclaration, program
 
 LARGE = 2**16
@@ -51,10 +52,12 @@ class Level(NamedTuple):
         return cls(stack[0].level(), functorch.CVmapInterpreterPtr(stack[0]).batchSize())
 
     def stacked(self, x: Tensor) -> Tensor | None:
-        """A tensor with the batch in its first dimension; None if it is not batched, or autograd follows it."""
+        """A tensor with the batch in its first dimension; None if it is not batched, not plain, or autograd follows it."""
         if not functorch.is_batchedtensor(x):
             return None
         inside, dim = functorch.get_unwrapped(x), functorch.maybe_get_bdim(x)
+        if not plain([inside]):
+            return None
         if torch.is_grad_enabled() and inside.requires_grad:
             return None
         return (inside.movedim(dim, 0) if dim else inside).contiguous()

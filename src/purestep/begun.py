@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from purestep import sharded
 from purestep.links import Primitive, fresh_state, fresh_whole_state
+from purestep.plain import plain
 from purestep.value import same
 
 
@@ -45,7 +47,7 @@ class Begun(NamedTuple):
 
 def kind(p: Tensor) -> Any:
     """What a parameter's state is made like."""
-    return p.dtype, p.device, p.shape, p.stride()
+    return type(p), p.dtype, p.device, p.shape, p.stride(), sharded.placed(p)
 
 
 def options_of(value: Primitive) -> dict[str, Any]:
@@ -56,15 +58,25 @@ def options_of(value: Primitive) -> dict[str, Any]:
 
 def reads(value: Primitive, p: Tensor) -> bool:
     """Whether the first state of a leafwise transform depends on the values of the parameter, and not only on its kind."""
-    zeros, ones = (fresh_state(value, torch.full_like(p, x)) for x in (0.0, 1.0))
+    zeros, ones = (fresh_state(value, x) for x in probes(p))
     pairs = [(x, y) for x, y in zip(zeros, ones) if isinstance(x, Tensor) and isinstance(y, Tensor)]
     return any([x.shape != y.shape or not torch.equal(x, y) for x, y in pairs])
 
 
 def reads_whole(value: Primitive, p: Tensor) -> set[int]:
     """Which fields of the first state of a whole transform depend on the values of the parameters, by their number."""
-    first, second = (list(fresh_whole_state(value, [torch.full_like(p, x)])) for x in (0.0, 1.0))
-    return {f for f, (x, y) in enumerate(zip(first, second)) if not same(x, y)}
+    zeros, ones = (list(fresh_whole_state(value, [x])) for x in probes(p))
+    return {f for f, (x, y) in enumerate(zip(zeros, ones)) if not same(x, y)}
+
+
+def probes(p: Tensor) -> list[Tensor]:
+    """Two parameters like this one, with different values.
+
+    Those of a sharded one are small plain tensors: processes would have to talk to compare others of its kind.
+    """
+    if not plain([p]):
+        p = torch.empty([min(n, 2) for n in p.shape], dtype=p.dtype, device=p.device)
+    return [torch.full_like(p, x) for x in (0.0, 1.0)]
 
 
 def renewed(old: Any, new: Any) -> Any:
@@ -72,7 +84,8 @@ def renewed(old: Any, new: Any) -> Any:
     same = isinstance(old, Tensor) and isinstance(new, Tensor) and type(old) is type(new)
     if not same or old.requires_grad or layout(old) != layout(new):
         return new
-    return old.copy_(new)
+    old.copy_(new)
+    return old
 
 
 def layout(x: Tensor) -> Any:

@@ -9,8 +9,11 @@ This is where a call decides how its leaf functions are run. The mode is chosen 
   of a chain spells one.
 * ``traced``: the same program while `torch.compile`, `make_fx` or `torch.export` looks on; numbers stay tensors.
 
-Parameters are sorted into *buckets*, which differ in what a program cannot take as an input: dtype, device, masks, the
-number of updates so far. Almost always there is one bucket, and finding that out is all it costs.
+All but the first is for plain tensors (see `purestep.plain`). Others are run by themselves, `Call.apart`: sharded ones on the
+parts that this process has where that is right, any other one by one, in the operations of a program of one tensor.
+
+Parameters are sorted into *buckets*, which differ in what a program cannot take as an input: dtype, device, whether they are
+plain, masks, the number of updates so far. Almost always there is one bucket, and finding that out is all it costs.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep import batches, compiled, maths
+from purestep import batches, compiled, maths, sharded
 from purestep.batches import Level
 from purestep.blocks import calculate, chunks, pieces, through
 from purestep.links import EmptyState, Fields, Link, Primitive, evaluated, fresh_state, single
@@ -45,6 +48,7 @@ from purestep.lists import (
     widest,
 )
 from purestep.packing import COUNT, SIZE, Scratch, borrow, give_back, small, split
+from purestep.plain import plain
 from purestep.plan import FUSED_DTYPES, MERGED_DTYPES, Group, Segment, Stage, absent, details, encodes, joinable
 from purestep.program import call, program, runner
 from purestep.value import Schedule
@@ -63,7 +67,8 @@ class Call:
     parameters (or, in a whole transform, also a value of its own). Every parameter has a gradient: the others never get
     here. `mask` says which of these parameters some masks select.
     `alone` says that no one else holds their counters. `private` says that the state belongs to an optimizer: nobody asks
-    for the version counters of its tensors. `seen` says that all tensors have been looked at.
+    for the version counters of its tensors. `seen` says that all tensors have been looked at, `plain` that they are known to
+    be.
     `copies` says that the parameters are copies of the caller's, so that those which a transform has moved may be new ones.
     `extras` are the arguments that some whole transforms ask for at each update.
     """
@@ -82,12 +87,15 @@ class Call:
         executor: Executor | None,
         private: bool = False,
         seen: bool = False,
+        plain: bool = False,
         copies: bool = False,
         extras: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.grads, self.params, self.states = grads, params, states
         self.mask, self.mode, self.apply, self.donate, self.alone = mask, mode, apply, donate, alone
         self.executor, self.private, self.seen, self.copies, self.extras = executor, private, seen, copies, extras
+        self.plain = plain or seen
+        self.odd: list[bool] | None = None  # which parameters have tensors that are not plain; None for none
         self.own = False  # whether the gradients may be overwritten: only where they are copies in a buffer of the engine's
         self.factor: Any = None  # what they are still to be multiplied by
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
@@ -195,6 +203,8 @@ class Call:
         given = self.extras[name]
         if name in self.trees:
             return pick(given, rows)
+        if name == "value":
+            return sharded.whole(given)
         if rows is None or name != "value_and_grad":
             return given
 
@@ -212,7 +222,10 @@ class Call:
         if self.executor == "fused" and apply:
             for group in groups:
                 demand_kernel(group.plan.segment(group.plan.stages[n].positions), self.params)
+        self.odd = None if self.plain else self.unusual(stage)
         if isinstance(self.factor, Tensor) and not alike([p.device for p in self.params]):
+            self.scale()
+        if self.odd is not None:
             self.scale()
         scaled = self.factor is not None
         uniform = len(groups) == 1 and self.uniform(stage)
@@ -228,9 +241,16 @@ class Call:
             self.grads = out
         self.factor = None
 
+    def unusual(self, stage: Stage) -> list[bool] | None:
+        """Which parameters have tensors in this stage that are not plain; None if they all are."""
+        lists = [self.grads, self.params, *[self.states[i][f] for i, f in stage.columns]]
+        if plain(*lists, optional=True):
+            return None
+        return [not plain(row, optional=True) for row in zip(*lists)]
+
     def uniform(self, stage: Stage) -> bool:
         """Whether all parameters can be taken together."""
-        if stage.masked:
+        if stage.masked or self.odd is not None:
             return False
         params, states = self.params, self.states
         for i, f in stage.scalars:
@@ -261,6 +281,8 @@ class Call:
         params = [self.params[k] for k in rows]
         masks = [None if m is None else [m[k] for k in rows] for m in [self.selected(plan.links[i]) for i in stage.positions]]
         keys: list[Sequence[Any]] = [[(p.dtype, p.device) for p in params], *[m for m in masks if m is not None]]
+        if self.odd is not None:
+            keys.append([self.odd[k] and (2 if sharded.is_sharded(self.params[k]) else 1) for k in rows])
         if self.mixed(plan.segment(stage.positions), apply):
             keys.append([p.numel() <= SIZE for p in params])
         for i, f in (*stage.columns, *stage.scalars):
@@ -298,11 +320,25 @@ class Call:
                     self.states[i][f] = column if rows is None else put(self.states[i][f], rows, column)
                 if not all([alike([x is None for x in column]) for column in own]):  # large ones have other fields than small
                     return self.parts(segment, range(len(self.params)) if rows is None else rows, own, apply)
+        if self.odd is not None and self.odd[0 if rows is None else rows[0]]:
+            updates, news = self.apart(segment, grads, params, fields, apply)
+        else:
+            updates, news = self.together(segment, grads, params, fields, apply)
+        for (i, _, info), new in zip(segment.items, news):
+            for f, (x, scalar) in enumerate(zip(new, info.scalars)):
+                if x is None:
+                    continue  # a field that these parameters do not have
+                if scalar and self.mode != "leaf":
+                    self.writes.append((i, f, rows, x))
+                    continue
+                self.states[i][f] = x if rows is None else put(self.states[i][f], rows, x)
+        return updates
+
+    def together(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+        """Run these links on plain tensors: the updates, or the parameters if `apply`, and the new fields."""
         complex_ = params[0].is_complex()
         if complex_:
-            grads, params = real(grads), real(params)
-            kinds = [info.scalars for _, _, info in segment.items]
-            fields = [[c if scalar else real(c) for c, scalar in zip(own, scalars)] for own, scalars in zip(fields, kinds)]
+            grads, params, fields = self.in_reals(segment, grads, params, fields)
         if self.mode == "program":
             updates, news = self.execute(segment, grads, params, fields, apply)
             if self.donate:  # what was written in place, below autograd's sight
@@ -314,17 +350,18 @@ class Call:
         else:
             run = self.program if self.mode != "leaf" else self.leaf if self.executor == "leaf" else self.single
             updates, news = run(segment, grads, params, fields, apply)
-        for (i, _, info), new in zip(segment.items, news):
-            for f, (x, scalar) in enumerate(zip(new, info.scalars)):
-                if x is None:
-                    continue  # a field that these parameters do not have
-                if scalar and self.mode != "leaf":
-                    self.writes.append((i, f, rows, x))
-                    continue
-                if complex_ and not scalar:
-                    x = imaginary(x)
-                self.states[i][f] = x if rows is None else put(self.states[i][f], rows, x)
-        return imaginary(updates) if complex_ else updates
+        return (imaginary(updates), self.out_of_reals(segment, news)) if complex_ else (updates, news)
+
+    def in_reals(self, segment: Segment, grads: Any, params: Any, fields: Any) -> tuple[Any, Any, Any]:
+        """Complex tensors as pairs of reals, in the same memory."""
+        kinds = [info.scalars for _, _, info in segment.items]
+        fields = [[c if scalar else real(c) for c, scalar in zip(own, scalars)] for own, scalars in zip(fields, kinds)]
+        return real(grads), real(params), fields
+
+    def out_of_reals(self, segment: Segment, news: Any) -> list[list[Any]]:
+        """`in_reals` undone, of new fields."""
+        kinds = [info.scalars for _, _, info in segment.items]
+        return [[x if scalar or x is None else imaginary(x) for x, scalar in zip(new, s)] for new, s in zip(news, kinds)]
 
     def parts(self, segment: Segment, rows: Sequence[int], columns: list[list[Any]], apply: bool) -> list[Any]:
         """`bucket`, of rows that lack different fields of a state."""
@@ -336,6 +373,130 @@ class Call:
             for k, u in zip(ks, self.bucket(segment, [rows[k] for k in ks], apply)):
                 out[k] = u
         return out
+
+    # -- what is not plain
+
+    def apart(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+        """Run these links on tensors of which each parameter has some that are not plain. What was given away keeps its
+        identity, and is written by operations of its own."""
+        if not sharded.is_sharded(params[0]):
+            return self.one_by_one(segment, grads, params, fields, apply)
+        executor = self.executor
+        if executor == "compiled":  # one that is empty here, and not elsewhere, would be compiled for alone
+            self.executor = None
+        try:
+            recipe = program(details(segment, absent(fields)), False, False, False, *segment.declarations, form="single")
+            # a derivative with respect to a number is a sum over all parts
+            followed = self.mode != "program" and (self.executor != "leaf" or torch.is_grad_enabled() or maths.transforming())
+            run = self.in_part if recipe.elementwise and not followed else self.in_full
+            like = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]
+            grads = sharded.alike(grads, params, like, "number {}".format)  # a whole transform may have spread them otherwise
+            return run(segment, grads, params, fields, apply)
+        finally:
+            self.executor = executor
+
+    def in_part(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+        """Sharded tensors: what is elementwise, on the parts that are here."""
+        with torch.no_grad():  # a part is the very tensor, then, and not a view of it
+            inside = [[[sharded.local(x) for x in c] for c in own] for own in fields]
+            given = [sharded.local(g) for g in grads], [sharded.local(p) for p in params]
+            found, inner = self.any_of(segment, *given, inside, apply)
+            updates = [wrapped(x, y, p) for x, y, p in zip(found, given[1], params)]
+            news = [
+                [
+                    x if x is None or (scalar and self.mode != "leaf") else [wrapped(*row) for row in zip(x, y, old)]
+                    for x, y, old, scalar in zip(*columns, info.scalars)
+                ]
+                for columns, (_, _, info) in zip(zip(inner, inside, fields), segment.items)
+            ]
+        if self.overwrites and self.mode != "traced":
+            columns = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.columns]
+            written = [*(params if apply else ()), *[x for c in columns for x in c if sharded.is_sharded(x)]]
+            torch.autograd.graph.increment_version(written)
+        return updates, news
+
+    def in_full(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+        """Sharded tensors: what must see whole ones, on each of them in turn, by every process."""
+        before, donate = (self.donate, self.write), self.overwrites
+        self.donate = self.write = False  # what is here in full may be the memory of one that is not to be written yet
+        updates: list[Any] = []
+        news: list[list[Any]] = [[None] * len(own) for own in fields]
+
+        def spread(x: Any, given: Any, old: Any, like: Any) -> Any:
+            return old if x is given else sharded.spread(x, like)
+
+        for k, (g, p) in enumerate(zip(grads, params)):
+            row = [[[sharded.whole(c[k])] for c in own] for own in fields]
+            g_whole = sharded.whole(g)
+            (update,), found = self.any_of(segment, [g_whole], [sharded.whole(p)], row, apply)
+            updates.append(written(spread(update, g_whole, g, p), p, donate and apply))
+            for columns, own, given, new, (_, _, info) in zip(news, fields, row, found, segment.items):
+                for f, (x, scalar) in enumerate(zip(new, info.scalars)):
+                    if x is None:
+                        continue
+                    if scalar and self.mode != "leaf":
+                        columns[f] = x  # the same for all of a bucket
+                        continue
+                    columns[f] = columns[f] or []
+                    old = own[f][k]
+                    columns[f].append(x[0] if scalar else written(spread(x[0], given[f][0], old, old), old, donate))
+        self.donate, self.write = before
+        return updates, news
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether this call writes in place: what was given away, where nothing is recorded."""
+        return self.write if self.mode == "leaf" else self.donate
+
+    def any_of(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+        """Tensors of one process, which may still not be plain."""
+        columns = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.columns]
+        usual = plain(grads, params, *columns, optional=True)
+        return (self.together if usual else self.one_by_one)(segment, grads, params, fields, apply)
+
+    def one_by_one(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
+        """Tensors of any type, one after the other, out of place. Updates are added at last, and in place where the parameters
+        were given away: that is what every type of parameters must know."""
+        complex_ = params[0].is_complex()
+        given = self.in_reals(segment, grads, params, fields) if complex_ else (grads, params, fields)
+        columns = [(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.columns]
+        like = [given[2][j][f] for j, (_, _, info) in enumerate(segment.items) for f in info.tensors]
+        dtype = given[1][0].dtype
+        mixed = not all([x is None or x.dtype == dtype for c in like for x in c]) or encodes(segment, fields)
+        news: list[list[Any]]
+        if mixed or self.executor == "leaf":
+            write, self.write = self.write, False
+            updates, news = self.leaf(segment, *given, False)
+            self.write = write
+        else:
+            recipe = details(segment, absent(fields))
+            run = runner(recipe, False, False, False, *segment.declarations, form="single")
+            rows = [[[c[k] for c in own] for own in given[2]] for k in range(len(params))]
+            made = [self.one(run, segment, g, p, row) for g, p, row in zip(*given[:2], rows)]
+            updates = [u for u, _ in made]
+            news = [[[new[j][f] for _, new in made] for f in range(len(own))] for j, own in enumerate(fields)]
+        if complex_:
+            updates, news = imaginary(updates), self.out_of_reals(segment, news)
+        for j, (_, _, info) in enumerate(segment.items):
+            for f, (column, scalar) in enumerate(zip(news[j], info.scalars)):
+                if not column or column[0] is None:
+                    news[j][f] = None
+                elif scalar and self.mode != "leaf":
+                    news[j][f] = column[0]
+        if apply:
+            params = params if self.overwrites else [p.clone() for p in params]
+            for p, u in zip(params, updates):
+                p.add_(u)  # what it returns may be the same by another name
+            updates = list(params)
+        else:  # they are handed out; what they may be is given away at the next step, or was never ours
+            taken = {id(x) for c in (grads, *[x[j][f] or () for x in (fields, news) for j, f in columns]) for x in c}
+            updates = [u.clone() if id(u) in taken else u for u in updates]
+        given_grads = set(map(id, grads))
+        for j, f in columns:
+            if news[j][f] is not None:
+                column = [x.clone() if id(x) in given_grads else x for x in news[j][f]]
+                news[j][f] = [written(x, old, self.overwrites) for x, old in zip(column, fields[j][f])]
+        return updates, news
 
     def execute(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """Run these links, in the way that suits the tensors; what it writes in place is below autograd's sight."""
@@ -361,6 +522,8 @@ class Call:
                 wide = torch.promote_types(wide, torch.float32)
             if wide != dtype:  # a state of higher precision than its parameter: the mathematics is done in the state's
                 u, p = g.to(wide), p.to(wide)
+            if segment.scaled and self.factor is not None:
+                u = (u * self.factor).to(u.dtype)
             for (_, value, info), columns, new in zip(segment.items, fields, news):
                 old = [c[k] for c in columns]
                 given = [x.to(wide) if like and x is not None else x for x, like in zip(old, info.like)]
@@ -579,7 +742,7 @@ class Call:
             return False
         if not program(recipe, apply, self.own, True, *segment.declarations, form="kernels").merged:
             return False
-        return plain([grads, params, *[c for c in columns if isinstance(c, list)]], p.dtype)
+        return ordinary([grads, params, *[c for c in columns if isinstance(c, list)]], p.dtype)
 
     def arranged(self, segment: Segment, fields: Any) -> tuple[list[Any], list[tuple[int, int]], list[list[Any]]]:
         """The fields that a program takes, lists and numbers; the link and the number of each; and the new fields, empty but
@@ -678,7 +841,7 @@ class Call:
             return None
         columns, places, news = self.arranged(segment.head, fields)
         lists = [grads, params, *states.values(), *[c for c in columns if isinstance(c, list)]]
-        if not plain(lists, params[0].dtype):
+        if not ordinary(lists, params[0].dtype):
             return None
         head = program(details(segment.head, absent(fields)), False, False, True, *segment.head.declarations)
         if not head.elementwise:
@@ -800,7 +963,7 @@ class Inner:
         made = Call(
             list(gs), list(params), [list(s) for s in state], lambda masks: pick(call.mask(masks), rows), call.mode,
             apply=apply, donate=donate and call.donate, alone=call.alone and rows is None, executor=call.executor,
-            extras={name: call.extra(name, rows) for name in call.extras},
+            plain=call.plain, extras={name: call.extra(name, rows) for name in call.extras},
         )  # fmt: skip
         return made.run(self._groups)
 
@@ -838,7 +1001,7 @@ class Inner:
         """Tensors of the state plus a `k`-th of others; in their own memory, if that was given away. Do not use them again."""
         if self._call.mode == "program" and isinstance(k, Tensor) and k.is_cpu:
             k = k.item()
-        if self._call.mode != "program" or isinstance(k, Tensor):
+        if self._call.mode != "program" or isinstance(k, Tensor) or not plain(xs, ys):
             return [(x + y / k).to(x.dtype) for x, y in zip(xs, ys)]
         if not self._call.donate:
             return list(torch._foreach_add(xs, ys, alpha=1 / k))
@@ -853,7 +1016,7 @@ class Inner:
             used: the updates and the state that `update` has made of them. What it does in place is in memory of its own.
         """
         own = self._apply and not any([stage.whole for stage in self._groups[0].plan.stages])
-        if self._call.mode == "program" and self._call.donate and (own or not shared(xs, used)):
+        if self._call.mode == "program" and self._call.donate and plain(xs) and (own or not shared(xs, used)):
             torch._foreach_zero_(xs)
             return xs
         return [torch.zeros_like(x) for x in xs]
@@ -879,9 +1042,12 @@ class Inner:
 
 
 def shared(xs: list[Tensor], used: Any) -> bool:
-    """Whether any of these tensors, or a view of it, is found elsewhere."""
+    """Whether any of these tensors, or a view of it, is found elsewhere, or may be."""
+    found = [y for y in pytree.tree_leaves(used) if isinstance(y, Tensor)]
+    if not plain(xs, found):
+        return True  # what is not plain need not say where its numbers are
     memory = {x.untyped_storage()._cdata for x in xs}
-    return any([isinstance(y, Tensor) and y.untyped_storage()._cdata in memory for y in pytree.tree_leaves(used)])
+    return any([y.untyped_storage()._cdata in memory for y in found])
 
 
 def check_nested(d: Any, after: Any, count: int) -> None:
@@ -894,9 +1060,6 @@ def check_nested(d: Any, after: Any, count: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
-
-
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def agree(counters: list[Any]) -> bool:
@@ -947,7 +1110,7 @@ def stored(old: Tensor, x: Any) -> Tensor:
 
 
 def demand_kernel(segment: Segment, params: list[Tensor]) -> None:
-    """Refuse to do without a kernel, unless it is only the memory layout that is in the way."""
+    """Refuse to do without a kernel, unless it is only the memory layout, or the type, of a tensor that is in the way."""
     odd = [p for p in params if p.dtype not in FUSED_DTYPES]
     if segment.kernel is None or odd:
         p = odd[0] if odd else params[0]
@@ -963,14 +1126,27 @@ def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: An
     dtype, shapes = params[0].dtype, [p.shape for p in params]
     lists = [grads, params, *[own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]]
     for x in lists:
-        if not set(map(type, x)) <= PLAIN or [t.dtype for t in x].count(dtype) != len(x) or [t.shape for t in x] != shapes:
+        if not plain(x) or [t.dtype for t in x].count(dtype) != len(x) or [t.shape for t in x] != shapes:
             return False
     return all([all(map(Tensor.is_contiguous, x)) for x in lists]) or all([same_layout(ts) for ts in zip(*lists)])
 
 
-def plain(lists: list[list[Tensor]], dtype: torch.dtype) -> bool:
-    """Whether there is nothing special about any tensor: it is of this dtype, and in one piece."""
-    return all([set(map(type, xs)) <= PLAIN and all([x.dtype is dtype and x.is_contiguous() for x in xs]) for xs in lists])
+def ordinary(lists: list[list[Tensor]], dtype: torch.dtype) -> bool:
+    """Whether there is nothing special about any tensor: it is plain, of this dtype, and in one piece."""
+    return plain(*lists) and all([all([x.dtype is dtype and x.is_contiguous() for x in xs]) for xs in lists])
+
+
+def wrapped(x: Tensor, old: Tensor, like: Tensor) -> Tensor:
+    """A part of a sharded tensor as such a tensor: as the same, if it is the same part."""
+    return like if x is old else sharded.wrapped(x, like)
+
+
+def written(x: Any, old: Any, donate: bool) -> Any:
+    """A new value, in the place of the old one if that was given away."""
+    if not donate or x is old or x.shape != old.shape:
+        return x
+    old.copy_(x)
+    return old
 
 
 def one(values: list[Any], mode: str) -> bool:

@@ -70,6 +70,7 @@ class LinkDeclaration(Declaration):
         name: str = "",
         inner: type | None = None,
         passes: bool = False,
+        elementwise: bool = False,
     ) -> None:
         super().__init__(function, given=3 if state is not None or whole else 2, name=name, inner=inner)
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
@@ -77,6 +78,7 @@ class LinkDeclaration(Declaration):
             raise TypeError(f"{self.name} cannot run on the rows of sparse gradients, because {self.trees[0]} is whole.")
         self.moves = moves  # a whole transform that returns new parameters instead of updates
         self.scales = scales  # one that returns the number that the updates are to be multiplied by
+        self.elementwise = elementwise  # a whole transform that is right on a part of the parameters, too
         self.passes = passes  # a nested transform that returns the updates of its inner transform as they came
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 
+from purestep.plain import plain
+
 
 def flattened(xs: list[Tensor]) -> Tensor:
     """Tensors one after the other, as one vector."""
@@ -34,7 +36,7 @@ def alike(values: list[Any]) -> bool:
 
 
 def clones(xs: list[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_clone(xs))
+    return list(torch._foreach_clone(xs)) if plain(xs) else [x.clone() for x in xs]
 
 
 def first_places(values: Sequence[Any]) -> list[int]:
@@ -58,7 +60,11 @@ def cast(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def overwrite(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
-    torch._foreach_copy_(old, new)
+    if plain(old, new):
+        torch._foreach_copy_(old, new)
+    else:
+        for x, y in zip(old, new):
+            x.copy_(y)
     return old
 
 

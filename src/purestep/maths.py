@@ -16,6 +16,10 @@ from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.fx import Proxy
+from torch.linalg import vector_norm
+
+from purestep import sharded
+from purestep.plain import bare, plain
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -139,6 +143,9 @@ def finite(tensors: list[Tensor]) -> Any:
     xs = [torch.view_as_real(x) if x.is_complex() else x for x in tensors if x.numel()]
     if not xs:
         return True
+    if not plain(xs):  # counted, because the largest of some numbers and NaN need not be NaN elsewhere
+        bad = sharded.sums(xs, lambda x: x.isfinite().logical_not().sum())
+        return torch.stack([x.to(bad[0].device) for x in bad]).sum() == 0
     if recorded(xs) or torch.compiler.is_compiling():
         return torch.stack([x.isfinite().all().to(xs[0].device) for x in xs]).all()
     if all(map(readable, xs)):  # the 2-norm is faster, but infinite where a square is
@@ -149,6 +156,9 @@ def finite(tensors: list[Tensor]) -> Any:
 def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """The norm of each tensor, on the first one's device."""
     device = tensors[0].device
+    if not plain(tensors):
+        found = map(root, squares(tensors)) if order == 2.0 else [sharded.whole(vector_norm(x, order)) for x in tensors]
+        return torch.stack([n.to(device, wide(x)) for n, x in zip(found, tensors)])
     if order != 2.0 or max(map(Tensor.numel, tensors)) <= LONG:
         return torch.stack([x.to(device) for x in torch._foreach_norm(tensors, order)])
     long = [x.is_cpu and x.numel() > LONG and x.dtype in DOT and x.is_contiguous() for x in tensors]
@@ -328,6 +338,9 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     device = tensors[0].device
+    if not plain(tensors):
+        kind = functools.reduce(torch.promote_types, map(wide, tensors))
+        return root(torch.stack([x.to(device) for x in squares(tensors)]).sum()).to(kind)
     if recorded(tensors):
         return root(torch.stack([(x.abs() ** 2).sum().to(device) for x in tensors]).sum())
     return torch.linalg.vector_norm(norms(tensors))
@@ -335,6 +348,8 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
 
 def multiply(tensors: list[Tensor], k: Tensor) -> list[Tensor]:
     """Every tensor times one 0-d tensor."""
+    if not plain(tensors):
+        return [(x * sharded.everywhere(k.to(x.device), x)).to(x.dtype) for x in tensors]
     if recorded([*tensors, k]) or not all([x.device == k.device for x in tensors]):
         return [(x * k.to(x.device)).to(x.dtype) for x in tensors]
     return [y.to(x.dtype) for x, y in zip(tensors, torch._foreach_mul(tensors, k))]  # a 0-d tensor is promoted by `k`
@@ -347,9 +362,30 @@ def inner(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     """
     device = xs[0].device
     products = [(x * y.conj()).real if x.is_complex() else x.to(wide(x)) * y for x, y in zip(xs, ys)]
-    return torch.stack([x.sum(dtype=precise(device)).to(device) for x in products]).sum()
+    return torch.stack([x.to(device) for x in summed(products, precise(device))]).sum()
+
+
+def summed(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The sum of all elements of each tensor: plain 0-d tensors, also of those that are spread over processes."""
+    if plain(tensors):
+        return [x.sum(dtype=dtype) for x in tensors]
+    if recorded(tensors):
+        return [bare(sharded.whole(x.sum(dtype=dtype))) for x in tensors]
+    return sharded.sums(tensors, lambda x: x.sum(dtype=dtype))
+
+
+def squares(tensors: list[Tensor]) -> list[Tensor]:
+    """The squared 2-norm of each tensor, in the precision that numbers are computed in."""
+    if recorded(tensors):
+        return summed([x.abs() ** 2 for x in tensors], precise(tensors[0].device))
+    return sharded.sums(tensors, lambda x: vector_norm(x, dtype=wider(x)).to(precise(x.device)) ** 2)
 
 
 def wide(x: Tensor) -> torch.dtype:
     """The real dtype of a norm or a sum: in float16 the square of 256 is infinite."""
-    return torch.promote_types(x.real.dtype, torch.float32)
+    return torch.promote_types(x.dtype.to_real(), torch.float32)
+
+
+def wider(x: Tensor) -> torch.dtype:
+    """The dtype of a norm of this tensor's numbers, in float32 at least: complex where they are."""
+    return torch.promote_types(x.dtype, torch.float32)

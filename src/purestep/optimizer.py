@@ -23,18 +23,20 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
 
+from purestep import sharded
 from purestep.begun import Begun, kind, options_of, reads, reads_whole, renewed
 from purestep.counters import Counters, together, traced
-from purestep.engine import PLAIN, Call, Executor, Mode, choose
+from purestep.engine import Call, Executor, Mode, choose
 from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_state, is_off
-from purestep.lists import alike, clones
+from purestep.lists import alike, clones, overwrite
 from purestep.looks import Looks
 from purestep.masks import Label, Memo, Not, refuse_unused, route, select
 from purestep.packing import apart, joined, small
+from purestep.plain import plain
 from purestep.plan import Group, Plan, packed_links
 from purestep.solo import solo_of
 from purestep.sparse import Touched
-from purestep.transform import FROM_CLOSURE, Transform, chain, check_value
+from purestep.transform import FROM_CLOSURE, Transform, chain, check_value, flattened, refuse_flat
 from purestep.transforms.mask import masked
 from purestep.transforms.scale import maximize as ascend
 from purestep.tree import Spec, quote
@@ -70,6 +72,16 @@ class Optimizer(torch.optim.Optimizer):
     Everything that works on torch's optimizers works on it: parameter groups, closures, hooks, state dicts, learning rate
     schedulers, gradient scalers. A group's options are the transform's hyperparameters, under the names that
     `transform.hyperparams` gives them. A transform that sees all parameters together sees those of all groups.
+
+    Parameters may be spread over processes as torch's `DTensor` spreads them: by `torch.distributed.fsdp.fully_shard`, by
+    tensor parallelism, beside plain ones. The numbers are those of whole parameters, also of norms, and all processes take the
+    same decisions, as long as a loss that a transform asks for is the same in all of them.
+
+    `FullyShardedDataParallel` and `torch.distributed.optim.ZeroRedundancyOptimizer` give each process an optimizer for a part
+    of the parameters that is all it knows of. Transforms that treat every element by itself (and under the second, every
+    parameter) are right there; those that see all parameters together (`clip_by_global_norm`, `skip_if_nonfinite`, …) would
+    take the part for the whole. With the first they are refused. The second leaves nothing by which it could be known: clip
+    with `torch.nn.utils.clip_grad_norm_` before the step instead, and use `fully_shard` for the others.
 
     Args:
         params: an iterable of tensors, of `(name, tensor)` pairs, or of dicts, each a parameter group with options of its
@@ -352,10 +364,13 @@ class Optimizer(torch.optim.Optimizer):
         for group in groups:
             for link in self._transform(group).links:
                 requires = link.transform.declaration.requires
-                if requires is None or is_off(link.transform):
+                flat = any(map(flattened, group["params"]))
+                if (requires is None and not flat) or is_off(link.transform):
                     continue
                 for p, yes in zip(group["params"], self._selected(link.masks, group["params"])):
-                    if yes and not is_lazy(p):
+                    if yes and flattened(p):
+                        refuse_flat(link.transform, quote(paths[p]), p)
+                    if yes and requires is not None and not is_lazy(p):
                         requires(quote(paths[p]), p)
 
     def _begin_state(self, groups: list[dict[str, Any]]) -> None:
@@ -426,7 +441,7 @@ class Optimizer(torch.optim.Optimizer):
             if len(entries) > 1:
                 for (state, _), x in zip(entries, together([x for _, x in entries])):
                     state[name] = x
-        packs = packed_links(transform.plan) if small(params) and set(map(type, params)) <= PLAIN else ()
+        packs = packed_links(transform.plan) if plain(params) and small(params) else ()
         for (k, name), entries in columns.items():
             xs = [x for _, x in entries]
             if k in packs and packable(xs):
@@ -693,6 +708,7 @@ class Optimizer(torch.optim.Optimizer):
                         f"{who} needs {name}, so step needs a closure: step(closure), which clears the gradients, evaluates "
                         "the model, calls backward and returns the loss."
                     )
+                loss = sharded.whole(loss)
                 loss = loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else loss
                 check_value(loss, f"What the closure returns, the loss for {who}")
         return {name: {"value": loss, "value_and_grad": closure}[name] for name in plan.extras}
@@ -745,6 +761,9 @@ class Optimizer(torch.optim.Optimizer):
             for rows, (_, transform) in zip(together_, groups):
                 self._fill(params[rows.rows.start : rows.rows.stop], transform)
             columns = self._gather(params, states, together_, keys)
+        if not plain(grads, params):
+            like = together_[0].plan.alike(columns)
+            grads = sharded.alike(grads, params, like, lambda k: quote(self._paths()[params[k]]))
         executor = self._executor(groups[0][0])
         if len(groups) > 1:
             refuse_disagreement(together_)
@@ -782,7 +801,7 @@ class Optimizer(torch.optim.Optimizer):
             out, after = call.run(together_)
         except BaseException:
             if "value_and_grad" in extras:
-                torch._foreach_copy_(params, given)
+                overwrite(params, given)
             raise
         if touched is not None:
             out, after = touched.scatter(out, after, True, not torch.is_grad_enabled())
@@ -791,7 +810,7 @@ class Optimizer(torch.optim.Optimizer):
                 if x is not p:
                     p.copy_(x)
         elif not all(map(operator.is_, out, params)):
-            torch._foreach_copy_(params, out)
+            overwrite(params, out)
         self._store(together_[0].plan, states, before, given_columns, after)
 
     def _represented(self, columns: list[Any], plan: Plan) -> list[Any]:
@@ -960,7 +979,7 @@ class Optimizer(torch.optim.Optimizer):
                         for value, keys, needed in links
                         for info in [fields_of(value)]
                         for name, like, encoded, scalar, new in zip(
-                            keys, info.like, info.encoded, info.scalars, fresh_state(value, p.detach().to("meta"))
+                            keys, info.like, info.encoded, info.scalars, fresh_state(value, like_meta(p))
                         )
                         if not scalar
                     ]
@@ -1123,8 +1142,8 @@ def overwrite_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
     if not pairs:
         return
     if len(pairs) > 1:
-        written = {x.untyped_storage()._cdata for x, _ in pairs if type(x) in PLAIN}
-        pairs = [(x, y.clone() if type(y) not in PLAIN or y.untyped_storage()._cdata in written else y) for x, y in pairs]
+        written = {x.untyped_storage()._cdata for x, _ in pairs if plain([x])}
+        pairs = [(x, y.clone() if not plain([y]) or y.untyped_storage()._cdata in written else y) for x, y in pairs]
     for x, y in pairs:
         x.copy_(y)
 
@@ -1159,6 +1178,11 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def like_meta(p: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype, and of no other type, without memory."""
+    return torch.empty(p.shape, dtype=p.dtype, device="meta")
+
+
 def unchanged(a: Any, b: Any) -> bool:
     """Whether a group's option is still what it was."""
     b = tuple(b) if type(b) is list else b
@@ -1187,11 +1211,13 @@ def value_and_grad(
 
     def evaluate(at: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         if all(map(operator.is_, at, given)):
-            return torch.as_tensor(value).detach(), grads
-        torch._foreach_copy_(params, at)
+            return sharded.whole(torch.as_tensor(value).detach()), grads
+        overwrite(params, at)
         with torch.enable_grad():
             loss = value_and_grad()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        return torch.as_tensor(loss).detach(), [g.to_dense() if g.is_sparse else g for g in found]
+        if not plain(found, params):
+            found = sharded.alike(found, params, (), "number {}".format)
+        return sharded.whole(torch.as_tensor(loss).detach()), [g.to_dense() if g.is_sparse else g for g in found]
 
     return evaluate

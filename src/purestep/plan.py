@@ -88,6 +88,14 @@ class Plan:
         self.looks: dict[tuple[int, int], Looks] = {}  # of all tensors of a call, by the number of parameters and of all
         self.final = len(self.stages) - 2 if self.stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
 
+    def alike(self, states: Sequence[Any]) -> list[Any]:
+        """The lists in the states of these links whose tensors are of the parameters' shapes."""
+        found: list[Any] = []
+        for link, s, info in zip(self.links, states, self.fields):
+            like = info.leaves if link.transform.declaration.whole else info.like
+            found += [c for c, yes in zip(s, like) if yes]
+        return found
+
     def seen(self, count: int, total: int) -> Looks:
         """What the tensors of a call with `count` parameters, `total` of all, have looked like."""
         found = self.looks.get((count, total))

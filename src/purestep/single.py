@@ -12,6 +12,7 @@ from torch import Tensor
 
 from purestep import maths
 from purestep.foreach import UNARY
+from purestep.plain import TRACED
 
 
 def add(x: Tensor, y: Any) -> Tensor:
@@ -54,6 +55,8 @@ def axpy(x: Tensor, y: Any, k: Any) -> Tensor:
         return x + k * y if not isinstance(y, Tensor) or y.dtype != x.dtype else torch.addcmul(x, y, k.to(x.dtype))
     if torch.compiler.is_compiling():  # Inductor (2.13) drops `alpha` where `y` is a product of matrices
         return x + k * y
+    if k and type(y) not in TRACED:  # of a product with a number every type knows
+        return x + y * k
     return torch.add(x, y, alpha=k) if k else x  # as torch, which leaves decay out where there is none
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from purestep.counters import ordinary, spans
-from purestep.engine import PLAIN, Call, Executor, choose, one
+from purestep.engine import Call, Executor, choose, one
 from purestep.looks import Looks
+from purestep.plain import PLAIN, plain
 from purestep.plan import Kernel, Plan, Segment
 
 
@@ -66,7 +67,7 @@ class Solo(NamedTuple):
         counters: list[list[Any]] = [[s.get(key) for s in states] for key, _, _ in self.counters]
         everything = [*params, *grads, *flat.from_iterable(columns), *flat.from_iterable(counters)]
         if looks.fit(everything) is None:
-            if not (set(map(type, everything)) <= PLAIN and self.takes(params, grads, columns, [])):
+            if not (plain(everything) and self.takes(params, grads, columns, [])):
                 return False
             if not all([ordinary(c) and not c[0].requires_grad for c in counters]):
                 return False
@@ -139,7 +140,7 @@ class Solo(NamedTuple):
         dtype, shapes, n = params[0].dtype, [p.shape if type(p) in PLAIN else None for p in params], len(params)
         for xs in (params, grads, *columns):
             if not (
-                set(map(type, xs)) <= PLAIN
+                plain(xs)
                 and [x.dtype for x in xs].count(dtype) == n
                 and [x.shape for x in xs] == shapes
                 and all([x.is_cpu and x.layout is torch.strided and x.is_contiguous() for x in xs])

@@ -18,8 +18,8 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from purestep import maths, tree
-from purestep.engine import PLAIN, Call, Executor, Inner, choose
+from purestep import maths, sharded, tree
+from purestep.engine import Call, Executor, Inner, choose
 from purestep.links import (
     Fields,
     Link,
@@ -35,6 +35,7 @@ from purestep.links import (
 from purestep.lists import pick, put
 from purestep.looks import Looks
 from purestep.masks import Memo, Not, refuse_unused, route, select
+from purestep.plain import plain
 from purestep.plan import Group, Plan, detail
 from purestep.program import program
 from purestep.solo import solo_of
@@ -100,6 +101,9 @@ class Transform:
             value = link.transform
             fields = fields_of(value)
             on = select(link.masks, leaves, spec, memo)
+            for path, p, yes in zip(spec.paths(), leaves, on) if any(map(flattened, leaves)) else ():
+                if yes:
+                    refuse_flat(value, tree.quote(path), p)
             if value.declaration.whole:
                 rows = [k for k, yes in enumerate(on) if yes]
                 made = [
@@ -214,6 +218,9 @@ class Transform:
             if type(None) in set(map(type, gradients)):
                 rows = [k for k, g in enumerate(gradients) if g is not None]
             check_states(self.links, states, leaves, shapes, spec)
+        usual = known is not None or (eager and plain(everything, optional=True))
+        if not usual and (eager or not plain(leaves, gradients, optional=True)):
+            gradients = spread_alike(gradients, leaves, plan.alike(states), spec)
         chosen = states if rows is None else [pick_leaves(s, info, rows) for s, info in zip(states, plan.fields)]
         live, given = pick(gradients, rows), pick(leaves, rows)
 
@@ -238,12 +245,12 @@ class Transform:
             extras["value_and_grad"] = on_lists(extras["value_and_grad"], leaves, rows, spec)
         call = Call(
             live, given, chosen, mask, mode,
-            apply=apply, donate=donate, alone=rows is None, executor=executor, extras=extras,
+            apply=apply, donate=donate, alone=rows is None, executor=executor, plain=usual, extras=extras,
         )  # fmt: skip
         out, news = call.run(groups)
         if touched is not None:
             out, news = touched.scatter(out, news, apply, donate)
-        elif known is None and eager and mode == "program" and all([isinstance(x, Tensor) for x in everything]):
+        elif known is None and usual and mode == "program" and all([isinstance(x, Tensor) for x in everything]):
             looks.learn(everything)
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)
@@ -610,7 +617,7 @@ def leafwise(
 
 
 def whole(
-    state: Any = None, *, moves: bool = False, scales: bool = False, sparse: Sparse = None
+    state: Any = None, *, moves: bool = False, scales: bool = False, sparse: Sparse = None, elementwise: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Transform]]:
     """Declare a whole transform: a function of all parameters together becomes a factory of transforms.
 
@@ -627,6 +634,8 @@ def whole(
         scales: the function returns, instead of updates, the number that all gradients are to be multiplied by. What follows
             in a chain does that on its way.
         sparse: as in `leafwise`; with ``"rows"`` the function is given these rows alone.
+        elementwise: promises that what becomes of an element depends on what else there is in its own place, and on numbers
+            that are no tensor's, and so is right on any part of the parameters: that is what a process sees of FSDP1's.
 
     >>> import torch, purestep as ps
     >>> @ps.whole(scales=True)
@@ -640,13 +649,22 @@ def whole(
         raise TypeError(f"whole takes a state (a NamedTuple with a classmethod init(params)) or nothing, but got {state!r}.")
 
     def declare(function: Callable[..., Any]) -> Any:
-        return factory_of(LinkDeclaration(function, state, whole=True, moves=moves, scales=scales, sparse=sparse), Whole)
+        d = LinkDeclaration(
+            function, state, whole=True, moves=moves, scales=scales, sparse=sparse, elementwise=elementwise
+        )  # fmt: skip
+        return factory_of(d, Whole)
 
     return declare
 
 
 def nested(
-    state: Any, *, moves: bool = False, passes: bool = False, sparse: Sparse = None, name: str = ""
+    state: Any,
+    *,
+    moves: bool = False,
+    passes: bool = False,
+    sparse: Sparse = None,
+    elementwise: bool = False,
+    name: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a transform that is put around another, and decides what becomes of its updates and its state.
 
@@ -664,6 +682,7 @@ def nested(
         passes: promises that the function does nothing with the updates of the inner transform but return them. At the end of
             a chain the inner transform then applies them itself, with a fused kernel if there is one for it.
         sparse: as in `leafwise`.
+        elementwise: as in `whole`, as far as the inner transform is.
         name: what the transform is called where it is printed; by default the function's name.
 
     >>> import torch, purestep as ps
@@ -689,7 +708,10 @@ def nested(
         )
 
     def declare(function: Callable[..., Any]) -> Any:
-        d = LinkDeclaration(function, state, whole=True, moves=moves, sparse=sparse, name=name, inner=Inner, passes=passes)
+        d = LinkDeclaration(
+            function, state, whole=True, moves=moves, sparse=sparse, name=name, inner=Inner, passes=passes,
+            elementwise=elementwise,
+        )  # fmt: skip
         if not d.inner:
             raise TypeError(f"{d.name} takes no transform: annotate the argument that is one with purestep.Inner.")
         parameters = d.signature.parameters.values()
@@ -886,6 +908,38 @@ def check_states(links: Sequence[Link], states: list[Any], params: list[Any], sh
                     )
 
 
+def flattened(p: Any) -> bool:
+    """Whether this is the part that a process has of one of FSDP1's flat parameters."""
+    return getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False)
+
+
+def refuse_flat(value: Primitive, path: str, p: Tensor) -> None:
+    """Refuse a transform that must see whole parameters where it would see a part of them as if it were all.
+
+    Raises:
+        TypeError: the parameter is one of FSDP1's flat ones (`torch.distributed.fsdp.FullyShardedDataParallel`).
+    """
+    d = value.declaration
+    if is_off(value) or d.elementwise:
+        return
+    if not d.whole:
+        state = fresh_state(value, torch.empty(p.shape, dtype=p.dtype, device="meta"))
+        part = detail(value, tuple([x is None for x in state]))
+        if program((part,), False, False, False, d, form="single").elementwise:
+            return
+    raise TypeError(
+        f"{d.name} must see {'all parameters' if d.whole else 'whole parameters'}, but {path} is a flat parameter of "
+        "FullyShardedDataParallel, of which each process has a part and does not know which. Use "
+        "torch.distributed.fsdp.fully_shard, whose parameters say how they are spread, or transforms that treat every element "
+        "by itself; to clip, call the module's own clip_grad_norm_ before the step."
+    )
+
+
+def spread_alike(grads: list[Any], params: list[Any], columns: list[Any], spec: tree.Spec) -> list[Any]:
+    """Gradients that are spread over processes as their parameters are; and refuse states that are not."""
+    return sharded.alike(grads, params, columns, lambda k: tree.quote(spec.paths()[k]))
+
+
 FROM_CLOSURE = ("value", "value_and_grad")
 """The extra arguments that an optimizer of `purestep.optim` takes from the closure."""
 
@@ -965,10 +1019,12 @@ def on_lists(function: Callable[[PyTree], Any], leaves: list[Any], rows: list[in
             )
         found = tree.flatten_like(result[1], spec, "the gradients of value_and_grad")
         check_gradients(found, leaves, [p if p is None else p.shape for p in leaves], spec)
+        if not plain(leaves, found, optional=True):
+            found = spread_alike(found, leaves, [], spec)
         for k in range(len(leaves)) if rows is None else rows:
             if found[k] is None:
                 raise ValueError(f"value_and_grad gives no gradient at {tree.quote(spec.paths()[k])}, where grads have one.")
-        return result[0], pick(found, rows)
+        return sharded.whole(result[0]), pick(found, rows)
 
     return listed
 

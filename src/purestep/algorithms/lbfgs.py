@@ -21,11 +21,13 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from purestep import sharded
 from purestep.engine import choose
 from purestep.hyper import Extra, Hyper, NonNegative, Steps
 from purestep.maths import counter, maximum, minimum, precise, root, some, transforming, where
 from purestep.optimizer import SHARED, Optimizer, Params, over
 from purestep.packing import joined, offset
+from purestep.plain import plain
 from purestep.transform import whole
 
 Number: TypeAlias = Any  # a float, or a 0-d tensor
@@ -51,7 +53,8 @@ class LBFGSState(NamedTuple):
     @classmethod
     def init(cls, params: list[Tensor]) -> LBFGSState:
         """Before the first update."""
-        count, none = counter(params[0]), torch.zeros_like(flat(params))
+        whole = [torch.empty(p.shape, dtype=p.dtype, device=p.device) if sharded.is_sharded(p) else p for p in params]
+        count, none = counter(params[0]), torch.zeros_like(flat(whole))
         zero = torch.zeros((), dtype=precise(none.device), device=none.device)
         return cls(count, count, none, zero, (), (), (), torch.ones_like(zero, dtype=none.dtype), none, zero)
 
@@ -442,18 +445,20 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
         dense = [x if x.layout is torch.strided else x.to_dense() for x in dense]
     if any([dtype.is_complex for dtype in {x.dtype for x in dense}]):
         dense = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in dense]
-    return torch.cat([x.reshape(-1) for x in dense]) if transforming() else joined(dense)
+    if not plain(dense):
+        dense = [sharded.whole(x) for x in dense]
+    return torch.cat([x.reshape(-1) for x in dense]) if transforming() or not plain(dense) else joined(dense)
 
 
 def move(x: list[Tensor], t: Number, d: Tensor) -> list[Tensor]:
     """x + t d."""
-    if not isinstance(t, Tensor) and all([p.dtype is d.dtype and p.is_contiguous() for p in x]):
+    if not isinstance(t, Tensor) and plain(x) and all([p.dtype is d.dtype and p.is_contiguous() for p in x]):
         return offset(x, d, t)
     moved = []
     start = 0
     for p in x:
         r = torch.view_as_real(p) if p.is_complex() else p
-        step = d[start : start + r.numel()].view(r.shape)
+        step = sharded.spread(d[start : start + r.numel()].view(r.shape), r)
         start += r.numel()
         r = (r + narrow(t, d) * step if isinstance(t, Tensor) else torch.add(r, step, alpha=t)).to(r.dtype)
         moved.append(torch.view_as_complex(r) if p.is_complex() else r)

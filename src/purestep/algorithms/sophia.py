@@ -13,6 +13,7 @@ from purestep.algorithms.dadapt_adamw import in_reals
 from purestep.hyper import Betas, ExtraTree, Hyper, Interval, NonNegative, Period
 from purestep.lists import imaginary, real
 from purestep.maths import counter, lerp, maximum, minimum, precise
+from purestep.sharded import is_sharded, kind
 from purestep.transform import Transform, chain, whole
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.noise import WORD, philox, whole_number
@@ -192,6 +193,12 @@ def hutchinson(loss: Callable[[Any], Tensor], params: Any, seed: Any = 0) -> Any
     def listed(*given: Tensor) -> Tensor:
         return loss(whole([torch.view_as_complex(x) if leaves[k].is_complex() else x for k, x in zip(places, given)]))
 
+    odd = next((k for k in places if is_sharded(leaves[k])), None)
+    if odd is not None:
+        raise TypeError(
+            f"hutchinson takes whole tensors, but {tree.quote(spec.paths()[odd])} is {kind(leaves[odd])}: give it "
+            "full_tensor(), and spread what comes of it with torch.distributed.tensor.distribute_tensor."
+        )
     at = tuple(real([leaves[k] for k in places]))
     u = tuple([signs(x, whole_number(seed, x.device), k) for k, x in zip(places, at)])
     hu = torch.func.jvp(torch.func.grad(listed, argnums=tuple(range(len(at)))), at, u)[1] if at else ()

@@ -14,13 +14,14 @@ from torch import Tensor
 from purestep import tree
 from purestep.engine import agree
 from purestep.lists import flattened, parted
+from purestep.plain import plain
 from purestep.transform import Transform
 
 
 def joins(opt: Transform, state: Any, leaves: list[Any], spec: tree.Spec) -> bool:
     """Whether a transform may as well be run on all parameters as one vector."""
     stages = opt.plan.stages
-    if len(stages) != 1 or stages[0].whole or stages[0].masked or not all([isinstance(p, Tensor) for p in leaves]):
+    if len(stages) != 1 or stages[0].whole or stages[0].masked or not plain(leaves):
         return False
     if torch.compiler.is_compiling():  # the compiler finds out for itself
         return False

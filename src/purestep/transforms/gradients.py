@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.maths import Scalar, counter, operation
+from purestep.maths import Scalar, counter, operation, summed
 from purestep.transform import leafwise, whole
 from purestep.transforms.norms import real
 
@@ -91,6 +91,6 @@ def zero_nans(us: list[Tensor], s: ZeroNansState, ps: list[Tensor]) -> tuple[Any
     {'a': tensor(1.), 'b': tensor(0.)}
     """
     nans = [torch.isnan(u) for u in us]
-    found = [x.any().to(old.dtype) for x, old in zip(nans, s.found_nan)]
+    found = [(n > 0).to(old.dtype) for n, old in zip(summed(nans), s.found_nan)]
     cleared = [torch.where(x, torch.zeros_like(u), u) for x, u in zip(nans, us)]
     return cleared, ZeroNansState(found, [n + x for n, x in zip(s.nan_count, found)])

@@ -90,7 +90,7 @@ class AccumulateState(NamedTuple):
         return cls(counter(params), counter(params), [zeros_like(p) for p in params], inner)
 
 
-@nested(AccumulateState, passes=True, sparse="dense", name="accumulate")
+@nested(AccumulateState, passes=True, sparse="dense", elementwise=True, name="accumulate")
 def _accumulate(
     gs: list[Tensor], s: AccumulateState, ps: list[Tensor], transform: Inner, k: Any, *, average: bool
 ) -> tuple[list[Tensor], AccumulateState]:
@@ -167,7 +167,7 @@ class LookaheadState(NamedTuple):
         return self.slow
 
 
-@nested(LookaheadState, moves=True)
+@nested(LookaheadState, moves=True, elementwise=True)
 def lookahead(
     gs: list[Tensor], s: LookaheadState, ps: list[Tensor], transform: Inner, k: Period = 5, alpha: UnitInterval = 0.5
 ) -> tuple[list[Tensor], LookaheadState]:
@@ -221,7 +221,7 @@ class ConditionallyState(NamedTuple):
         return cls(counter(params), inner)
 
 
-@nested(ConditionallyState, passes=True, sparse="rows", name="conditionally")
+@nested(ConditionallyState, passes=True, sparse="rows", elementwise=True, name="conditionally")
 def _conditionally(
     us: list[Tensor], s: ConditionallyState, ps: list[Tensor], predicate: Any, transform: Inner, *, otherwise: str
 ) -> tuple[list[Tensor], ConditionallyState]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from purestep import sharded
 from purestep.hyper import Interval, NonNegative
 from purestep.maths import Scalar, counter, precise, root
 from purestep.transform import whole
@@ -122,5 +123,7 @@ def whole_number(seed: Any, device: torch.device) -> Tensor:
 
 
 def noise(u: Tensor, *counts: Tensor) -> Tensor:
-    """Standard normal numbers in the shape of a tensor."""
+    """Standard normal numbers in the shape of a tensor; spread as it is, if it is spread over processes."""
+    if sharded.is_sharded(u):
+        return sharded.spread(noise(torch.empty(u.shape, dtype=u.dtype, device=u.device), *counts), u)
     return torch.view_as_complex(normal(torch.view_as_real(u), *counts)) if u.is_complex() else normal(u, *counts)

@@ -11,13 +11,16 @@ from torch.linalg import vector_norm
 
 from purestep.hyper import NonNegative, Positive
 from purestep.links import EmptyState
-from purestep.maths import global_norm, maximum, operation, readable, recorded, root, where
+from purestep.maths import global_norm, maximum, norms, operation, readable, recorded, root, where
+from purestep.sharded import is_sharded
 from purestep.transform import leafwise, whole
 
 
 def norm(x: Tensor) -> Tensor:
     """The 2-norm of all elements, with slope 0 at 0: a real 0-d tensor, in float32 at least."""
     x = torch.view_as_real(x) if x.is_complex() else x
+    if is_sharded(x):
+        return norms([x])[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     if recorded([x]):
         return root((x.to(wide) ** 2).sum())

@@ -31,7 +31,7 @@ class ReduceOnPlateauState(NamedTuple):
         return cls(*[torch.full((), x, dtype=dtype, device=device) for x in first])
 
 
-@whole(ReduceOnPlateauState, scales=True, sparse="rows")
+@whole(ReduceOnPlateauState, scales=True, sparse="rows", elementwise=True)
 def reduce_on_plateau(
     us: list[Tensor],
     s: ReduceOnPlateauState,

@@ -30,7 +30,7 @@ def keep_params_nonnegative(u: Tensor, p: Tensor) -> Tensor:
     return maximum(u, -p)
 
 
-@whole(moves=True)
+@whole(moves=True, elementwise=True)
 def project_box(
     us: list[Tensor], s: EmptyState, ps: list[Tensor], low: Hyper = -math.inf, high: Hyper = math.inf
 ) -> tuple[Any, EmptyState]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from purestep import tree
+from purestep import sharded, tree
 from purestep.hyper import Whole, check_steps
 from purestep.links import Link, LinkDeclaration, Primitive, Sparse
 from purestep.maths import Encoded, operation
@@ -196,11 +196,13 @@ class Form:
             x, found[name] = found[name], None
             if x is None:
                 continue
+            x, like = sharded.whole(x), x
             if self.bits == 16:
-                found[f"{name}_16bit"] = rounded(x, state.step)
+                codes = rounded(x, state.step)
             else:
                 found[f"{name}_scale"] = scale = scale_of(x)
-                found[f"{name}_8bit"] = encoded(x, scale, SIGNED[name])
+                codes = encoded(x, scale, SIGNED[name])
+            found[f"{name}_{self.bits}bit"] = sharded.spread(codes, like)
         return self.kind(**found)
 
     def decode(self, state: Any, p: Tensor | None) -> Any:
@@ -212,8 +214,10 @@ class Form:
             scale, codes = found.get(f"{name}_scale"), found[f"{name}_{self.bits}bit"]
             if codes is None:
                 continue
+            codes, home = sharded.whole(codes), codes
             like = torch.empty_like(codes, dtype=torch.float32 if scale is None else scale.dtype) if p is None else p
-            found[name] = widened(codes, like) if scale is None else decoded(codes, scale, like, SIGNED[name])
+            mean = widened(codes, like) if scale is None else decoded(codes, scale, like, SIGNED[name])
+            found[name] = sharded.spread(mean, home)
         return self.plain(*[found[name] for name in self.plain._fields])
 
     def around(self, function: Any) -> Any:

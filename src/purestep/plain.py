@@ -1,0 +1,58 @@
+"""Which tensors the fast ways are right for: the one rule, which all of them ask.
+
+A tensor is *plain* if its type is exactly `torch.Tensor` or `torch.nn.Parameter`. What is fast here takes more for granted
+than a tensor promises, and only of plain tensors are all of these true and tested:
+
+* lists (`purestep.foreach`): an operation on a list is that operation on each of its tensors, and nobody asks to see them one
+  by one; a list that is written to is written, whatever else is in it.
+* `purestep.packing`: ``data_ptr`` is where the numbers are, storages and strides say how they lie there, and consecutive
+  pieces of one tensor can be parameters of their own.
+* `purestep.blocks`, `purestep.compiled`: ``view(-1)`` and `torch.split` of a contiguous tensor share its memory, and a pointer
+  can be handed to a kernel.
+* torch's fused kernels: the same, and a dtype that the kernel is known to be right for (`purestep.plan.Kernel.computes`).
+* below autograd (`purestep.engine`, `purestep.solo`): nothing above the backend has to see an operation.
+* remembered steps (`purestep.solo`, `purestep.looks`): what is the same object is the same memory. `torch.compile`'s guards ask
+  for exact types, so what they know to be plain is.
+
+None of it is true of a `DTensor`, of a tensor whose numbers are kept in few bits, or of a subclass that watches what is
+done to it, as a user's own may. The engine runs such tensors by themselves, in operations of torch's that anyone could call:
+`purestep.engine.Call.odd`. What is sharded is the concern of `purestep.sharded`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+TRACED = PLAIN | {FakeTensor, FunctionalTensor}
+"""While an operation is traced these stand for plain tensors."""
+
+dispatch = operator.attrgetter("__torch_dispatch__")
+
+
+def bare(x: Any) -> Any:
+    """A number that was found in a tensor as a plain tensor, if it is one but for how Python sees it."""
+    if isinstance(x, Tensor) and type(x) not in TRACED and dispatch(type(x)) is dispatch(Tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            return x.as_subclass(Tensor)
+    return x
+
+
+def plain(*lists: Sequence[Any], optional: bool = False) -> bool:
+    """Whether all that is in these lists are plain tensors; with `optional`, or None."""
+    if torch.compiler.is_compiling():  # which cannot make a set of types
+        return all([(x is None and optional) or type(x) in TRACED for xs in lists for x in xs])
+    types = set().union(*[map(type, xs) for xs in lists])
+    if types <= PLAIN:
+        return True
+    if optional:
+        types.discard(type(None))
+    return types <= (TRACED if torch._C._len_torch_dispatch_stack() else PLAIN)

@@ -35,7 +35,7 @@ from purestep.links import (
 from purestep.lists import pick, put
 from purestep.looks import Looks
 from purestep.masks import Memo, Not, refuse_unused, route, select
-from purestep.plain import plain
+from purestep.plain import PLAIN, plain
 from purestep.plan import Group, Plan, detail
 from purestep.program import program
 from purestep.solo import solo_of

@@ -113,6 +113,7 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 
 FLOORS = [
+    {"recorder"},
     {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks"},
     {"value", "masks", "leaves", "single", "merging"},
     {"program", "schedules", "links"},

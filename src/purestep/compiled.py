@@ -25,7 +25,6 @@ WARM = 2**16
 
 Function: TypeAlias = Callable[..., list[Tensor]]
 
-_kernels: dict[Any, Function] = {}
 _lock = threading.Lock()
 
 
@@ -76,22 +75,23 @@ def called(kernel: Function, k: Tensor, vectors: list[list[Tensor]]) -> list[lis
 def compiled(split: Program, dtypes: tuple[torch.dtype, ...], k: Tensor, donate: bool) -> Function:
     """The kernel of a program: it takes the coefficients, a gradient, a parameter and the fields of its state, all of them
     vectors, and returns the update or the new parameter and the new fields, but for what it writes in place."""
-    key = (split.name, dtypes, k.device, donate)
-    found = _kernels.get(key)
+    key = (dtypes, k.device, donate)
+    found = split.kernels.get(key)
     if found is not None:
         return found
     with _lock:
-        if key not in _kernels:
+        if key not in split.kernels:
             given = [k, *[torch.ones(WARM, dtype=dtype, device=k.device) for dtype in dtypes]]
             graph = make_fx(function(split, widest(dtypes), donate), tracing_mode="symbolic")(*given)
             like = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            _kernels[key] = torch._inductor.standalone_compile(graph, like, dynamic_shapes="from_graph")
-        return _kernels[key]
+            split.kernels[key] = torch._inductor.standalone_compile(graph, like, dynamic_shapes="from_graph")
+        made: Function = split.kernels[key]
+        return made
 
 
 def function(split: Program, dtype: torch.dtype, donate: bool) -> Function:
     """What is compiled."""
-    run, apply = split.run, split.recipe.apply
+    run, apply = split.run, split.apply
 
     def kernel(k: Tensor, *given: Tensor) -> list[Tensor]:
         found = run(*[x.to(dtype) for x in given], k)

@@ -475,7 +475,7 @@ class Call:
             return None  # on small tensors a kernel costs less than to gather them
         recipe = program(details(segment, absent(fields)), False, True, self.donate, *segment.declarations)
         columns = [(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.tensors if fields[j][f][0] is not None]
-        if not recipe.elementwise or not recipe.recipe.parts or encodes(segment, fields):
+        if not recipe.elementwise or not recipe.parts or encodes(segment, fields):
             return None
         lists = [grads, params, *[fields[j][f] for j, f in columns]]
         dtype, shapes = params[0].dtype, [p.shape for p in params]

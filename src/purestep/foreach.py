@@ -193,6 +193,11 @@ def cast(x: Lists, like: Lists) -> Lists:
     return [t.to(y.dtype) for t, y in zip(x, like)]
 
 
+def filled(k: Any, like: Lists) -> Lists:
+    """One number, or what can be broadcast, for each tensor of a list, in memory of its own."""
+    return [(torch.ones_like(y) * k).to(y.dtype) for y in like]
+
+
 STACK = 2**22
 """So many elements at most are stacked."""
 
@@ -221,6 +226,6 @@ KERNELS: dict[str, Any] = {
     for f in (
         add, add_, sub, sub_, mul, mul_, div, div_, rsub, rsub_, rdiv, rdiv_, square, square_, pow, pow_,
         maximum, maximum_, minimum, minimum_, lerp, lerp_, axpy, axpy_, axpby, axpby_, addcmul, addcmul_,
-        addcdiv, addcdiv_, clone, cast,
+        addcdiv, addcdiv_, clone, cast, filled,
     )
 } | {"copy_": torch._foreach_copy_, "stacked": stacked}  # fmt: skip

@@ -17,6 +17,8 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
+from purestep.recorder import recorder
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 Scalar: TypeAlias = Annotated[Tensor, "scalar"]
@@ -61,6 +63,9 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False,
         for x in args:
             if isinstance(x, Proxy):
                 return x.tracer.create_proxy("call_function", call, args, {})
+        recording = recorder()
+        if recording is not None and any([isinstance(x, Tensor) for x in args]):  # all of them are constants
+            return recording.record("call_function", call, args)
         return function(*args)
 
     call.like, call.single, call.block, call.stacks = like, single, block, stacks  # type: ignore[attr-defined]

@@ -82,10 +82,14 @@ def cast(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype)
 
 
+def filled(k: Any, like: Tensor) -> Tensor:
+    return (torch.ones_like(like) * k).to(like.dtype)
+
+
 SINGLE: dict[str, Any] = {name: getattr(torch, name) for name in UNARY} | {
     f.__name__: f
     for f in (
-        add, sub, mul, div, rsub, rdiv, square, pow, axpy, axpby, addcmul, addcdiv, clone, cast,
+        add, sub, mul, div, rsub, rdiv, square, pow, axpy, axpby, addcmul, addcdiv, clone, cast, filled,
         maths.untraced(maths.root), maths.untraced(maths.lerp), maths.untraced(maths.maximum), maths.untraced(maths.minimum),
     )
 }  # fmt: skip

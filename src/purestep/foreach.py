@@ -133,8 +133,6 @@ def lerp(x: Lists, y: Lists, k: Any) -> Lists:
 def lerp_(x: Lists, y: Lists, k: Any) -> None:
     if isinstance(k, Tensor):
         axpy_(x, torch._foreach_sub(y, x), k)
-    elif k == 1:
-        torch._foreach_copy_(x, y)
     else:
         torch._foreach_lerp_(x, y, k)
 
@@ -149,7 +147,7 @@ def axpy(x: Lists, y: Any, k: Any) -> Lists:
 def axpy_(x: Lists, y: Any, k: Any) -> None:
     if isinstance(k, Tensor):
         torch._foreach_addcmul_(x, y, each(x, k)) if k.dim() else torch._foreach_add_(x, mul(y, k))
-    elif k != 0:  # as torch, which leaves decay out where there is none
+    else:
         torch._foreach_add_(x, y, alpha=k)
 
 

@@ -68,7 +68,7 @@ class Tracer(GraphAppendingTracer):
                     "make it a tensor with torch.from_numpy."
                 )
             if hasattr(a, "item"):
-                return a.item()
+                return int(a) if isinstance(a.item(), bool) else a.item()  # as torch takes it
         return super().create_arg(a)
 
     def keep(self, x: Any) -> Any:

@@ -54,7 +54,7 @@ def axpy(x: Tensor, y: Any, k: Any) -> Tensor:
         return x + k * y if not isinstance(y, Tensor) or y.dtype != x.dtype else torch.addcmul(x, y, k.to(x.dtype))
     if torch.compiler.is_compiling():  # Inductor (2.13) drops `alpha` where `y` is a product of matrices
         return x + k * y
-    return torch.add(x, y, alpha=k) if k else x  # as torch, which leaves decay out where there is none
+    return torch.add(x, y, alpha=k)
 
 
 def axpby(x: Tensor, y: Tensor, a: Any, b: Any) -> Tensor:

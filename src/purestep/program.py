@@ -347,6 +347,8 @@ def trace(recipe: Recipe) -> Trace:
             ) from error
         update, new = result
         outputs += [x for x, absent in zip(new, part.absent) if not absent]
+        for node in graph.nodes:  # also what nobody reads: run by itself, the function would write
+            refuse_writing(d.name, node)
     outputs.insert(0, p + update if recipe.apply else update)
     nodes = [tracer.create_arg(x) for x in outputs]
     same = repeated(graph)
@@ -354,6 +356,16 @@ def trace(recipe: Recipe) -> Trace:
     graph.output(tuple(nodes))
     graph.eliminate_dead_code()
     return Trace(graph, inputs, nodes, tuple(tracer.captured.values()))
+
+
+def refuse_writing(name: str, node: fx.Node) -> None:
+    """Say that a leaf function changes nothing in place."""
+    target = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    if node.op in ("call_method", "call_function") and (
+        (target.endswith("_") and not target.endswith("__")) or node.kwargs.get("inplace") or "out" in node.kwargs
+    ):
+        other = f"use {target[:-1]}()" if target.endswith("_") else "leave out inplace and out"
+        raise TypeError(f"A leaf function changes nothing in place, but {name} calls {target}(); {other}.")
 
 
 def repeated(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -517,7 +529,6 @@ class Writer:
         """The operation's canonical name, `""` if it has none."""
         if node.op == "call_method":
             target = str(node.target)
-            self.refuse_writing(node)
             return {"divide": "div", "multiply": "mul", "true_divide": "div", "subtract": "sub"}.get(target, target)
         if node.op == "call_function":
             if node.target in NAMES:
@@ -533,12 +544,6 @@ class Writer:
     def is_real(self, node: fx.Node) -> bool:
         """Whether a list is of the parameters' shapes and dtypes."""
         return self.like.get(node, False)
-
-    def refuse_writing(self, node: fx.Node) -> None:
-        """Say that a leaf function changes nothing in place."""
-        target = str(node.target)
-        if target.endswith("_") and not target.endswith("__"):
-            raise TypeError(f"A leaf function changes nothing in place, but this one calls {target}(); use {target[:-1]}().")
 
     # -- 2. contraction
 
@@ -831,7 +836,6 @@ class Writer:
         if node.target is operator.neg:
             return f"-{self.text(node.args[0])}"
         if node.op == "call_method":
-            self.refuse_writing(node)
             receiver, *rest = node.args
             return f"{self.text(receiver)}.{node.target}({self.arguments(rest, node.kwargs)})"
         return f"{self.constant(maths.untraced(node.target))}({self.arguments(node)})"

@@ -43,7 +43,7 @@ def run(
     The fields of the state may be of other dtypes than the parameters: what is computed is computed in the widest.
     """
     split = program(recipe, apply, False, False, *declarations, form="split")
-    if not split.elementwise or split.coefficients is None:
+    if not split.elementwise or split.coefficients is None or split.tangled:  # Inductor (2.13) leaves out copies of arguments
         return None
     grads, params, columns = given
     lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
@@ -56,6 +56,8 @@ def run(
     k = vector(found, precision(widest(dtypes)), params[0].device)
     kernel = compiled(split, dtypes, k, donate)
     made = called(kernel, k, vectors)
+    if split.copies:
+        made = [unshared(ys, xs) for ys, xs in zip(made, vectors)]
     news = [[shaped(y, p) for y, p in zip(ys, params)] for ys in zip(*made)]
     updates = params if apply and donate else news.pop(0)
     tensors, floats = iter(lists[2:] if donate else news), iter(scalars)
@@ -105,6 +107,17 @@ def function(split: Program, dtype: torch.dtype, donate: bool) -> Function:
         return results[: 1 - apply]
 
     return kernel
+
+
+def unshared(results: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+    """Results in memory of their own."""
+    held = {x.data_ptr() for x in given}
+    found = []
+    for x in results:
+        y = x.clone() if x.data_ptr() in held else x
+        held.add(y.data_ptr())
+        found.append(y)
+    return found
 
 
 def flat(tensors: tuple[Tensor, ...]) -> list[Tensor]:

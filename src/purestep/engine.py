@@ -928,12 +928,10 @@ def leaf_update(value: Primitive, info: Fields, g: Tensor, columns: list[Any], p
     hypers = {n: evaluated(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
     if d.state is None:
         u, _ = call(d, g, None, p, hypers)
-        u = u if isinstance(u, Tensor) else torch.full_like(g, u)
-        return u, [] if count is None else [stored(columns[0], count + 1)]
+        return spread(g, u), [] if count is None else [stored(columns[0], count + 1)]
     state = d.state(*[lifted(c) if scalar and c is not None else c for c, scalar in zip(columns, info.scalars)])
     u, new = call(d, g, state, p, hypers)
-    u = u if isinstance(u, Tensor) else torch.full_like(g, u)
-    return u, [x if c is None else stored(c, x) for c, x in zip(columns, new)]
+    return spread(g, u), [x if c is None else stored(c, spread(c, x)) for c, x in zip(columns, new)]
 
 
 def apart(results: Sequence[Any], given: Sequence[Any]) -> list[Any]:
@@ -942,8 +940,8 @@ def apart(results: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     found: list[Any] = []
     for x in results:
         if isinstance(x, Tensor):
-            if memory(x) in held:
-                x = x.clone()
+            if memory(x) in held or 0 in x.stride():
+                x = x.clone(memory_format=torch.contiguous_format)
             held.add(memory(x))
         found.append(x)
     return found
@@ -963,7 +961,14 @@ def stored(old: Tensor, x: Any) -> Tensor:
     """The new value of a state field, in the dtype and on the device of the old."""
     if isinstance(x, Tensor):
         return x if x.dtype == old.dtype else x.to(old.dtype)
-    return torch.full_like(old, x) if old.dim() else torch.full((), x, dtype=old.dtype, device=old.device)
+    return torch.full((), x, dtype=old.dtype, device=old.device)
+
+
+def spread(like: Tensor, x: Any) -> Any:
+    """What a leaf function returns in the place of a tensor, in its shape."""
+    if isinstance(x, Tensor):
+        return x.expand(like.shape) if x.dim() < like.dim() else x
+    return torch.full_like(like, x) if like.dim() else x
 
 
 def demand_kernel(segment: Segment, params: list[Tensor]) -> None:

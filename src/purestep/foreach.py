@@ -188,7 +188,12 @@ def clone(x: Lists) -> Lists:
 
 
 def cast(x: Lists, like: Lists) -> Lists:
-    return [t.to(y.dtype) for t, y in zip(x, like)]
+    return [one_cast(t, y) for t, y in zip(x, like)]
+
+
+def one_cast(x: Tensor, like: Tensor) -> Tensor:
+    """A tensor in another's dtype; one of fewer dimensions in its shape."""
+    return x.to(like.dtype) if x.dim() >= like.dim() else x.to(like.dtype).expand(like.shape).clone()
 
 
 def filled(k: Any, like: Lists) -> Lists:

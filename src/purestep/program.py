@@ -44,7 +44,7 @@ from purestep import maths
 from purestep.foreach import KERNELS, UNARY
 from purestep.merging import MERGED, Merger
 from purestep.ops import MINUS, Name, Op, Product, Scale, nodes_in
-from purestep.recorder import Recorder, Tracer
+from purestep.recorder import Recorder, RefusedError, Tracer
 from purestep.single import SINGLE
 
 # ---------------------------------------------------------------------------------------------------------------- recipes
@@ -62,7 +62,7 @@ class Part(NamedTuple):
 class LeafDeclaration(Protocol):
     """What a program needs to know of a declared leafwise transform."""
 
-    key: object  # stands for it where it must not be kept alive
+    key: int  # stands for it where it must not be kept alive
     watched: bool  # whether its programs are dropped with it
     name: str
     function: Callable[..., Any]
@@ -129,6 +129,8 @@ class Program:
     captured: tuple[Tensor, ...] = field(default=(), repr=False)  # what its leaf functions close over
     signature: Any = field(default=None, repr=False)  # of the graph, if there are such
     guards: tuple[Guard, ...] = field(default=(), repr=False)  # numbers that it was made with
+    copies: bool = False  # some of what it returns is copied, or it would be in the same memory as something else
+    tangled: bool = False  # and that is the memory of the parameters or their state
     kernels: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what `purestep.compiled` makes of it
 
     def __str__(self) -> str:
@@ -146,6 +148,7 @@ PROGRAMS = 1024
 _programs: dict[Any, Program] = {}
 _lock = threading.Lock()
 _serial = itertools.count()
+_key = operator.attrgetter("key")
 _functions = types.ModuleType("purestep.programs", "Every program's function, under its name.")
 
 
@@ -179,7 +182,7 @@ def program(
 
     The recipe is given as `torch.compile` can read it: plain constants, and apart from them the declarations.
     """
-    key = (details, apply, own_grads, donate, form, *[d.key for d in declarations])
+    key = (details, apply, own_grads, donate, form, *map(_key, declarations))
     found = _programs.get(key)
     if found is None or ((found.guards or found.captured) and not current(found, details, declarations)):
         # tracing patches nothing global: two threads may do it at once, and agree
@@ -210,7 +213,7 @@ def keep(key: Any, made: Program, declarations: Sequence[LeafDeclaration]) -> No
             weakref.finalize(d, forget, d.key).atexit = False
 
 
-def forget(declared: object) -> None:
+def forget(declared: int) -> None:
     """Drop the programs of a declaration that is no longer there."""
     for key in [k for k in list(_programs) if declared in k[FIXED:]]:
         _programs.pop(key, None)
@@ -339,6 +342,8 @@ def trace(recipe: Recipe) -> Trace:
                 result = call(
                     d, update, d.state(*fields) if d.state else None, p, hypers | dict(zip(d.switches, part.switches))
                 )
+        except RefusedError as error:
+            raise TypeError(str(error)) from error
         except TraceError as error:
             raise TypeError(
                 f"{d.name} asks for the value of a tensor or a hyperparameter ('if', 'while', bool(), float(), len()), "
@@ -460,6 +465,7 @@ class Writer:
             None  # in a line of a split program: the number that stands for an expression
         )
         self.uses: dict[fx.Node, int] = {}
+        self.copies = self.tangled = False
 
     def splits(self) -> bool:
         """Whether the numbers can be computed apart: all that is no list is a number."""
@@ -480,15 +486,17 @@ class Writer:
         exec(builtins.compile(source, file, "exec"), self.space)
         sizes = [self.block(op) for op in ops]
         local = all(self.shaped[i.node] or i.encoded for i in self.inputs if not i.number) and all(sizes)
+        local = local and not any(map(self.is_tensor, self.outputs))
         block = math.lcm(*sizes) if local else 0
         loops = [op.out for op in ops if op.name in ("loop", "where", "compare")]  # a number would change the dtype in these
         broadcasts = block == 1 and all(self.is_list(x) for node in loops for x in nodes_in((node.args, node.kwargs)))
         reads = self.uses.get(self.inputs[1].node, 0) > 0
         run, numbers = self.space["program"], self.space.get("coefficients")
         parts = [part.declaration for part in self.recipe.parts]
+        guards = tuple([x for d in parts for x in guards_of(d.function)])
         made = Program(
             tuple([d.name for d in parts]), self.recipe.apply, name, source, run, block, broadcasts, reads, len(lines),
-            len(ops) < len(lines), numbers, self.captured, self.signature, tuple([x for d in parts for x in guards_of(d.function)]),
+            len(ops) < len(lines), numbers, self.captured, self.signature, guards, self.copies, self.tangled,
         )  # fmt: skip
         weakref.finalize(made, linecache.cache.pop, file, None).atexit = False
         return made
@@ -887,6 +895,8 @@ class Writer:
                 continue
             shares = memory[outputs[k]]
             if shares & (written if donated[k] else taken):
+                self.copies = True
+                self.tangled |= bool(shares & set(self.placeholders) - {self.inputs[0].node})
                 name = self.fresh("t")
                 self.lines.append(f"{name} = clone({texts[k]})")
                 texts[k] = name

@@ -24,6 +24,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 # ------------------------------------------------------------------------------------------------------------------ proxies
 
 
+class RefusedError(Exception):
+    """A leaf function does what no program can. It is no TypeError before the function has ended: an operator of a tensor would
+    take that for an invitation to try something else."""
+
+
 class Traced(fx.Proxy):
     """A value of a program."""
 
@@ -57,19 +62,26 @@ class Tracer(GraphAppendingTracer):
         """An argument of an operation, as the graph keeps it."""
         if isinstance(a, Tensor):
             if id(a) in self.made:
-                with apart():
-                    return self.keep(a.detach().clone())  # it may still be written to
+                return self.constant(a)
             self.captured[id(a)] = a
             return a
         if type(a).__module__ == "numpy":
             if type(a).__name__ == "ndarray":
-                raise TypeError(
+                raise RefusedError(
                     f"a numpy array of shape {a.shape} cannot be an argument of an operation on tensors; "
                     "make it a tensor with torch.from_numpy."
                 )
             if hasattr(a, "item"):
                 return int(a) if isinstance(a.item(), bool) else a.item()  # as torch takes it
         return super().create_arg(a)
+
+    def constant(self, a: Tensor) -> Any:
+        """A tensor made of numbers, as it is now: made anew at every run, if it is small, so that tracers see where it is from."""
+        with apart():
+            if a.numel() > SMALL or a.is_sparse or a.is_quantized or a.device.type not in ("cpu", "cuda"):
+                return self.keep(a.detach().clone())
+            numbers = a.tolist()
+        return self.create_node("call_function", torch.tensor, (numbers,), {"dtype": a.dtype, "device": a.device})
 
     def keep(self, x: Any) -> Any:
         """Remember the tensors in here, which are made of numbers."""
@@ -89,7 +101,9 @@ LOOKS = frozenset({
 })  # fmt: skip
 """What is asked of a tensor without a look at its numbers."""
 
-READS = frozenset({"__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__", "__contains__", "numpy", "tolist"})
+READS = frozenset(
+    {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__", "__contains__", "numpy", "tolist"}
+)
 """What makes something else of a tensor's numbers, which could only be done once."""
 
 WRITES = frozenset({
@@ -97,6 +111,9 @@ WRITES = frozenset({
     "__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 })  # fmt: skip
 """What writes to a tensor, besides the methods whose names end in an underscore."""
+
+SMALL = 64
+"""A tensor of so many numbers at most is written out."""
 
 RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "poisson"})
 """What makes a tensor that is another one every time."""
@@ -152,7 +169,7 @@ class Recorder(TorchFunctionMode):
             raise TraceError(name)
         if name in WRITES or kwargs.get("out") is not None or (name.endswith("_") and not name.endswith("__")):
             shape = "" if x is None else f" of shape {tuple(x.shape)}"
-            raise TypeError(
+            raise RefusedError(
                 f"A leaf function changes nothing in place, but {self.name} writes to a tensor{shape} that it closes over "
                 f"({name}). Keep what changes from step to step in the state."
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from purestep import maths
-from purestep.foreach import UNARY
+from purestep.foreach import UNARY, one_cast
 
 
 def add(x: Tensor, y: Any) -> Tensor:
@@ -79,7 +79,7 @@ def clone(x: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.dtype)
+    return one_cast(x, like)
 
 
 def filled(k: Any, like: Tensor) -> Tensor:

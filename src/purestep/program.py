@@ -549,9 +549,9 @@ class Writer:
         """Whether an argument is a real number: one of Python's, or one that the program computes."""
         return self.kinds[x] == "number" if isinstance(x, fx.Node) else isinstance(x, (bool, int, float))
 
-    def is_real(self, node: fx.Node) -> bool:
-        """Whether a list is of the parameters' shapes and dtypes."""
-        return self.like.get(node, False)
+    def is_real(self, x: Any) -> bool:
+        """Whether an argument is a list of tensors of the parameters' shapes and dtypes."""
+        return self.like.get(x, False) if isinstance(x, fx.Node) else False
 
     # -- 2. contraction
 

@@ -76,7 +76,7 @@ class Tracer(GraphAppendingTracer):
         return super().create_arg(a)
 
     def constant(self, a: Tensor) -> Any:
-        """A tensor made of numbers, as it is now: made anew at every run, if it is small, so that tracers see where it is from."""
+        """A tensor made of numbers, as it is now: if it is small, it is made anew at every run, where a tracer can see it."""
         with apart():
             if a.numel() > SMALL or a.is_sparse or a.is_quantized or a.device.type not in ("cpu", "cuda"):
                 return self.keep(a.detach().clone())
@@ -179,5 +179,5 @@ def recorder() -> Recorder | None:
     """What records the operations of this thread, if anything does."""
     if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
         return None
-    mode = torch.overrides._get_current_function_mode()
+    mode = torch.overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
     return mode if isinstance(mode, Recorder) else None

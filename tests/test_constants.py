@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy  # noqa: F401: the generated functions read it
+import numpy  # noqa: F401
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings

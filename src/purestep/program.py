@@ -452,7 +452,8 @@ class Writer:
     """Turns one graph into the source of a program."""
 
     def __init__(self, recipe: Recipe, traced: Trace) -> None:
-        self.recipe, self.graph, self.inputs, self.outputs, self.captured = recipe, *traced
+        self.recipe, self.graph, self.inputs = recipe, traced.graph, traced.inputs
+        self.outputs, self.captured = traced.outputs, traced.captured
         self.signature = signature(self.graph) if self.captured else None
         self.form = "single" if recipe.form == "split" and not self.splits() else recipe.form
         self.space: dict[str, Any] = KERNELS | MERGED if recipe.lists else dict(SINGLE)

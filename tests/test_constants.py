@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy  # noqa: F401
+import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -153,7 +153,7 @@ POSITIONS = [
     "g + {c} * (p * s.a)", "s.a - {c} * (p / s.b)", "{c} * g + {c} * p", "-({c} * g)", "p - -(g * {c})", "ps.where(g > {c}, g, p)",
     "ps.where(g > 0, {c}, p)", "ps.minimum(g, {c})", "ps.maximum({c}, p)", "g < {c}", "(g < {c}) * {c}", "(g > p) + {c} * (g < p)",
     "g + {c} * (p > 0)", "ps.lerp(g, p, {c})", "abs(g) ** {c}", "torch.mul(g, {c})", "g.add({c})", "torch.where(g > 0, g, {c})",
-    "g * 0 + {c}", "({c}) ** g",
+    "g * 0 + {c}", "({c}) ** g", "torch.where((g > {c}) & (p < 1) | (s.a == {c}), g, p)",
 ]  # fmt: skip
 
 

@@ -366,7 +366,7 @@ def trace(recipe: Recipe) -> Trace:
 def refuse_writing(name: str, node: fx.Node) -> None:
     """Say that a leaf function changes nothing in place."""
     target = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    if node.op in ("call_method", "call_function") and (
+    if (node.op == "call_method" or (node.op == "call_function" and node.target not in INFIX)) and (
         (target.endswith("_") and not target.endswith("__")) or node.kwargs.get("inplace") or "out" in node.kwargs
     ):
         other = f"use {target[:-1]}()" if target.endswith("_") else "leave out inplace and out"

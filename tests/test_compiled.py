@@ -86,7 +86,7 @@ def test_one_kernel_serves_every_model_and_learning_rate(monkeypatch: pytest.Mon
     made: list[str] = []
     original = purestep.compiled.function
     monkeypatch.setattr(purestep.compiled, "function", lambda split, *rest: made.append(split.name) or original(split, *rest))
-    monkeypatch.setattr(purestep.compiled, "_kernels", {})
+    monkeypatch.setattr(purestep.program, "_programs", {})  # which keep their kernels
     for shapes in (SHAPES, {"w": (8,)}, {"w": (3, 3), "b": (100_000,)}):
         for lr in (0.1, 0.2, torch.tensor(0.3), ps.schedules.linear(0.1, 0.0, total_steps=5)):
             opt = ps.nadam(lr)
@@ -127,7 +127,7 @@ def test_a_longer_chain_is_compiled(donate: bool, monkeypatch: pytest.MonkeyPatc
     original = purestep.compiled.compiled
 
     def counted(split: Any, *rest: Any) -> Any:
-        made.append(len(split.recipe.parts))
+        made.append(len(split.parts))
         return original(split, *rest)
 
     monkeypatch.setattr(purestep.compiled, "compiled", counted)

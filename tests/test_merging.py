@@ -160,12 +160,13 @@ def test_one_gradient_that_is_not_finite_spoils_its_own_number_only(name: str, b
 
 
 def test_a_step_of_nothing_along_a_gradient_that_is_not_finite() -> None:
-    """As line by line, where a learning rate of 0 leaves the parameters what they are."""
+    """Line by line and as torch: 0 times infinity is NaN, also where a learning rate of 0 leaves all else what it is."""
     p = [torch.ones(2)]
     for executor in (None, "foreach"):
         t = ps.asgd(0.0, lambd=0.1)
         found, _ = t.step([torch.tensor([math.inf, 1.0])], t.init_state(p), [p[0].clone()], donate=True, executor=executor)
-        assert torch.equal(found[0], p[0])
+        assert found[0][0].isnan()
+        assert found[0][1] == 1.0
 
 
 def test_nothing_given_is_changed() -> None:
@@ -345,7 +346,7 @@ def test_the_program() -> None:
     """What the kernel is asked for stands in the source."""
     t = ps.radam(0.1)
     train(t, donate=True)
-    found = [p for p in program._programs.values() if p.merged and p.recipe.parts[0].declaration.name == "scale_by_radam"]
+    found = [p for p in program._programs.values() if p.merged and p.parts[0] == "scale_by_radam"]
     lines = [line.strip() for line in found[0].source.splitlines()]
     assert [x for x in lines if x.startswith("adam_(p, g, exp_avg, exp_avg_sq, betas_0, betas_1, ")]
     assert not [x for x in lines if x.startswith(("lerp_", "mul_", "addcmul_", "addcdiv_"))]

@@ -437,7 +437,7 @@ def test_a_leaf_function_that_writes_is_told_so() -> None:
     def write(g: Tensor, p: Tensor) -> Tensor:
         return g.mul_(2)
 
-    with pytest.raises(TypeError, match=r"changes nothing in place, but this one calls mul_\(\)"):
+    with pytest.raises(TypeError, match=r"changes nothing in place, but write calls mul_\(\)"):
         write().step(torch.ones(2), ps.EmptyState(), torch.ones(2))
 
 

@@ -115,6 +115,7 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 FLOORS = [
     {"plain"},
     {"sharded"},
+    {"recorder"},
     {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks"},
     {"value", "masks", "leaves", "single", "merging", "counters"},
     {"program", "schedules", "links"},

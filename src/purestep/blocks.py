@@ -78,7 +78,7 @@ class Blocks(NamedTuple):
 
     def run(self, numbers: list[Any], donate: bool) -> tuple[Any, ...]:
         """What the program returns for the whole."""
-        apply = self.program.recipe.apply
+        apply = self.program.apply
         params = room(self.params) if apply and not donate else self.params
         columns = [room(c) if isinstance(c, list) and not donate else c for c in self.columns]
         updates = params if apply else room(self.params)
@@ -101,7 +101,7 @@ class Blocks(NamedTuple):
             p = next(pieces)[block]
             given = [next(pieces)[block] if isinstance(c, list) else c for c in columns]
             results = self.program.run(grads[block], p, *given, *numbers)
-            if not self.program.recipe.apply:
+            if not self.program.apply:
                 torch._foreach_copy_(out[block], list(results[0]))
         return results[1:]
 

@@ -25,7 +25,6 @@ WARM = 2**16
 
 Function: TypeAlias = Callable[..., list[Tensor]]
 
-_kernels: dict[Any, Function] = {}
 _lock = threading.Lock()
 
 
@@ -44,7 +43,7 @@ def run(
     The fields of the state may be of other dtypes than the parameters: what is computed is computed in the widest.
     """
     split = program(recipe, apply, False, False, *declarations, form="split")
-    if not split.elementwise or split.coefficients is None:
+    if not split.elementwise or split.coefficients is None or split.tangled:  # Inductor (2.13) leaves out copies of arguments
         return None
     grads, params, columns = given
     lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
@@ -57,6 +56,8 @@ def run(
     k = vector(found, precision(widest(dtypes)), params[0].device)
     kernel = compiled(split, dtypes, k, donate)
     made = called(kernel, k, vectors)
+    if split.copies:
+        made = [unshared(ys, xs) for ys, xs in zip(made, vectors)]
     news = [[shaped(y, p) for y, p in zip(ys, params)] for ys in zip(*made)]
     updates = params if apply and donate else news.pop(0)
     tensors, floats = iter(lists[2:] if donate else news), iter(scalars)
@@ -76,22 +77,23 @@ def called(kernel: Function, k: Tensor, vectors: list[list[Tensor]]) -> list[lis
 def compiled(split: Program, dtypes: tuple[torch.dtype, ...], k: Tensor, donate: bool) -> Function:
     """The kernel of a program: it takes the coefficients, a gradient, a parameter and the fields of its state, all of them
     vectors, and returns the update or the new parameter and the new fields, but for what it writes in place."""
-    key = (split.name, dtypes, k.device, donate)
-    found = _kernels.get(key)
+    key = (dtypes, k.device, donate)
+    found = split.kernels.get(key)
     if found is not None:
         return found
     with _lock:
-        if key not in _kernels:
+        if key not in split.kernels:
             given = [k, *[torch.ones(WARM, dtype=dtype, device=k.device) for dtype in dtypes]]
             graph = make_fx(function(split, widest(dtypes), donate), tracing_mode="symbolic")(*given)
             like = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            _kernels[key] = torch._inductor.standalone_compile(graph, like, dynamic_shapes="from_graph")
-        return _kernels[key]
+            split.kernels[key] = torch._inductor.standalone_compile(graph, like, dynamic_shapes="from_graph")
+        made: Function = split.kernels[key]
+        return made
 
 
 def function(split: Program, dtype: torch.dtype, donate: bool) -> Function:
     """What is compiled."""
-    run, apply = split.run, split.recipe.apply
+    run, apply = split.run, split.apply
 
     def kernel(k: Tensor, *given: Tensor) -> list[Tensor]:
         found = run(*[x.to(dtype) for x in given], k)
@@ -105,6 +107,17 @@ def function(split: Program, dtype: torch.dtype, donate: bool) -> Function:
         return results[: 1 - apply]
 
     return kernel
+
+
+def unshared(results: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+    """Results in memory of their own."""
+    held = {x.data_ptr() for x in given}
+    found = []
+    for x in results:
+        y = x.clone() if x.data_ptr() in held else x
+        held.add(y.data_ptr())
+        found.append(y)
+    return found
 
 
 def flat(tensors: tuple[Tensor, ...]) -> list[Tensor]:

@@ -527,15 +527,15 @@ class Call:
             for (_, value, info), columns, new in zip(segment.items, fields, news):
                 old = [c[k] for c in columns]
                 given = [x.to(wide) if like and x is not None else x for x, like in zip(old, info.like)]
+                was = [u, p, *given]
                 u, state = leaf_update(value, info, u, given, p)
+                *state, u = apart([*state, u], was)  # what is given away is written to below, and the rest is someone else's
                 for column, x, y, like in zip(new, state, old, info.like):
                     column.append(x if x is None or not like else y.copy_(x) if self.write else x.to(y.dtype))
             if apply:
                 u = p + u
                 if self.write:
                     u = params[k].copy_(u)
-            elif any([u is c[-1] for new in news for c in new]):
-                u = u.clone()  # the updates are handed out; the state's memory may be given away at the next step
             out.append(u if u.dtype == dtype else u.to(dtype))
         return out, news
 
@@ -638,7 +638,7 @@ class Call:
             return None  # on small tensors a kernel costs less than to gather them
         recipe = program(details(segment, absent(fields)), False, True, self.donate, *segment.declarations)
         columns = [(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.tensors if fields[j][f][0] is not None]
-        if not recipe.elementwise or not recipe.recipe.parts or encodes(segment, fields):
+        if not recipe.elementwise or not recipe.parts or encodes(segment, fields):
             return None
         lists = [grads, params, *[fields[j][f] for j, f in columns]]
         dtype, shapes = params[0].dtype, [p.shape for p in params]
@@ -1091,10 +1091,28 @@ def leaf_update(value: Primitive, info: Fields, g: Tensor, columns: list[Any], p
     hypers = {n: evaluated(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
     if d.state is None:
         u, _ = call(d, g, None, p, hypers)
-        return u, [] if count is None else [stored(columns[0], count + 1)]
+        return spread(g, u), [] if count is None else [stored(columns[0], count + 1)]
     state = d.state(*[lifted(c) if scalar and c is not None else c for c, scalar in zip(columns, info.scalars)])
     u, new = call(d, g, state, p, hypers)
-    return u, [x if c is None else stored(c, x) for c, x in zip(columns, new)]
+    return spread(g, u), [x if c is None else stored(c, spread(c, x)) for c, x in zip(columns, new)]
+
+
+def apart(results: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+    """What a leaf function returns, each tensor in memory that it shares with no other, nor with what was given."""
+    held = {memory(x) for x in given if isinstance(x, Tensor)}
+    found: list[Any] = []
+    for x in results:
+        if isinstance(x, Tensor):
+            if memory(x) in held or 0 in x.stride():
+                x = x.clone(memory_format=torch.contiguous_format)
+            held.add(memory(x))
+        found.append(x)
+    return found
+
+
+def memory(x: Tensor) -> Any:
+    """What is the same for tensors in the same memory; while `torch.compile` traces, for the same tensor."""
+    return id(x) if torch.compiler.is_compiling() else maths.bottom(x)[0].untyped_storage()._cdata
 
 
 def lifted(x: Tensor) -> Tensor:
@@ -1107,6 +1125,13 @@ def stored(old: Tensor, x: Any) -> Tensor:
     if isinstance(x, Tensor):
         return x if x.dtype == old.dtype else x.to(old.dtype)
     return torch.full((), x, dtype=old.dtype, device=old.device)
+
+
+def spread(like: Tensor, x: Any) -> Any:
+    """What a leaf function returns in the place of a tensor, in its shape."""
+    if isinstance(x, Tensor):
+        return x.expand(like.shape) if x.dim() < like.dim() else x
+    return torch.full_like(like, x) if like.dim() else x
 
 
 def demand_kernel(segment: Segment, params: list[Tensor]) -> None:

@@ -133,8 +133,6 @@ def lerp(x: Lists, y: Lists, k: Any) -> Lists:
 def lerp_(x: Lists, y: Lists, k: Any) -> None:
     if isinstance(k, Tensor):
         axpy_(x, torch._foreach_sub(y, x), k)
-    elif k == 1:
-        torch._foreach_copy_(x, y)
     else:
         torch._foreach_lerp_(x, y, k)
 
@@ -149,7 +147,7 @@ def axpy(x: Lists, y: Any, k: Any) -> Lists:
 def axpy_(x: Lists, y: Any, k: Any) -> None:
     if isinstance(k, Tensor):
         torch._foreach_addcmul_(x, y, each(x, k)) if k.dim() else torch._foreach_add_(x, mul(y, k))
-    elif k != 0:  # as torch, which leaves decay out where there is none
+    else:
         torch._foreach_add_(x, y, alpha=k)
 
 
@@ -190,7 +188,17 @@ def clone(x: Lists) -> Lists:
 
 
 def cast(x: Lists, like: Lists) -> Lists:
-    return [t.to(y.dtype) for t, y in zip(x, like)]
+    return [one_cast(t, y) for t, y in zip(x, like)]
+
+
+def one_cast(x: Tensor, like: Tensor) -> Tensor:
+    """A tensor in another's dtype; one of fewer dimensions in its shape."""
+    return x.to(like.dtype) if x.dim() >= like.dim() else x.to(like.dtype).expand(like.shape).clone()
+
+
+def filled(k: Any, like: Lists) -> Lists:
+    """One number, or what can be broadcast, for each tensor of a list, in memory of its own."""
+    return [(torch.ones_like(y) * k).to(y.dtype) for y in like]
 
 
 STACK = 2**22
@@ -221,6 +229,6 @@ KERNELS: dict[str, Any] = {
     for f in (
         add, add_, sub, sub_, mul, mul_, div, div_, rsub, rsub_, rdiv, rdiv_, square, square_, pow, pow_,
         maximum, maximum_, minimum, minimum_, lerp, lerp_, axpy, axpy_, axpby, axpby_, addcmul, addcmul_,
-        addcdiv, addcdiv_, clone, cast,
+        addcdiv, addcdiv_, clone, cast, filled,
     )
 } | {"copy_": torch._foreach_copy_, "stacked": stacked}  # fmt: skip

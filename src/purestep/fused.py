@@ -26,6 +26,8 @@ def _adam(kernel: Any, amsgrad: bool) -> Any:
             lr=h["lr"], beta1=h["betas"][0], beta2=h["betas"][1], weight_decay=h.get("weight_decay", 0.0), eps=h["eps"],
             amsgrad=amsgrad, maximize="maximize" in h,
         )  # fmt: skip
+        if amsgrad and p[0].is_cpu:  # behind the last full vector the kernel's maximum loses a NaN (2.13)
+            torch._foreach_maximum_(s["max_exp_avg_sq"], s["exp_avg_sq"])
 
     return run
 

@@ -7,6 +7,7 @@ them, or something else. All that is said about a state elsewhere is read off th
 from __future__ import annotations
 
 import inspect
+import itertools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,9 @@ class Fields:
         object.__setattr__(self, "columns", tuple([f for f, scalar in enumerate(self.scalars) if not scalar]))
 
 
+_serial = itertools.count()
+
+
 class LinkDeclaration(Declaration):
     """A declared transform: its function, the type of its state, what switches it off, and which parameters it refuses."""
 
@@ -73,6 +77,7 @@ class LinkDeclaration(Declaration):
         elementwise: bool = False,
     ) -> None:
         super().__init__(function, given=3 if state is not None or whole else 2, name=name, inner=inner)
+        self.key, self.watched = next(_serial), False
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
         if self.trees and sparse == "rows":
             raise TypeError(f"{self.name} cannot run on the rows of sparse gradients, because {self.trees[0]} is whole.")

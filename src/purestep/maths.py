@@ -20,6 +20,7 @@ from torch.linalg import vector_norm
 
 from purestep import sharded
 from purestep.plain import bare, plain
+from purestep.recorder import recorder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,6 +66,9 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False,
         for x in args:
             if isinstance(x, Proxy):
                 return x.tracer.create_proxy("call_function", call, args, {})
+        recording = recorder()
+        if recording is not None and any([isinstance(x, Tensor) for x in args]):  # all of them are constants
+            return recording.record("call_function", call, args)
         return function(*args)
 
     call.like, call.single, call.block, call.stacks = like, single, block, stacks  # type: ignore[attr-defined]

@@ -64,9 +64,9 @@ def _adam(
 
 def sgd_(p: Any, g: Any, decay: Any, k: Any) -> None:
     """p becomes p + k*(g + decay*p)."""
-    if isinstance(decay, Tensor) or isinstance(k, Tensor):
+    if isinstance(decay, Tensor) or isinstance(k, Tensor) or decay == 0:  # the kernel would leave out 0 times infinity
         foreach.axpy_(p, foreach.axpy(g, p, decay), k)
-    elif k != 0:  # as line by line: a step of nothing leaves the parameters, whatever the gradient
+    else:
         _sgd(list(p), list(g), decay, -k)
 
 

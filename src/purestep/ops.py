@@ -18,6 +18,7 @@ class Op:
     args: list[Any]  # list-valued nodes, and number expressions or constants
     targets: tuple[int, ...] = ()  # which arguments could be overwritten with the result
     fresh: bool = True  # the result's memory is its own; False where it may be an argument's
+    elementwise: bool = True  # of a loop: whether every number of the result depends on those in its own place only
     inplace: int | None = None
     further: dict[fx.Node, int] = field(default_factory=dict)  # other results, each in the memory of this argument
 
@@ -33,6 +34,13 @@ def nodes_in(args: Any) -> list[fx.Node]:
 
 class Name(str):
     """The name of a variable of the program."""
+
+
+class Minus:
+    """The factor of a product that was negated; a -1 of the user's is a number."""
+
+
+MINUS = Minus()
 
 
 class Scale(NamedTuple):

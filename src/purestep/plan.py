@@ -77,7 +77,8 @@ class Plan:
         self.keys = qualified([info.names for info in self.fields], links)
         self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
         self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
-        self.tensors = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
+        self.hypers = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
+        self.foreign = [v for v in [link.transform for link in links] if not v.declaration.whole and not ours(v)]
         self.segments: dict[tuple[bool, tuple[int, ...]], Segment] = {}
         self.stages: list[Stage] = []
         for start, stop, whole in runs(links):
@@ -96,6 +97,13 @@ class Plan:
             found += [c for c, yes in zip(s, like) if yes]
         return found
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that a call takes from here: hyperparameters, and what leaf functions close over."""
+        if not self.foreign or torch.compiler.is_compiling():
+            return self.hypers
+        return [*self.hypers, *[x for value in self.foreign for x in captured(value)]]
+
     def seen(self, count: int, total: int) -> Looks:
         """What the tensors of a call with `count` parameters, `total` of all, have looked like."""
         found = self.looks.get((count, total))
@@ -112,6 +120,21 @@ class Plan:
             made = Segment(positions, [self.links[i].transform for i in positions], scaled)
             found = self.segments[scaled, positions] = made
         return found
+
+
+def ours(value: Primitive) -> bool:
+    """Whether a leaf function is one of the library, which closes over no tensors."""
+    return str(getattr(value.declaration.function, "__module__", "")).startswith("purestep.")
+
+
+def captured(value: Primitive) -> tuple[Tensor, ...]:
+    """The tensors that a leaf function closes over."""
+    d = value.declaration
+    try:
+        recipe = (detail(value, (False,) * len(d.fields.names)),)
+        return program(recipe, False, False, False, d, form="single").captured
+    except Exception:  # to run it will say what is wrong with it
+        return ()
 
 
 class Stage:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from purestep import maths
-from purestep.foreach import UNARY
+from purestep.foreach import UNARY, one_cast
 from purestep.plain import TRACED
 
 
@@ -55,9 +55,7 @@ def axpy(x: Tensor, y: Any, k: Any) -> Tensor:
         return x + k * y if not isinstance(y, Tensor) or y.dtype != x.dtype else torch.addcmul(x, y, k.to(x.dtype))
     if torch.compiler.is_compiling():  # Inductor (2.13) drops `alpha` where `y` is a product of matrices
         return x + k * y
-    if k and type(y) not in TRACED:  # of a product with a number every type knows
-        return x + y * k
-    return torch.add(x, y, alpha=k) if k else x  # as torch, which leaves decay out where there is none
+    return torch.add(x, y, alpha=k) if type(y) in TRACED else x + y * k  # of a product with a number every type knows
 
 
 def axpby(x: Tensor, y: Tensor, a: Any, b: Any) -> Tensor:
@@ -82,13 +80,17 @@ def clone(x: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.dtype)
+    return one_cast(x, like)
+
+
+def filled(k: Any, like: Tensor) -> Tensor:
+    return (torch.ones_like(like) * k).to(like.dtype)
 
 
 SINGLE: dict[str, Any] = {name: getattr(torch, name) for name in UNARY} | {
     f.__name__: f
     for f in (
-        add, sub, mul, div, rsub, rdiv, square, pow, axpy, axpby, addcmul, addcdiv, clone, cast,
+        add, sub, mul, div, rsub, rdiv, square, pow, axpy, axpby, addcmul, addcdiv, clone, cast, filled,
         maths.untraced(maths.root), maths.untraced(maths.lerp), maths.untraced(maths.maximum), maths.untraced(maths.minimum),
     )
 }  # fmt: skip

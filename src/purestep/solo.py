@@ -36,7 +36,7 @@ class Solo(NamedTuple):
         """None if there is more to a plan."""
         stage = plan.stages[0]
         segment = plan.segment(stage.positions) if len(plan.stages) == 1 and stage.positions and not stage.masked else None
-        if segment is None or segment.numbers is None or segment.first:
+        if segment is None or segment.numbers is None or segment.first or len(plan.tensors) > len(plan.hypers):
             return None
         places = tuple([(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.columns])
         names, keys = [], []

@@ -582,7 +582,8 @@ def leafwise(
     The function takes the gradient (or the update so far) `g`, the parameter's state `s` and the parameter `p`, then the
     transform's arguments, and returns the new update and the new state. Without a state it takes `g` and `p` and returns
     the update. It is written out of place with operators and torch's functions; it must not branch on values (use
-    `purestep.where`). Arguments annotated `Hyper` (or `float`) are hyperparameters, all others are switches.
+    `purestep.where`). Arguments annotated `Hyper` (or `float`) are hyperparameters, all others are switches. A tensor that it
+    closes over is an input like any other: it is read at every step, and derivatives with respect to it are followed.
 
     Args:
         state: a `NamedTuple` with a classmethod `init(p, ...)`, which may ask for hyperparameters by name. A field

@@ -68,7 +68,7 @@ def scale_by_adan(
     d = lerp(s.exp_avg_diff, change, 1 - b2)
     n = b3 * s.exp_avg_sq + (1 - b3) * (ahead * ahead)
     u = (m / (1 - b1**t) + b2 / (1 - b2**t) * d) / (root(n / (1 - b3**t)) + eps)
-    return u, AdanState(t, m, d, n, lerp(s.pre_grad, g, 1.0))  # a copy of g, in memory of the state's own
+    return u, AdanState(t, m, d, n, g)
 
 
 def adan(

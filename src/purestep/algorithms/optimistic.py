@@ -8,7 +8,7 @@ from torch import Tensor, zeros_like
 
 from purestep.algorithms.adam import scale_by_adam
 from purestep.hyper import Betas, Hyper
-from purestep.maths import Scalar, counter, lerp, where
+from purestep.maths import Scalar, counter, where
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.scale import direction, scale_by_learning_rate
 
@@ -49,7 +49,7 @@ def scale_by_optimistic_gradient(
     Problems <https://arxiv.org/abs/1901.08511>`_, 2020.
     """
     change = where(s.step == 0, 0.0, u - s.prev)
-    return alpha * u + beta * change, OptimisticState(s.step + 1, lerp(s.prev, u, 1.0))  # a copy of u, in memory of its own
+    return alpha * u + beta * change, OptimisticState(s.step + 1, u)
 
 
 def optimistic_gradient_descent(

@@ -1,0 +1,183 @@
+"""What a leaf function does, as a graph: recorded with `torch.fx`, by the types of what it meets.
+
+The gradient, the parameter, the state and the hyperparameters are proxies. Whatever else a leaf function meets is a constant:
+
+* Python's numbers, and numpy's, which become Python's.
+* A tensor that the function makes of numbers, such as ``torch.tensor(2.0)``. What is done to such tensors alone is done once.
+* A tensor that the function closes over: a global, a variable of the function around it, an attribute. It is an input of the
+  program like any other, so what is done to it is recorded, and done anew at every run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import Attribute, GraphAppendingTracer, TraceError
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+# ------------------------------------------------------------------------------------------------------------------ proxies
+
+
+class RefusedError(Exception):
+    """A leaf function does what no program can. It is no TypeError before the function has ended: an operator of a tensor would
+    take that for an invitation to try something else."""
+
+
+class Traced(fx.Proxy):
+    """A value of a program."""
+
+    __array_ufunc__ = None  # the scalars of numpy leave arithmetic to this, as they leave it to a tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return TracedAttribute(self, name)
+
+
+class TracedAttribute(Attribute):
+    """An attribute of such a value, or a method until it is called."""
+
+    __array_ufunc__ = None
+
+    def __getattr__(self, name: str) -> Any:
+        return TracedAttribute(self, name)
+
+
+class Tracer(GraphAppendingTracer):
+    """Records the operations of a leaf function, and the tensors that it closes over."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        self.captured: dict[int, Tensor] = {}
+        self.made: dict[int, Tensor] = {}  # tensors made of numbers
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Traced(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """An argument of an operation, as the graph keeps it."""
+        if isinstance(a, Tensor):
+            if id(a) in self.made:
+                return self.constant(a)
+            self.captured[id(a)] = a
+            return a
+        if type(a).__module__ == "numpy":
+            if type(a).__name__ == "ndarray":
+                raise RefusedError(
+                    f"a numpy array of shape {a.shape} cannot be an argument of an operation on tensors; "
+                    "make it a tensor with torch.from_numpy."
+                )
+            if hasattr(a, "item"):
+                return int(a) if isinstance(a.item(), bool) else a.item()  # as torch takes it
+        return super().create_arg(a)
+
+    def constant(self, a: Tensor) -> Any:
+        """A tensor made of numbers, as it is now: if it is small, it is made anew at every run, where a tracer can see it."""
+        with apart():
+            if a.numel() > SMALL or a.is_sparse or a.is_quantized or a.device.type not in ("cpu", "cuda"):
+                return self.keep(a.detach().clone())
+            numbers = a.tolist()
+        return self.create_node("call_function", torch.tensor, (numbers,), {"dtype": a.dtype, "device": a.device})
+
+    def keep(self, x: Any) -> Any:
+        """Remember the tensors in here, which are made of numbers."""
+        for y in pytree.tree_leaves(x):
+            if isinstance(y, Tensor):
+                self.made[id(y)] = y
+        return x
+
+
+# ------------------------------------------------------------------------------------------- operations on constants alone
+
+LOOKS = frozenset({
+    "__len__", "__hash__", "__repr__", "__str__", "__format__", "__dir__", "dim", "size", "numel", "nelement", "ndimension",
+    "stride", "storage_offset", "element_size", "is_complex", "is_floating_point", "is_signed", "is_contiguous", "is_conj",
+    "is_neg", "is_inference", "is_same_size", "get_device", "type", "dense_dim", "sparse_dim", "result_type", "can_cast",
+    "is_tensor",
+})  # fmt: skip
+"""What is asked of a tensor without a look at its numbers."""
+
+READS = frozenset(
+    {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__", "__contains__", "numpy", "tolist"}
+)
+"""What makes something else of a tensor's numbers, which could only be done once."""
+
+WRITES = frozenset({
+    "__set__", "__delete__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__imatmul__", "__idiv__", "__itruediv__",
+    "__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+})  # fmt: skip
+"""What writes to a tensor, besides the methods whose names end in an underscore."""
+
+SMALL = 64
+"""A tensor of so many numbers at most is written out."""
+
+RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "poisson"})
+"""What makes a tensor that is another one every time."""
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Out of sight of `torch.func`, of tracers and of inference mode: a constant outlives them."""
+    with torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False):
+        yield
+
+
+class Recorder(TorchFunctionMode):
+    """Records what is done to tensors that a leaf function closes over, while it is traced."""
+
+    def __init__(self, tracer: Tracer, name: str) -> None:
+        super().__init__()
+        self.tracer, self.name = tracer, name
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any([isinstance(x, fx.Proxy) for x in leaves]):
+            return func(*args, **kwargs)  # which records it
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        name = str(getattr(func, "__name__", ""))
+        if all([id(x) in self.tracer.made for x in tensors]) and (tensors or name not in RANDOM):
+            with apart():
+                return self.tracer.keep(func(*args, **kwargs))
+        self.check(name, kwargs, next((x for x in tensors if id(x) not in self.tracer.made), None))
+        if name in LOOKS:
+            return func(*args, **kwargs)
+        if name == "__get__":
+            attribute = getattr(func, "__self__", None)
+            attribute = getattr(attribute, "__name__", None) or attribute.fget.__name__  # type: ignore[union-attr]
+            found = func(*args, **kwargs)
+            return self.record("call_function", getattr, (args[0], attribute)) if isinstance(found, Tensor) else found
+        if name == "unbind" and not kwargs:
+            x, dim = args[0], args[1] if len(args) > 1 else 0
+            return tuple([self.record("call_method", "select", (x, dim, i)) for i in range(x.shape[dim])])
+        kind = "call_method" if torch.overrides.is_tensor_method_or_property(func) else "call_function"
+        return self.record(kind, name if kind == "call_method" else func, args, kwargs)
+
+    def record(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Proxy:
+        """One more operation of the graph."""
+        return self.tracer.create_proxy(kind, target, args, dict(kwargs or {}))
+
+    def check(self, name: str, kwargs: Mapping[str, Any], x: Tensor | None) -> None:
+        """Refuse what would read the numbers of a tensor, or write to it."""
+        if name in READS:
+            raise TraceError(name)
+        if name in WRITES or kwargs.get("out") is not None or (name.endswith("_") and not name.endswith("__")):
+            shape = "" if x is None else f" of shape {tuple(x.shape)}"
+            raise RefusedError(
+                f"A leaf function changes nothing in place, but {self.name} writes to a tensor{shape} that it closes over "
+                f"({name}). Keep what changes from step to step in the state."
+            )
+
+
+def recorder() -> Recorder | None:
+    """What records the operations of this thread, if anything does."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+        return None
+    mode = torch.overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
+    return mode if isinstance(mode, Recorder) else None

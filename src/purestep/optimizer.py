@@ -22,12 +22,16 @@ from torch._C._autograd import _profiler_enabled
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
+from torch.utils import _pytree as pytree
 
 from purestep.engine import Call, Executor, Mode, Trust, choose
+from purestep.following import Following, Schedules, follows, kept
 from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_state, is_off
 from purestep.lists import clones
 from purestep.masks import Label, Memo, Not, refuse_unused, route, select
+from purestep.maths import readable
 from purestep.plan import Group, Plan
+from purestep.shared import Place, Shared
 from purestep.solo import solo_of
 from purestep.sparse import Touched
 from purestep.transform import FROM_CLOSURE, Transform, chain, check_value
@@ -39,9 +43,6 @@ from purestep.value import same
 F = TypeVar("F", bound=Callable[..., None])
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-SHARED: Any = "shared"
-"""The key in `state` of what a whole transform keeps for all parameters together."""
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -136,16 +137,26 @@ class Optimizer(torch.optim.Optimizer):
         self._trust: dict[int, Trust] = {}  # per group; see there
         self._known: dict[Any, dict[Tensor, bool]] = {}  # which parameters masks select
         self._routes: dict[str, Route] = {}  # by label, where a transform routes parameters
+        self._schedules = Schedules()  # that options of the groups follow
+        self._place = self._new_place()
         # parameters that have made no step, and what they were when their state was made
         self._untouched: dict[Tensor, Any] = {}
         if isinstance(recipe, Transform) and routed(recipe):
             params = self._split(list(params))
         else:
-            self._check({**options, **flags})
-        super().__init__(params, {**options, **flags, **self._constants})
+            self._first = {name: kept(x) for name, x in options.items()}
+            self._check({**self._first, **flags})
+        super().__init__(params, {**self._first, **flags, **self._constants})
         self._ready = True
+        for group in self.param_groups:
+            self._schedules.take(group, self._names(group))
+        self._set_defaults()
         self._refuse(self.param_groups)
         self._begin_state(self.param_groups)
+
+    def _new_place(self) -> Place:
+        """Where in the state the fields are that are kept for all parameters together."""
+        return Place()
 
     # -- groups
 
@@ -154,6 +165,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Only `strict` asks that numbers are within their ranges; a scheduler may leave them by a rounding error.
         """
+        group = self._schedules.options(group)
         if self._routes:
             transform = self._routed(group, strict)
             return chain(ascend(), transform) if group["maximize"] else transform
@@ -198,11 +210,22 @@ class Optimizer(torch.optim.Optimizer):
         together = bool(self._routes) and self._recipe.plan.whole
         for i, group in enumerate(self.param_groups):
             sources = self.param_groups if together else (group,)
-            options = [tuple(x) if type(x := g[name]) is list else x for g in sources for name in self._names(g)]
+            options = self._current(sources)
             old = made[i][0]
             if old is None or (not all(map(operator.is_, old, options)) and not all(map(unchanged, old, options))):
+                if any(map(follows, options)) or self._schedules:
+                    for g in sources:
+                        self._schedules.take(g, self._names(g))
+                    self._schedules.settle(sources)
+                    options = self._current(sources)
                 made[i] = (options, self._captured(i, group) if group.get("capturable") else self._transform(group))
         return [t for _, t in made]
+
+    def _current(self, groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+        """The options of these groups as the transform takes them."""
+        if self._schedules:
+            groups = map(self._schedules.options, groups)
+        return [tuple(x) if type(x := g[name]) is list else x for g in groups for name in self._names(g)]
 
     def _captured(self, i: int, group: Mapping[str, Any]) -> Transform:
         """A group's transform, with its learning rates in tensors that stay. No step that is captured writes to them."""
@@ -249,15 +272,34 @@ class Optimizer(torch.optim.Optimizer):
         groups = self._split([param_group]) if self._routes and isinstance(param_group, dict) else [param_group]
         before = len(self.param_groups)
         try:
+            self._set_defaults()  # with those of the labels that are new
             for group in groups:
                 if isinstance(group, dict):
+                    for name, x in {} if self._routes else self._first.items():
+                        if follows(x):
+                            group.setdefault(name, x)
                     self._check({**self.defaults, **group})
                 super().add_param_group(group)
             self._refuse(self.param_groups[before:])
         except Exception:
             del self.param_groups[before:]
             raise
+        for group in self.param_groups[before:]:
+            self._schedules.take(group, self._names(group))
         self._begin_state(self.param_groups[before:])
+
+    def _set_defaults(self) -> None:
+        """What a group has where it says nothing: numbers, as torch's tools expect them.
+
+        Of a partition these are the options that all its parts have: `OneCycleLR` asks here whether it may change momentum.
+        """
+        options = self._first
+        if self._routes:
+            first, *others = [route.first for route in self._routes.values()]
+            options = {name: x for name, x in first.items() if all([name in other for other in others])}
+            flags = {name: x for name, x in self.defaults.items() if name in self._flags or name in self._constants}
+            self.defaults = {**options, **flags}
+        self.defaults.update({name: Following(x).at(0) for name, x in options.items() if follows(x)})
 
     def _split(self, groups: list[Any]) -> list[Any]:
         """Groups of parameters as groups with one label each, and the options that go with it."""
@@ -323,14 +365,14 @@ class Optimizer(torch.optim.Optimizer):
         A transform that sees all parameters together is kept whole, with the options of all groups: their own for this
         group's, and for every other label those of its first group.
         """
-        mine = self._routes[group["label"]]
+        mine, group = self._routes[group["label"]], self._schedules.options(group)
         changes = {n: group[n] for n, x in mine.first.items() if not unchanged(x, group[n])}
         transform = mine.transform._replace(changes, strict)
         if not self._recipe.plan.whole:
             return transform
         every: dict[str, Any] = {}
         for g in [*reversed([g for g in self.param_groups if g["label"] != group["label"]]), group]:
-            own = self._routes[g["label"]]
+            own, g = self._routes[g["label"]], self._schedules.options(g)  # noqa: PLW2901
             every |= {own.names[n]: g[n] for n in own.first}
         return self._recipe._replace(every, strict)
 
@@ -389,7 +431,7 @@ class Optimizer(torch.optim.Optimizer):
         params = [p for p, yes in zip(params, self._selected(link.masks, params)) if yes]
         for name, leaf, x in zip(names, fields_of(value).leaves, fresh_whole_state(value, params)):
             if not leaf:
-                self.state[SHARED].setdefault(name, x)
+                self.shared.setdefault(name, x)
                 continue
             for p, y in zip(params, x):
                 self.state[p].setdefault(name, y)
@@ -415,6 +457,24 @@ class Optimizer(torch.optim.Optimizer):
             values = select(masks, [p if p in asked else None for p in paths], spec)
             known.update({p: yes for p, yes in zip(paths, values) if p in asked})
         return [known[p] for p in params]
+
+    @property
+    def shared(self) -> Shared:
+        """What transforms that see all parameters together keep beside the state of each parameter, by its names.
+
+        It can be written to. In `state` and in a state dict it is under the first parameter that is trained, each name with
+        ``shared.`` before it.
+
+        >>> import torch, purestep as ps
+        >>> from purestep import optim
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> opt = optim.Optimizer([p], ps.skip_if_nonfinite(ps.sgd(lr=0.1)))
+        >>> p.grad = torch.full((2,), float("nan"))
+        >>> opt.step()
+        >>> opt.shared["skipped"], opt.state[p]["shared.skipped"]
+        (tensor(1.), tensor(1.))
+        """
+        return self._place.of(self.state, self.param_groups)
 
     # -- the step
 
@@ -465,7 +525,38 @@ class Optimizer(torch.optim.Optimizer):
                         self._advance([group])
         finally:
             torch._C._set_grad_enabled(grad)
+        if self._schedules and not torch.compiler.is_compiling():
+            self._show(groups)
         return loss
+
+    def _show(self, groups: list[tuple[dict[str, Any], Transform]], exactly: bool = False) -> None:
+        """Show in the groups the numbers that schedules had at the last step.
+
+        A counter on a device is waited for only if they are to be shown `exactly`; else the steps are counted here.
+        """
+        for group, transform in groups:
+
+            def count(schedule: Any, group: dict[str, Any] = group, transform: Transform = transform) -> int | None:
+                x = self._updates(group, transform, schedule)
+                if isinstance(x, Tensor) and not (readable(x) or (exactly and not x.is_meta)):
+                    return None
+                return None if x is None else int(x)
+
+            self._schedules.show(group, count)
+
+    def _updates(self, group: dict[str, Any], transform: Transform, schedule: Any) -> Any:
+        """How many updates the part of a transform that follows this schedule has made, of the first parameter with a gradient."""
+        wanted = {id(x) for x in (schedule if isinstance(schedule, tuple) else (schedule,)) if follows(x)}
+        for link, names, info in zip(transform.links, transform.plan.keys, transform.plan.fields):
+            given = link.transform.arguments.values()
+            if info.step < 0 or not wanted & {id(y) for x in given for y in (x if isinstance(x, tuple) else (x,))}:
+                continue
+            key = names[info.step]
+            if not info.leaves[info.step]:
+                return self.shared.get(key)
+            states = [(p, s) for p in group["params"] if (s := self.state.get(p, NOTHING)) and key in s]
+            return next(chained([s[key] for p, s in states if p.grad is not None], [s[key] for _, s in states]), None)
+        return None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or set them to zero; see `torch.optim.Optimizer.zero_grad`."""
@@ -584,7 +675,7 @@ class Optimizer(torch.optim.Optimizer):
             if not all(map(operator.is_, olds, news)):
                 for name, old, new in zip(names, olds, news):
                     if not isinstance(new, list):
-                        self.state[SHARED][name] = new
+                        self.shared[name] = new
                         continue
                     for state, x, y in zip(states, new, old):
                         if x is not y:  # not where a mask is in the way: the name may be another link's too
@@ -608,7 +699,7 @@ class Optimizer(torch.optim.Optimizer):
         everything = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         changed = [p for p in params if p in self._untouched and self._untouched[p] != kind(p)]
         if changed and all([p in self._untouched for p in everything]):
-            self.state.pop(SHARED, None)
+            self.shared.clear()
         for p in params:
             if self._untouched.pop(p, None) is not None and (anew or p in set(changed)):
                 self.state.pop(p, None)
@@ -623,7 +714,7 @@ class Optimizer(torch.optim.Optimizer):
             if not names:
                 columns.append([])
             elif link.transform.declaration.whole:
-                own, leaves = self.state[SHARED], groups[0].plan.fields[k].leaves
+                own, leaves = self.shared, groups[0].plan.fields[k].leaves
                 on = list(zip(states, self._selected(link.masks, params)))
                 columns.append([[s[n] if yes else None for s, yes in on] if leaf else own[n] for n, leaf in zip(names, leaves)])
             elif any([g.plan.optional[k] for g in groups]):
@@ -636,6 +727,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch's: every parameter has its own counter in it, though they may share one while training."""
+        if self._schedules:
+            self._show(list(zip(self.param_groups, self._transforms())), exactly=True)
+        self._place.move(self.state, self.param_groups)
         seen: set[int] = set()
         for own in self.state.values():
             for name, x in own.items() if isinstance(own, dict) else ():
@@ -643,7 +737,13 @@ class Optimizer(torch.optim.Optimizer):
                     if id(x) in seen:
                         own[name] = x.clone()  # the next step lets them share one again
                     seen.add(id(x))
-        return super().state_dict()
+        saved: dict[str, Any] = super().state_dict()
+        if saved["state"] and not self._place.names:  # torch's distributed checkpoints expect that all trained parameters have some, or none has
+            params = [p for group in self.param_groups for p in group["params"]]
+            numbers = [k for group in saved["param_groups"] for k in group["params"]]
+            for k in [k for k, p in zip(numbers, params) if p.requires_grad]:
+                saved["state"].setdefault(k, {})
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, purestep's or torch's; see `torch.optim.Optimizer.load_state_dict`.
@@ -663,18 +763,20 @@ class Optimizer(torch.optim.Optimizer):
             k: {n: x for n, x in v.items() if x is not None and x != {}} if isinstance(v, dict) else v
             for k, v in state_dict.get("state", {}).items()
         }
+        shared = self._place.take(state_dict["state"])
         if self._routes and len(state_dict.get("param_groups", [])) == len(self.param_groups):
             state_dict["param_groups"] = [
                 {"label": g["label"], **old} for old, g in zip(state_dict["param_groups"], self.param_groups)
             ]
         self._check_state(state_dict)
+        self._check_shared(shared)
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
             self._optimizer_load_state_dict_post_hooks = OrderedDict()  # they will
             super().load_state_dict(state_dict)
         finally:
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = before, after
-        self._keep_precision(state_dict)
+        self._keep_precision(state_dict, shared)
         for group, transform in zip(self.param_groups, self._transforms()):
             nested = any([link.span for link in transform.links])  # what has made no step may have seen gradients
             if begins_from_options(transform) and not nested:  # a state that has made no step is none
@@ -682,7 +784,7 @@ class Optimizer(torch.optim.Optimizer):
         for report in after.values():
             report(self)
 
-    def _keep_precision(self, state_dict: dict[str, Any]) -> None:
+    def _keep_precision(self, state_dict: dict[str, Any], shared: dict[str, Any]) -> None:
         """Counters, codes, and the float32 state of half-precision parameters, as they were saved; torch has just cast them."""
         for old, group, transform in zip(state_dict["param_groups"], self.param_groups, self._transforms()):
             own = scalars_of(transform) | encoded_in(transform)
@@ -690,11 +792,17 @@ class Optimizer(torch.optim.Optimizer):
                 half = p.dtype in (torch.bfloat16, torch.float16)
                 for name, x in state_dict["state"].get(key, {}).items():
                     if isinstance(x, Tensor) and (name in own or (half and x.dtype == torch.float32)):
-                        self.state[p][name] = x.to(p.device)
-        shared, first = self.state.get(SHARED, {}), next(iter(self._paths()), None)
-        for name, x in shared.items():
-            if isinstance(x, Tensor) and first is not None:
-                shared[name] = x.to(first.device)
+                        self.state[p][name] = x.to(p.device, copy=True)
+        if shared:
+            self.shared.update(self._restored(shared))
+
+    def _check_shared(self, shared: Mapping[str, Any]) -> None:
+        """For a class to refuse what a loaded state has for all parameters together, before anything has changed."""
+
+    def _restored(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """What a loaded state has for all parameters together, as it was saved, in memory of its own."""
+        device = self._place.first(self.param_groups).device
+        return {name: pytree.tree_map_only(Tensor, lambda x: x.to(device, copy=True), x) for name, x in shared.items()}
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get("param_groups", [])
@@ -751,11 +859,16 @@ class Optimizer(torch.optim.Optimizer):
         return {
             **super().__getstate__(),
             **{name: self.__dict__[name] for name in (*KEPT, "_untouched")},
+            "_schedules": self._schedules.by_place(self.param_groups),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = state.get("_schedules", self._schedules.by_place(self.param_groups) if "_schedules" in self.__dict__ else [])
         super().__setstate__(state)
-        self._made, self._trust, self._known = [], {}, {}
+        self._schedules = Schedules.resumed(self.param_groups, before)
+        for group in self.param_groups:
+            self._schedules.take(group, [name for name in self._names(group) if name in group])
+        self._made, self._trust, self._known, self._place = [], {}, {}, self._new_place()
         self._rates = self.__dict__.get("_rates", {})  # a graph reads them, whatever is loaded
         self._untouched = state.get("_untouched", {})
         for group in self.param_groups:

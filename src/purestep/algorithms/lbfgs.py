@@ -24,8 +24,9 @@ from torch import Tensor
 from purestep.engine import choose
 from purestep.hyper import Extra, Hyper, NonNegative, Steps
 from purestep.maths import counter, maximum, minimum, precise, root, some, transforming, where
-from purestep.optimizer import SHARED, Optimizer, Params, over
+from purestep.optimizer import Optimizer, Params, over
 from purestep.packing import joined, offset
+from purestep.shared import Place
 from purestep.transform import whole
 
 Number: TypeAlias = Any  # a float, or a 0-d tensor
@@ -535,47 +536,49 @@ class LBFGS(Optimizer):
             self._optimizer_state_dict_post_hooks = hooks
 
     def _as_torch(self, saved: dict[str, Any]) -> None:
-        own = saved["state"].get(SHARED, {})
-        state = {k: x for k, x in saved["state"].items() if k != SHARED and not (isinstance(x, dict) and not x)}
-        if own.get("func_evals"):
-            began = {name: list(x) if isinstance(x, tuple) else x for name, x in own.items()}
-            began |= {name: int(own[name]) for name in ("func_evals", "n_iter")}
-            if began["n_iter"]:
-                began |= {name: own[name].item() for name in ("t", "prev_loss")}
-                began["prev_flat_grad"] = own["prev_flat_grad"].clone()  # torch will overwrite it
-                began["al"] = [None] * self.param_groups[0]["history_size"]  # torch's scratch space
-            else:
-                began = {name: began[name] for name in ("func_evals", "n_iter")}
-            first = saved["param_groups"][0]["params"][0]
-            state = {first: {**began, **state.pop(first, {})}, **state}
-        saved["state"] = state
-
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        super()._check_state(state_dict)
-        for group in state_dict.get("param_groups", [])[:1]:
-            d = state_dict["state"].get(group["params"][0], {}).get("d")
-            sizes = [(p.numel() * (1 + p.is_complex()), p.requires_grad) for p in self.param_groups[0]["params"]]
-            needed = {sum([n for n, _ in sizes]), sum([n for n, learned in sizes if learned])}
-            if isinstance(d, Tensor) and d.numel() not in needed:
-                raise ValueError(
-                    f"The loaded state has 'd' of shape {tuple(d.shape)}, but lbfgs needs shape {(max(needed),)}, that of all "
-                    "parameters as one vector. Load a checkpoint of the same model."
-                )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        params = self.param_groups[0]["params"]
-        under = self.state.get(params[0], {})
-        if "func_evals" not in under:
+        saved["state"] = {k: x for k, x in saved["state"].items() if not (isinstance(x, dict) and not x)}
+        first = saved["param_groups"][0]["params"][0]
+        state = saved["state"].get(first, {})
+        if "func_evals" not in state:
             return
+        own = {name: x for name, x in state.items() if name not in LBFGSState._fields}
+        if not state["func_evals"]:
+            began = {}
+        elif not state["n_iter"]:
+            began = {name: int(state[name]) for name in ("func_evals", "n_iter")}
+        else:
+            began = {n: list(x) if isinstance(x, tuple) else x for n, x in state.items() if n in LBFGSState._fields}
+            began |= {name: int(state[name]) for name in ("func_evals", "n_iter")}
+            began |= {name: state[name].item() for name in ("t", "prev_loss")}
+            began["prev_flat_grad"] = state["prev_flat_grad"].clone()  # torch will overwrite it
+            began["al"] = [None] * self.param_groups[0]["history_size"]  # torch's scratch space
+        saved["state"][first] = {**began, **own}
+        if not saved["state"][first]:
+            del saved["state"][first]
+
+    def _new_place(self) -> Place:
+        return Place("", frozenset(LBFGSState._fields))
+
+    def _check_shared(self, shared: Mapping[str, Any]) -> None:
+        d = shared.get("d")
+        sizes = [(p.numel() * (1 + p.is_complex()), p.requires_grad) for p in self.param_groups[0]["params"]]
+        needed = {sum([n for n, _ in sizes]), sum([n for n, learned in sizes if learned])}
+        if isinstance(d, Tensor) and d.numel() not in needed:
+            raise ValueError(
+                f"The loaded state has 'd' of shape {tuple(d.shape)}, but lbfgs needs shape {(max(needed),)}, that of all "
+                "parameters as one vector. Load a checkpoint of the same model."
+            )
+
+    def _restored(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        params = self.param_groups[0]["params"]
+        self.state[params[0]].pop("al", None)
         fresh = LBFGSState.init(params)._asdict()
         likes = {"old_dirs": fresh["d"], "old_stps": fresh["d"], "ro": fresh["H_diag"]}
 
         def like(x: Any, y: Tensor) -> Tensor:
             return torch.as_tensor(x, dtype=y.dtype, device=y.device).clone()  # torch will overwrite its own
 
-        for name in (*fresh, "al"):
-            x = under.pop(name, None)
-            if x is not None and name in fresh:
+        for name, x in shared.items():
+            if name in fresh:
                 fresh[name] = tuple([like(y, likes[name]) for y in x]) if name in likes else like(x, fresh[name])
-        self.state[SHARED] = fresh
+        return fresh

@@ -46,7 +46,7 @@ def skip_if_nonfinite(
     All parameters are skipped together; under `torch.func.vmap` each member of the batch on its own. An accelerator is not
     waited for. Gradients that are None do not count. `SkipState.skipped` counts what was skipped, and
     `SkipState.in_a_row` how many gradients in a row were not finite: a loop may look at them from time to time (with the
-    stateful optimizer they are ``optimizer.state["shared"]["skipped"]`` and ``["in_a_row"]``).
+    stateful optimizer they are ``optimizer.shared["skipped"]`` and ``["in_a_row"]``).
 
     Around `accumulate` each of the gradients that it adds up is looked at, within it only their sum.
 

@@ -1,0 +1,288 @@
+"""Schedules in parameter groups, and the tools around an optimizer that read and write there."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler, swa_utils
+
+import purestep as ps
+from purestep import optim
+
+WARM = ps.schedules.warmup_cosine(0.1, warmup_steps=3, total_steps=12)
+FALL = ps.schedules.linear(0.1, 0.0, total_steps=20)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, scheduler: Any = None, seed: int = 0) -> list[Any]:
+    """The learning rates that the groups show after each step."""
+    generator = torch.Generator().manual_seed(seed)
+    shown = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(torch.randn(5, 4, generator=generator)).square().sum().backward()
+        optimizer.step()
+        shown.append(optimizer.param_groups[0]["lr"])
+        if scheduler is not None:
+            scheduler.step()
+    return shown
+
+
+def by_hand(transform: ps.Transform, lrs: list[float], seed: int = 0) -> dict[str, Tensor]:
+    """The parameters after steps with these learning rates."""
+    net = model()
+    params = {k: p.detach() for k, p in net.named_parameters()}
+    state = transform.init_state(params)
+    generator = torch.Generator().manual_seed(seed)
+    for lr in lrs:
+        x = torch.randn(5, 4, generator=generator)
+        grads = torch.func.grad(lambda p, x=x: torch.func.functional_call(net, p, (x,)).square().sum())(params)
+        params, state = transform.replace(lr=lr).step(grads, state, params)
+    return params
+
+
+def check(net: nn.Module, params: dict[str, Tensor]) -> None:
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), params[name], rtol=1e-5, atol=1e-7)
+
+
+def through_file(x: Any) -> Any:
+    """What `torch.load` makes of it by default."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+# ---------------------------------------------------------------------------------------------------- what a group shows
+
+
+@pytest.mark.parametrize("schedule", [FALL, lambda step: 0.1 / (step + 1)], ids=["value", "lambda"])
+def test_a_group_shows_the_number_of_the_last_step(schedule: Any) -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.named_parameters(), ps.adamw(lr=schedule))
+    assert optimizer.param_groups[0]["lr"] == optimizer.defaults["lr"] == 0.1
+    assert train(net, optimizer, 4) == [schedule(k) for k in range(4)]
+    check(net, by_hand(ps.adamw(), [schedule(k) for k in range(4)]))
+
+
+def test_a_schedule_that_begins_at_0_shows_what_can_be_multiplied() -> None:
+    net = model()
+    optimizer = optim.AdamW(net.parameters(), lr=WARM)
+    assert optimizer.param_groups[0]["lr"] == WARM(1) > 0
+    assert train(net, optimizer, 3) == [WARM(0), WARM(1), WARM(2)]
+
+
+def test_schedules_of_other_options_and_within_tuples() -> None:
+    net = model()
+    optimizer = optim.Adam(net.parameters(), betas=(ps.schedules.linear(0.0, 0.8, total_steps=4), 0.99), weight_decay=FALL)
+    assert optimizer.param_groups[0]["betas"] == (0.0, 0.99)
+    train(net, optimizer, 3)
+    assert optimizer.param_groups[0]["betas"] == pytest.approx((0.4, 0.99))
+    assert optimizer.param_groups[0]["weight_decay"] == FALL(2)
+
+
+def test_groups_follow_schedules_of_their_own() -> None:
+    net = model()
+    groups: Any = [{"params": net[0].parameters(), "lr": WARM}, {"params": net[2].parameters()}]
+    optimizer = optim.Optimizer(groups, ps.sgd(lr=FALL, momentum=0.9))
+    train(net, optimizer, 3)
+    assert [g["lr"] for g in optimizer.param_groups] == [WARM(2), FALL(2)]
+    late = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [late]})
+    late.grad = torch.ones(2)
+    optimizer.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [WARM(3), FALL(3), FALL(0)]  # each as far as it has come
+    assert late.tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_parts_of_a_partition_follow_schedules_of_their_own() -> None:
+    net = model()
+    transform = ps.partition({"a": ps.sgd(lr=FALL), "b": ps.adamw(lr=WARM)}, ps.by_ndim({2: "a"}, default="b"))
+    for together in (transform, ps.chain(ps.clip_by_global_norm(1e9), transform)):
+        optimizer = optim.Optimizer(net.named_parameters(), together)
+        train(net, optimizer, 3)
+        assert [g["lr"] for g in optimizer.param_groups] == [FALL(2), WARM(2)]
+
+
+def test_a_schedule_of_a_whole_transform() -> None:
+    net = model()
+    schedule = ps.schedules.linear(2.0, 1.0, total_steps=10)
+    optimizer = optim.Optimizer(net.parameters(), ps.chain(ps.clip_by_global_norm(schedule), ps.sgd(lr=0.1)))
+    train(net, optimizer, 3)
+    assert optimizer.param_groups[0]["max_norm"] == schedule(2)
+
+
+def test_a_skipped_step_does_not_move_what_is_shown() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = optim.Optimizer([p], ps.skip_if_nonfinite(ps.sgd(lr=FALL)))
+    for grad in (1.0, float("nan"), 1.0):
+        p.grad = torch.full((2,), grad)
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == FALL(1)
+
+
+# --------------------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_number_that_is_written_replaces_the_schedule() -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.parameters(), ps.adamw(lr=FALL))
+    train(net, optimizer, 2)
+    optimizer.param_groups[0]["lr"] = 0.01
+    assert train(net, optimizer, 2) == [0.01, 0.01]
+    optimizer.param_groups[0]["lr"] *= 0.5
+    assert train(net, optimizer, 1) == [0.005]
+    optimizer.param_groups[0]["lr"] = FALL  # and a schedule is followed again
+    assert train(net, optimizer, 1) == [FALL(5)]
+
+
+def test_what_replaced_a_schedule_is_resumed() -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.parameters(), ps.sgd(lr=FALL))
+    train(net, optimizer, 2)
+    optimizer.param_groups[0]["lr"] = 0.01
+    saved = through_file(optimizer.state_dict())  # no step in between
+    other = optim.Optimizer(net.parameters(), ps.sgd(lr=FALL))
+    other.load_state_dict(saved)
+    assert train(net, other, 2) == [0.01, 0.01]
+
+
+FACTORS = {
+    "LambdaLR, constant": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1.0),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.5),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.25, 1.0, 4),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+    "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=0.05, anneal_epochs=3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.4, total_steps=8, cycle_momentum=False),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.4, 2, cycle_momentum=False),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.5, 2), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+}
+
+
+@pytest.mark.parametrize("make", FACTORS.values(), ids=FACTORS)
+@pytest.mark.parametrize("schedule", [WARM, FALL], ids=["warm", "fall"])
+def test_a_scheduler_of_torchs_multiplies_the_schedule(make: Any, schedule: ps.schedules.Schedule) -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.named_parameters(), ps.adam(lr=schedule))
+    scheduler = make(optimizer)
+    plain = model()
+    alone = torch.optim.Adam(plain.parameters(), lr=optimizer.param_groups[0]["initial_lr"])  # torch's alone: its factors
+    others = make(alone)
+    base = alone.param_groups[0]["initial_lr"]
+    factors = [x / base for x in train(plain, alone, 6, others)]
+    train(net, optimizer, 6, scheduler)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(alone.param_groups[0]["lr"])  # the scheduler's own number
+    check(net, by_hand(ps.adam(), [schedule(k) * f for k, f in enumerate(factors)]))
+
+
+def test_a_scheduler_that_begins_at_0_is_refused() -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.parameters(), ps.sgd(lr=ps.schedules.join((0.0, 0.1), boundaries=(5,))))
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    with pytest.raises(ValueError, match="'initial_lr' is 0.*factor of 1"):
+        train(net, optimizer, 1, scheduler)
+    optimizer.param_groups[0]["initial_lr"] = 1.0
+    optimizer.param_groups[0]["lr"] = 0.5
+    train(net, optimizer, 1)
+
+
+def test_reduce_lr_on_plateau_goes_on_from_the_number_of_the_last_step() -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.parameters(), ps.sgd(lr=FALL))
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
+    assert train(net, optimizer, 3) == [FALL(0), FALL(1), FALL(2)]
+    for _ in range(3):
+        scheduler.step(1.0)
+    assert train(net, optimizer, 2) == [FALL(2) / 2] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+TRANSFORMS: dict[str, Any] = {
+    "value": lambda: ps.adamw(lr=WARM),
+    "lambda": lambda: ps.adamw(lr=lambda step: 0.1 / (step + 1)),
+    "clipped": lambda: ps.chain(ps.clip_by_global_norm(lambda step: 1.0 + step), ps.sgd(lr=WARM, momentum=0.9)),
+    "partition": lambda: ps.partition(
+        {"a": ps.sgd(lr=lambda step: 0.1 / (step + 1)), "b": ps.adamw(lr=WARM)}, ps.by_ndim({2: "a"}, default="b")
+    ),
+    "skip": lambda: ps.skip_if_nonfinite(ps.adam(lr=WARM)),
+}
+
+
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("scheduled", [None, *list(FACTORS)[:3]])
+def test_a_resumed_run_is_the_uninterrupted_one(make: Any, scheduled: str | None) -> None:
+    def begin() -> tuple[Any, Any, Any]:
+        net = model()
+        optimizer = optim.Optimizer(net.named_parameters(), make())
+        return net, optimizer, None if scheduled is None else FACTORS[scheduled](optimizer)
+
+    net, optimizer, scheduler = begin()
+    train(net, optimizer, 3, scheduler)
+    saved: Any = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+    if scheduler is not None:
+        saved["scheduler"] = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": [None] * 3}
+    saved = through_file(saved)
+    shown = train(net, optimizer, 4, scheduler, seed=1)
+
+    other, resumed, again = begin()
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    if again is not None:
+        again.load_state_dict(saved["scheduler"])
+    assert train(other, resumed, 4, again, seed=1) == shown
+    for p, q in zip(net.parameters(), other.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_copies_follow_the_schedule_too() -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.parameters(), ps.sgd(lr=FALL))
+    train(net, optimizer, 2)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        for p in copied.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        copied.step()
+        assert copied.param_groups[0]["lr"] == FALL(2)
+    assert optimizer.param_groups[0]["lr"] == FALL(1)
+
+
+def test_a_checkpoint_that_holds_a_schedule_is_followed() -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.parameters(), ps.sgd(lr=FALL))
+    train(net, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = WARM  # as they were until the groups showed numbers
+    del saved["param_groups"][0]["scheduled_lr"]
+    optimizer.load_state_dict(saved)
+    assert train(net, optimizer, 1) == [WARM(2)]
+
+
+def test_state_dict_shows_what_a_compiled_step_did() -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.parameters(), ps.sgd(lr=FALL))
+    train(net, optimizer, 1)
+
+    @torch.compile(backend="eager")
+    def step() -> None:
+        optimizer.step()
+
+    for _ in range(2):
+        step()
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == FALL(2)

@@ -490,7 +490,8 @@ def test_groups_have_their_own_options() -> None:
         slower.step()
     assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in theirs.param_groups]
     assert difference(values(model), values(twin)) <= 1e-12
-    assert sorted(optimizer.state[model.one.weight]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert sorted(optimizer.state[model.one.bias]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert sorted(optimizer.shared) == ["in_a_row", "skipped"]  # in the state of the first parameter
     assert optimizer.shared["skipped"] == 1
 
 

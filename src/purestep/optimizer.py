@@ -737,13 +737,21 @@ class Optimizer(torch.optim.Optimizer):
                     if id(x) in seen:
                         own[name] = x.clone()  # the next step lets them share one again
                     seen.add(id(x))
-        saved: dict[str, Any] = super().state_dict()
-        if saved["state"] and not self._place.names:  # torch's distributed checkpoints expect that all trained parameters have some, or none has
+        hooks = self._optimizer_state_dict_post_hooks
+        first: Any = type(self)._finish  # before the hooks of others
+        try:
+            self._optimizer_state_dict_post_hooks = OrderedDict([(-1, first), *hooks.items()])
+            return super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+
+    def _finish(self, saved: dict[str, Any]) -> None:
+        """What is to be done to a state dict before its hooks see it."""
+        if saved["state"]:  # torch's distributed checkpoints expect that all trained parameters have some state, or none has
             params = [p for group in self.param_groups for p in group["params"]]
             numbers = [k for group in saved["param_groups"] for k in group["params"]]
             for k in [k for k, p in zip(numbers, params) if p.requires_grad]:
                 saved["state"].setdefault(k, {})
-        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, purestep's or torch's; see `torch.optim.Optimizer.load_state_dict`.

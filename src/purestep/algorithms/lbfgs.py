@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
@@ -525,17 +524,15 @@ class LBFGS(Optimizer):
 
     # torch keeps the state of all parameters under the first one, and begins it with the first evaluation
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state, as torch's: under the number of the first parameter, with numbers as Python's."""
-        hooks = self._optimizer_state_dict_post_hooks
-        first: Any = LBFGS._as_torch  # the others are shown torch's layout
-        try:
-            self._optimizer_state_dict_post_hooks = OrderedDict([(-1, first), *hooks.items()])
-            return super().state_dict()
-        finally:
-            self._optimizer_state_dict_post_hooks = hooks
+    def _begin_state(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            self.state[group["params"][0]]  # an entry: torch's distributed checkpoints would take a step to have one
 
-    def _as_torch(self, saved: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin_state(self.param_groups)
+
+    def _finish(self, saved: dict[str, Any]) -> None:
         saved["state"] = {k: x for k, x in saved["state"].items() if not (isinstance(x, dict) and not x)}
         first = saved["param_groups"][0]["params"][0]
         state = saved["state"].get(first, {})

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler, swa_utils
 
 import purestep as ps
@@ -286,3 +287,261 @@ def test_state_dict_shows_what_a_compiled_step_did() -> None:
     for _ in range(2):
         step()
     assert optimizer.state_dict()["param_groups"][0]["lr"] == FALL(2)
+
+
+# ------------------------------------------------------------------------------------------------- defaults of a partition
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+@pytest.mark.parametrize(
+    ("parts", "option"),
+    [
+        ((ps.sgd(0.1, momentum=0.9), ps.muon(0.1, momentum=0.8)), "momentum"),
+        ((ps.adamw(0.1), ps.lion(0.1)), "betas"),
+    ],
+)
+def test_momentum_is_cycled_where_every_part_has_it(name: str, parts: Any, option: str) -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.named_parameters(), ps.partition(dict(zip("ba", parts)), ps.by_ndim({2: "a"}, default="b")))
+    assert option in optimizer.defaults
+    if name == "OneCycleLR":
+        scheduler: Any = lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=8)
+    else:
+        scheduler = lr_scheduler.CyclicLR(optimizer, 0.1, 0.4, 2)
+    before = [g[option] for g in optimizer.param_groups]
+    train(net, optimizer, 3, scheduler)
+    assert all(a != g[option] for a, g in zip(before, optimizer.param_groups))
+
+
+def test_momentum_that_not_every_part_has_is_not_cycled() -> None:
+    transform = ps.partition({"a": ps.sgd(0.1, momentum=0.9), "b": ps.adamw(0.2)}, ps.by_ndim({2: "a"}, default="b"))
+    optimizer = optim.Optimizer(model().named_parameters(), transform)
+    assert optimizer.defaults["lr"] == 0.1  # transformers' schedulers look here
+    assert "momentum" not in optimizer.defaults
+    assert "betas" not in optimizer.defaults
+    with pytest.raises(ValueError, match="must support momentum or beta1"):
+        lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=8)
+
+
+def test_parts_that_come_later_are_asked_too() -> None:
+    both = ps.partition(
+        {"a": ps.sgd(0.1, momentum=0.9), "b": ps.adamw(0.2), "c": ps.sgd(0.3, momentum=0.5)},
+        lambda path, p: "abc"[min(p.ndim, 2)],
+    )
+    params = {name: nn.Parameter(torch.ones(shape)) for name, shape in {"x": (), "y": (2,), "z": (2, 2)}.items()}
+    optimizer = optim.Optimizer(params.items(), both)
+    assert "momentum" not in optimizer.defaults
+    fewer = ps.partition({"a": ps.sgd(0.1, momentum=0.9), "c": ps.sgd(0.3, momentum=0.5)}, {"x": "a", "z": "c"})
+    optimizer = optim.Optimizer([(name, params[name]) for name in "xz"], fewer)
+    assert optimizer.defaults["momentum"] == 0.9
+
+
+# ------------------------------------------------------------------------------------------------- state that tools can read
+
+
+SHARING: dict[str, Any] = {
+    "skip": lambda: ps.skip_if_nonfinite(ps.adamw(lr=0.1)),
+    "accumulate": lambda: ps.accumulate(ps.adamw(lr=0.1), 2),
+    "lookahead": lambda: ps.lookahead(ps.sgd(lr=0.1, momentum=0.9), k=2),
+    "prodigy": lambda: ps.prodigy(),
+    "stateless part": lambda: ps.partition({"a": ps.sgd(0.1), "b": ps.adamw(0.1)}, ps.by_ndim({2: "a"}, default="b")),
+    "whole part": lambda: ps.partition(
+        {"a": ps.sgd(0.1), "b": ps.accumulate(ps.adamw(0.1), 2)}, ps.by_ndim({2: "a"}, default="b")
+    ),
+    "scheduled": lambda: ps.skip_if_nonfinite(ps.adamw(lr=WARM)),
+    "scheduled clip": lambda: ps.chain(ps.clip_by_global_norm(ps.schedules.linear(1.0, 2.0, total_steps=9)), ps.adamw(0.1)),
+}
+each_sharing = pytest.mark.parametrize("make", SHARING.values(), ids=SHARING)
+
+
+@each_sharing
+def test_state_is_that_of_parameters(make: Any) -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.named_parameters(), make())
+    for _ in range(2):
+        assert all(isinstance(p, nn.Parameter) for p in optimizer.state)
+        assert all(isinstance(k, int) for k in optimizer.state_dict()["state"])
+        train(net, optimizer, 3)
+
+
+@each_sharing
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoints(make: Any, flat: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    net, other = model(), model()
+    optimizer, resumed = (optim.Optimizer(m.named_parameters(), make()) for m in (net, other))
+    train(net, optimizer, 3)
+    saved = through_file(get_optimizer_state_dict(net, optimizer, options=options))
+    other.load_state_dict(net.state_dict())
+    set_optimizer_state_dict(other, resumed, saved, options=options)
+    for m, o in ((net, optimizer), (other, resumed)):
+        train(m, o, 4, seed=1)
+    for p, q in zip(net.parameters(), other.parameters()):
+        assert torch.equal(p, q)
+
+
+@each_sharing
+def test_a_shared_state_is_resumed_bit_for_bit(make: Any) -> None:
+    net, other = model(), model()
+    optimizer, resumed = (optim.Optimizer(m.named_parameters(), make()) for m in (net, other))
+    train(net, optimizer, 3)
+    saved = through_file(optimizer.state_dict())
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(saved)
+    copied = {name: x.clone() if isinstance(x, Tensor) else x for name, x in optimizer.shared.items()}
+    assert list(resumed.shared) == list(copied)
+    for m, o in ((net, optimizer), (other, resumed)):
+        train(m, o, 4, seed=1)
+    for p, q in zip(net.parameters(), other.parameters()):
+        assert torch.equal(p, q)
+
+
+@each_sharing
+def test_parameters_and_state_are_swapped_in(make: Any) -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.named_parameters(), make())
+    train(net, optimizer, 3)
+    others = {  # in the order of the groups
+        name: nn.Parameter(net.get_parameter(name).detach().clone()) for g in optimizer.param_groups for name in g["param_names"]
+    }
+    before = copy.deepcopy(optimizer.state_dict())
+    with optim.swap_in_optimizer_params_and_state(optimizer, others, copy.deepcopy(before)):
+        for p in others.values():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    torch.testing.assert_close(before["state"], after["state"], rtol=0, atol=0)
+    train(net, optimizer, 1)
+    assert "scheduled_lr" not in optimizer.param_groups[0] or optimizer.param_groups[0]["scheduled_lr"] == WARM(3)
+
+
+def test_checkpoints_with_the_former_place_are_read() -> None:
+    net, other = model(), model()
+    optimizer, resumed = (optim.Optimizer(m.named_parameters(), ps.accumulate(ps.adam(), 4)) for m in (net, other))
+    train(net, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    first = saved["state"][0]
+    saved["state"]["shared"] = {k.removeprefix("shared."): first.pop(k) for k in list(first) if k.startswith("shared.")}
+    assert saved["state"]["shared"]
+    resumed.load_state_dict(saved)
+    assert dict(resumed.shared) == dict(optimizer.shared)
+
+
+def test_the_shared_state_moves_on_when_its_parameter_is_frozen_or_dropped() -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.named_parameters(), ps.accumulate(ps.adam(), 4))
+    train(net, optimizer, 2)
+    found = dict(optimizer.shared)
+    net[0].weight.requires_grad_(False)
+    net[0].weight.grad = None
+    state = optimizer.state_dict()["state"]
+    assert [k for k, own in state.items() if any(name.startswith("shared.") for name in own)] == [1]
+    assert dict(optimizer.shared) == found
+    train(net, optimizer, 2)
+    assert float(optimizer.state[net[0].bias]["step"]) == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------- parts of partitions
+
+
+UNLIKE: dict[str, Any] = {
+    "galore": lambda: ps.galore(0.1, rank=2),
+    "novograd": lambda: ps.novograd(0.1),
+    "quantized": lambda: ps.quantize_state(ps.adam(0.1)),
+    "sm3": lambda: ps.sm3(0.1),
+    "adafactor": lambda: ps.adafactor(0.1),
+    "sgd": lambda: ps.sgd(0.1),
+    "muon": lambda: ps.muon(0.1),
+}
+
+
+@pytest.mark.parametrize("make", UNLIKE.values(), ids=UNLIKE)
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_an_optimizer_takes_its_own_checkpoint(make: Any, together: bool, first: bool) -> None:
+    labels = ps.by_path({"weight": "a" if first else "b"}, default="b" if first else "a")
+    if make is UNLIKE["muon"]:
+        labels = ps.by_ndim({2: "a"}, default="b")
+    parts = {"a": make(), "b": ps.adamw(0.1)}
+    transform = ps.chain(ps.clip_by_global_norm(1.0), ps.partition(parts, labels)) if together else ps.partition(parts, labels)
+
+    def begin() -> tuple[Any, Any]:
+        net = nn.Sequential(nn.Linear(70, 64), nn.Linear(64, 3))
+        return net, optim.Optimizer(net.named_parameters(), transform)
+
+    (net, optimizer), (other, resumed) = begin(), begin()
+    for i in range(4):
+        for p in net.parameters():
+            p.grad = torch.full_like(p, float(i))
+        optimizer.step()
+        if i == 1:
+            other.load_state_dict(net.state_dict())
+            resumed.load_state_dict(through_file(optimizer.state_dict()))
+        if i > 1:
+            for p in other.parameters():
+                p.grad = torch.full_like(p, float(i))
+            resumed.step()
+    for p, q in zip(net.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"dampening": 0.5}, {"nesterov": True}], ids=["plain", "dampened", "nesterov"])
+@pytest.mark.parametrize("how", ["deleted", "None", "cleared"])
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"foreach": False}], ids=["default", "foreach", "loop"])
+def test_momentum_that_is_taken_away_begins_anew(options: Any, how: str, flags: Any) -> None:
+    results = []
+    for namespace in (torch.optim, optim):
+        params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+        optimizer = namespace.SGD(params, lr=0.1, momentum=0.9, **options, **flags)
+        for i in range(5):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 + i)
+            if i == 2 and how == "deleted":
+                del optimizer.state[params[0]]["momentum_buffer"]
+            elif i == 2 and how == "None":
+                optimizer.state[params[0]]["momentum_buffer"] = None
+            elif i == 2:
+                optimizer.state.clear()
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_switches_and_numbers_that_only_go_together_are_changed_together() -> None:
+    results = []
+    for namespace in (torch.optim, optim):
+        p = nn.Parameter(torch.ones(3))
+        optimizer: Any = namespace.SGD([p], lr=0.1, momentum=0.9, dampening=0.1)
+        for i in range(4):
+            p.grad = torch.full_like(p, 1.0 + i)
+            if i == 2:
+                optimizer.param_groups[0].update(nesterov=True, dampening=0, maximize=True)
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def late(step: Any) -> Any:
+    if int(step) == 2:
+        raise ZeroDivisionError
+    return 0.1
+
+
+@ps.leafwise()
+def broken(g: Tensor, p: Tensor) -> Tensor:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("part", [ps.sgd(lr=late), ps.adamw(betas=(late, 0.9)), ps.chain(broken(), ps.scale(-0.1))])
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}])
+def test_an_exception_in_a_part_leaves_all_parts_where_they_were(part: Any, flags: Any) -> None:
+    net = model()
+    transform = ps.partition({"a": ps.adamw(0.1), "b": part}, ps.by_ndim({2: "a"}, default="b"))
+    optimizer = optim.Optimizer(net.named_parameters(), transform, **flags)
+    before: Any = None
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012
+        for _ in range(3):
+            before = copy.deepcopy((net.state_dict(), optimizer.state_dict()["state"]))
+            train(net, optimizer, 1)
+    torch.testing.assert_close((net.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)

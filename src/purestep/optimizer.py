@@ -25,7 +25,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOK
 from torch.utils import _pytree as pytree
 
 from purestep.engine import Call, Executor, Mode, Trust, choose
-from purestep.following import Following, Schedules, follows, kept
+from purestep.following import Following, Schedules, follows, kept, number
 from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_state, is_off
 from purestep.lists import clones
 from purestep.masks import Label, Memo, Not, refuse_unused, route, select
@@ -66,7 +66,15 @@ class Optimizer(torch.optim.Optimizer):
 
     Everything that works on torch's optimizers works on it: parameter groups, closures, hooks, state dicts, learning rate
     schedulers, gradient scalers. A group's options are the transform's hyperparameters, under the names that
-    `transform.hyperparams` gives them. A transform that sees all parameters together sees those of all groups.
+    `transform.hyperparams` gives them. A transform that sees all parameters together sees those of all groups, and keeps what
+    belongs to all of them in `shared`.
+
+    An option that follows a schedule is shown as a number, that of the last step, and the schedule stays out of the state
+    dict. A number that is written there replaces the schedule from then on (as `ReduceLROnPlateau` does), and a schedule that
+    is written there is followed. A scheduler of `torch.optim.lr_scheduler`, which leaves ``initial_lr`` in the group,
+    multiplies instead: the step takes the schedule times ``group["lr"] / group["initial_lr"]``, and the group shows the
+    scheduler's number. So that there is something to multiply, a schedule that begins at 0 shows its second number before the
+    first step.
 
     Args:
         params: an iterable of tensors, of `(name, tensor)` pairs, or of dicts, each a parameter group with options of its
@@ -139,6 +147,8 @@ class Optimizer(torch.optim.Optimizer):
         self._routes: dict[str, Route] = {}  # by label, where a transform routes parameters
         self._schedules = Schedules()  # that options of the groups follow
         self._place = self._new_place()
+        self._rehearsed: dict[int, Transform] = {}  # by group, the transform whose functions have been called before a step
+        self._recipes: set[Any] = set()  # of these transforms
         # parameters that have made no step, and what they were when their state was made
         self._untouched: dict[Tensor, Any] = {}
         if isinstance(recipe, Transform) and routed(recipe):
@@ -176,7 +186,13 @@ class Optimizer(torch.optim.Optimizer):
             transform = transform._replace(changes, strict)
         else:  # made of other parts: with these switches, and numbers that are known to be good, which are then replaced
             switches = {n: x for n, x in changes.items() if n not in transform.hyperparams}
-            transform = self._recipe(**{**self._first, **switches})
+            try:
+                transform = self._recipe(**options)
+            except ValueError as error:  # where a scheduler has left the range
+                try:
+                    transform = self._recipe(**{**self._first, **switches})
+                except ValueError:
+                    raise error from None
             transform = transform._replace({n: x for n, x in options.items() if n in transform.hyperparams}, strict)
         return chain(ascend(), transform) if isinstance(self._recipe, Transform) and group["maximize"] else transform
 
@@ -520,6 +536,8 @@ class Optimizer(torch.optim.Optimizer):
             if groups[0][1].plan.whole:
                 self._advance(groups, self._extras(groups[0][1].plan, closure, loss), loss)
             else:
+                if len(groups) > 1:
+                    self._rehearse(groups)
                 for group in groups:
                     if not self._again(*group):
                         self._advance([group])
@@ -528,6 +546,23 @@ class Optimizer(torch.optim.Optimizer):
         if self._schedules and not torch.compiler.is_compiling():
             self._show(groups)
         return loss
+
+    def _rehearse(self, groups: list[tuple[dict[str, Any], Transform]]) -> None:
+        """Call the functions of users that a step calls, before any group has changed: one that raises leaves all as they are."""
+        if torch.compiler.is_compiling():
+            return
+        for k, (group, transform) in enumerate(groups):
+            for name, x in self._schedules.of(group).items():
+                count = self._updates(group, transform, option := x.option(group, name))
+                if follows(option):
+                    number(option, int(count) if count is not None and readable(torch.as_tensor(count)) else x.steps)
+            if self._rehearsed.get(k) is transform or self._executor(group) == "leaf":
+                continue
+            self._rehearsed[k] = transform
+            recipe = tuple([pytree.tree_structure(link.transform) for link in transform.links])
+            if recipe not in self._recipes and can_begin(transform):
+                transform.program(donate=True)
+            self._recipes.add(recipe)
 
     def _show(self, groups: list[tuple[dict[str, Any], Transform]], exactly: bool = False) -> None:
         """Show in the groups the numbers that schedules had at the last step.
@@ -720,7 +755,13 @@ class Optimizer(torch.optim.Optimizer):
             elif any([g.plan.optional[k] for g in groups]):
                 columns.append([[s.get(n) for s in states] for n in names])
             else:
-                columns.append([[s[n] for s in states] for n in names])
+                found = [[s[n] for s in states] for n in names]
+                if any([type(None) in set(map(type, column)) for column in found]):  # as good as missing
+                    for s in states:
+                        for name in [n for n in names if s[n] is None]:
+                            del s[name]
+                    raise KeyError
+                columns.append(found)
         return columns
 
     # -- checkpoints
@@ -830,13 +871,14 @@ class Optimizer(torch.optim.Optimizer):
         for old, group in zip(saved, self.param_groups):
             transform = self._transform({**self._fallback(), **old})
             names = group.get("param_names", old["params"])
-            links = [
-                (link.transform, keys, not (off or link.masks))
+            every = [
+                (link.transform, keys, not off, self._selected(link.masks, group["params"]))
                 for link, keys, off in zip(transform.links, transform.plan.keys, transform.plan.off)
                 if keys and not link.transform.declaration.whole
             ]
-            for key, p, path in zip(old["params"], group["params"], names):
+            for k, (key, p, path) in enumerate(zip(old["params"], group["params"], names)):
                 state = state_dict["state"].get(key, {})
+                links = [(value, keys, needed) for value, keys, needed, on in every if on[k]]
                 fields = (
                     []
                     if is_lazy(p)
@@ -877,6 +919,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self._schedules.take(group, [name for name in self._names(group) if name in group])
         self._made, self._trust, self._known, self._place = [], {}, {}, self._new_place()
+        self._rehearsed, self._recipes = {}, set()
         self._rates = self.__dict__.get("_rates", {})  # a graph reads them, whatever is loaded
         self._untouched = state.get("_untouched", {})
         for group in self.param_groups:
@@ -972,6 +1015,16 @@ def begins_from_options(transform: Transform) -> bool:
     """Whether its first state depends on its hyperparameters, or on the parameters."""
     links = [(link.transform, link.transform.declaration) for link in transform.links]
     return any([d.init_names or (d.inner and any(fields_of(value).leaves)) for value, d in links])
+
+
+def can_begin(transform: Transform) -> bool:
+    """Whether the states of a transform can be made for a matrix that has no values."""
+    try:
+        for link in transform.links:
+            fresh_state(link.transform, torch.empty(64, 64, device="meta"))
+    except Exception:  # of a function of a user's, which may look at values
+        return False
+    return True
 
 
 def scalars_of(transform: Transform) -> set[str]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import purestep as ps
 from purestep import optim
-
 from purestep.transforms.noise import normal, philox
 from tests.case import Case
 from tests.cases_blocks import CASES

@@ -195,7 +195,7 @@ def test_a_scheduler_that_begins_at_0_is_refused() -> None:
     net = model()
     optimizer = optim.Optimizer(net.parameters(), ps.sgd(lr=ps.schedules.join((0.0, 0.1), boundaries=(5,))))
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-    with pytest.raises(ValueError, match="'initial_lr' is 0.*factor of 1"):
+    with pytest.raises(ValueError, match=r"'initial_lr' is 0.*factor of 1"):
         train(net, optimizer, 1, scheduler)
     optimizer.param_groups[0]["initial_lr"] = 1.0
     optimizer.param_groups[0]["lr"] = 0.5
@@ -402,7 +402,9 @@ def test_parameters_and_state_are_swapped_in(make: Any) -> None:
     optimizer = optim.Optimizer(net.named_parameters(), make())
     train(net, optimizer, 3)
     others = {  # in the order of the groups
-        name: nn.Parameter(net.get_parameter(name).detach().clone()) for g in optimizer.param_groups for name in g["param_names"]
+        name: nn.Parameter(net.get_parameter(name).detach().clone())
+        for g in optimizer.param_groups
+        for name in g["param_names"]
     }
     before = copy.deepcopy(optimizer.state_dict())
     with optim.swap_in_optimizer_params_and_state(optimizer, others, copy.deepcopy(before)):
@@ -545,3 +547,102 @@ def test_an_exception_in_a_part_leaves_all_parts_where_they_were(part: Any, flag
             before = copy.deepcopy((net.state_dict(), optimizer.state_dict()["state"]))
             train(net, optimizer, 1)
     torch.testing.assert_close((net.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------------ averages
+
+AVERAGING: dict[str, Any] = {
+    "asgd": (lambda: ps.asgd(lr=0.1, lambd=0.0, t0=0), "ax"),
+    "ema": (lambda: ps.chain(ps.sgd(lr=0.1), ps.ema_params(0.5)), "ema"),
+    "average": (lambda: ps.chain(ps.adamw(lr=0.1), ps.average_params()), "average"),
+    "lookahead": (lambda: ps.lookahead(ps.sgd(lr=0.1), 2, 0.5), "slow"),
+    "schedule-free": (lambda: ps.schedule_free_adamw(lr=0.1), "z"),
+    "inside": (lambda: ps.skip_if_nonfinite(ps.chain(ps.sgd(lr=0.1), ps.ema_params(0.5))), "ema"),
+}
+each_average = pytest.mark.parametrize(("make", "field"), AVERAGING.values(), ids=AVERAGING)
+
+
+@each_average
+def test_averages_are_those_of_the_pure_function(make: Any, field: str) -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.named_parameters(), make())
+    transform = make()
+    params = {k: p.detach().clone() for k, p in net.named_parameters()}
+    state = transform.init_state(params)
+    for i in range(3):
+        grads = {k: torch.full_like(p, 1.0 + i) for k, p in params.items()}
+        params, state = transform.step(grads, state, params)
+        for k, p in net.named_parameters():
+            p.grad = grads[k]
+        optimizer.step()
+    torch.testing.assert_close(optimizer.eval_params(), ps.eval_params(state, params))
+    assert all(not x.requires_grad for x in optimizer.eval_params().values())
+
+
+@each_average
+def test_what_was_never_updated_is_its_own_average(make: Any, field: str) -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.named_parameters(), make())
+    torch.testing.assert_close(dict(optimizer.eval_params()), {k: p.detach() for k, p in net.named_parameters()})
+    for _ in range(3):
+        net[0].weight.grad = torch.ones_like(net[0].weight)
+        optimizer.step()
+    found = optimizer.eval_params()
+    assert list(found) == [name for name, _ in net.named_parameters()]
+    for name, p in net.named_parameters():
+        shown = optimizer.state[p][field]
+        assert bool((shown != 0).all())  # no average is zero
+        assert torch.equal(found[name], p) is (name != "0.weight")
+        if name != "0.weight":
+            assert torch.equal(shown, p)
+
+
+@pytest.mark.parametrize("cls", [optim.ASGD])
+def test_averages_of_a_class_without_names(cls: Any) -> None:
+    params = [nn.Parameter(torch.full((2,), 3.0)), nn.Parameter(torch.ones(3))]
+    optimizer = cls(params)
+    params[1].grad = torch.ones(3)
+    optimizer.step()
+    assert list(optimizer.eval_params()) == ["0", "1"]
+    assert torch.equal(optimizer.state[params[0]]["ax"], params[0])
+
+
+def test_parameters_are_averages_for_a_while() -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.named_parameters(), ps.schedule_free_adamw(lr=0.1))
+    train(net, optimizer, 3)
+    before, averages = copy.deepcopy(net.state_dict()), {k: x.clone() for k, x in optimizer.eval_params().items()}
+    tensors = list(net.parameters())
+    with pytest.raises(ZeroDivisionError), optimizer.use_eval_params():  # noqa: PT012
+        torch.testing.assert_close(dict(net.state_dict()), averages, rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="inside another"), optimizer.use_eval_params():
+            pass
+        with pytest.raises(RuntimeError, match="No step can be made inside"):
+            optimizer.step()
+        raise ZeroDivisionError
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert all(p is q for p, q in zip(net.parameters(), tensors))
+    train(net, optimizer, 1)
+
+
+def test_parts_of_a_partition_have_averages_of_their_own() -> None:
+    net = model()
+    parts = {"a": ps.asgd(lr=0.1, lambd=0.0, t0=0), "b": ps.sgd(lr=0.1)}
+    for together in (False, True):
+        transform = ps.partition(parts, ps.by_ndim({2: "a"}, default="b"))
+        optimizer = optim.Optimizer(
+            net.named_parameters(), ps.chain(ps.clip_by_global_norm(1.0), transform) if together else transform
+        )
+        train(net, optimizer, 3)
+        found = optimizer.eval_params()
+        assert {k for k, p in net.named_parameters() if not torch.equal(found[k], p)} == {"0.weight", "2.weight"}
+
+
+def test_the_free_function_refuses_what_is_no_state() -> None:
+    net = model()
+    optimizer = optim.Optimizer(net.named_parameters(), ps.chain(ps.sgd(lr=0.1), ps.ema_params(0.5)))
+    train(net, optimizer, 1)
+    params = dict(net.named_parameters())
+    for no_state in (optimizer, optimizer.state, optimizer.state_dict(), optimizer.state[net[0].weight], None, params):
+        with pytest.raises(TypeError, match=r"optimizer\.eval_params\(\)"):
+            ps.eval_params(no_state, params)

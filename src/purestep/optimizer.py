@@ -7,11 +7,12 @@ its field names, so that checkpoints are torch's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain as chained
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar, overload
@@ -26,10 +27,10 @@ from torch.utils import _pytree as pytree
 
 from purestep.engine import Call, Executor, Mode, Trust, choose
 from purestep.following import Following, Schedules, follows, kept, number
-from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_state, is_off
+from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_state, is_off, state_type
 from purestep.lists import clones
 from purestep.masks import Label, Memo, Not, refuse_unused, route, select
-from purestep.maths import readable
+from purestep.maths import readable, where
 from purestep.plan import Group, Plan
 from purestep.shared import Place, Shared
 from purestep.solo import solo_of
@@ -109,6 +110,7 @@ class Optimizer(torch.optim.Optimizer):
     """Options that a checkpoint may be too old to have, with the values they had before they existed."""
 
     _compile = False
+    _evaluating = False
 
     def __init__(
         self,
@@ -388,7 +390,7 @@ class Optimizer(torch.optim.Optimizer):
             return transform
         every: dict[str, Any] = {}
         for g in [*reversed([g for g in self.param_groups if g["label"] != group["label"]]), group]:
-            own, g = self._routes[g["label"]], self._schedules.options(g)  # noqa: PLW2901
+            own, g = self._routes[g["label"]], self._schedules.options(g)
             every |= {own.names[n]: g[n] for n in own.first}
         return self._recipe._replace(every, strict)
 
@@ -492,6 +494,109 @@ class Optimizer(torch.optim.Optimizer):
         """
         return self._place.of(self.state, self.param_groups)
 
+    # -- averages
+
+    def eval_params(self) -> dict[str, Tensor]:
+        """The parameters to evaluate a model with: what an algorithm's state says their average is, else the parameters.
+
+        A parameter that was never updated has no average, and is what it is. The tensors are not copies: they may change with
+        the next step.
+
+        Returns:
+            one tensor for each parameter, by its name, or by its number where the optimizer was not given names; in the order
+            of the groups.
+
+        >>> import torch, purestep as ps
+        >>> from purestep import optim
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> opt = optim.Optimizer(model.named_parameters(), ps.chain(ps.sgd(lr=1.0), ps.ema_params(0.5)))
+        >>> for _ in range(3):
+        ...     model.weight.grad = torch.ones(1, 1)
+        ...     opt.step()
+        >>> averages = opt.eval_params()
+        >>> (averages["weight"] - model.weight).item()
+        0.75
+        >>> y = torch.func.functional_call(model, averages, torch.ones(1))
+
+        See also `use_eval_params`, which puts them into the parameters for a while.
+        """
+        averages = self._averages()
+        return {
+            path: x if (x := averages.get(p)) is not None else p if is_lazy(p) else p.detach()
+            for p, path in self._paths().items()
+        }
+
+    @torch.no_grad()
+    def _averages(self) -> dict[Tensor, Tensor]:
+        """The averages of the parameters that have one."""
+        found: dict[Tensor, Tensor] = {}
+        for group, transform in zip(self.param_groups, self._transforms()):
+            self._find_averages(found, group["params"], transform)
+        return found
+
+    def _find_averages(self, found: dict[Tensor, Tensor], params: list[Tensor], transform: Transform) -> None:
+        """Add the averages that are in the state of a transform; the first link that has one for a parameter decides."""
+        for link, names, off in zip(transform.links, transform.plan.keys, transform.plan.off):
+            kind: Any = state_type(link.transform)
+            if off or not (hasattr(kind, "evaluated") or hasattr(kind, "averaged")):
+                continue
+            info = fields_of(link.transform)
+            for p, yes in zip(params, self._selected(link.masks, params)):
+                own = self.state.get(p, NOTHING)
+                fields = [own.get(n) if leaf else self.shared.get(n) for n, leaf in zip(names, info.leaves)]
+                if p in found or not yes or any([x is None for x in fields]):
+                    continue
+                if hasattr(kind, "averaged"):
+                    inner = [None] if link.transform.declaration.inner else []
+                    (found[p],) = kind(*[[x] if leaf else x for x, leaf in zip(fields, info.leaves)], *inner).averaged()
+                    continue
+                state = kind(*fields)
+                new = state.step == 0
+                if not readable(new):
+                    found[p] = where(new, p.detach(), state.evaluated(p.detach()))
+                elif not new:
+                    found[p] = state.evaluated(p.detach())
+
+    @contextlib.contextmanager
+    def use_eval_params(self) -> Iterator[None]:
+        """For as long as a ``with`` lasts, the parameters have the values of `eval_params`; then they have their own again.
+
+        The tensors stay the same, and so does every bit of what they held, even after an exception. No step can be made inside.
+        What else a model keeps, such as the statistics of batch normalization, is not touched.
+
+        Raises:
+            RuntimeError: it is inside another one.
+
+        >>> import torch, purestep as ps
+        >>> from purestep import optim
+        >>> p = torch.nn.Parameter(torch.zeros(1))
+        >>> opt = optim.ASGD([p], lr=1.0, lambd=0.0, t0=0)
+        >>> for _ in range(3):
+        ...     p.grad = torch.ones(1)
+        ...     opt.step()
+        >>> with opt.use_eval_params():
+        ...     print(p.item())
+        -2.5
+        >>> p.item()
+        -3.0
+        """
+        if self._evaluating:
+            raise RuntimeError("use_eval_params is inside another one: the parameters are the averages already.")
+        averages = self._averages()
+        with torch.no_grad():
+            before = [p.clone() for p in averages]
+        self._evaluating = True
+        try:
+            with torch.no_grad():
+                for p, x in averages.items():
+                    p.copy_(x)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, x in zip(averages, before):
+                    p.copy_(x)
+            self._evaluating = False
+
     # -- the step
 
     @staticmethod
@@ -525,6 +630,8 @@ class Optimizer(torch.optim.Optimizer):
         Returns:
             the closure's loss, if there is a closure.
         """
+        if self._evaluating:
+            raise RuntimeError("No step can be made inside use_eval_params: the parameters are averages. Leave it first.")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -931,7 +931,15 @@ def apply_updates(params: PyTree, updates: PyTree) -> Any:
 def eval_params(state: Any, params: PyTree) -> Any:
     """The parameters to evaluate a model with, where an algorithm's state says what their average is; else `params`.
 
-    A pure reader: nothing is switched or swapped. A parameter that was never updated is returned as it is.
+    A pure reader: nothing is switched or swapped. A parameter that was never updated is returned as it is. An optimizer of
+    `purestep.optim` has a method of this name.
+
+    Args:
+        state: what `init_state` or the last update returned.
+        params: the parameters.
+
+    Raises:
+        TypeError: `state` is not the state of a transform.
 
     >>> import torch, purestep as ps
     >>> opt, p = ps.asgd(lr=0.1, lambd=0.0, t0=0), torch.tensor([0.0])
@@ -947,9 +955,15 @@ def eval_params(state: Any, params: PyTree) -> Any:
         for s in state.values():
             params = eval_params(s, params)
         return params
+    if not (isinstance(state, tuple) and hasattr(state, "_fields")):
+        raise TypeError(
+            f"eval_params takes the state of a transform, which init_state makes, but got {type(state).__name__}. For an "
+            "optimizer of purestep.optim call its method: optimizer.eval_params()."
+        )
     leaves, spec = tree.flatten(params)
     if hasattr(state, "evaluated"):
-        each = map(type(state)._make, zip(*[tree.flatten_like(c, spec, "state") for c in state]))
+        kind: Any = type(state)
+        each = map(kind._make, zip(*[tree.flatten_like(c, spec, "state") for c in state]))
         found = [p if x.step is None else maths.where(x.step == 0, p, x.evaluated(p)) for p, x in zip(leaves, each)]
         return tree.unflatten(found, spec)
     if hasattr(state, "averaged"):  # a whole transform's

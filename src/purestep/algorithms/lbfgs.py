@@ -539,8 +539,9 @@ class LBFGS(Optimizer):
         if "func_evals" not in state:
             return
         own = {name: x for name, x in state.items() if name not in LBFGSState._fields}
+        began: dict[str, Any] = {}
         if not state["func_evals"]:
-            began = {}
+            pass
         elif not state["n_iter"]:
             began = {name: int(state[name]) for name in ("func_evals", "n_iter")}
         else:

@@ -71,7 +71,9 @@ class SGD(Optimizer):
 
     def _fill(self, params: list[Tensor], transform: Transform) -> None:
         """As in torch a parameter whose buffer is taken away begins anew: the first gradient enters undamped."""
-        keeps = any([link.transform.declaration is trace.declaration and not is_off(link.transform) for link in transform.links])  # type: ignore[attr-defined]
+        keeps = any(
+            [link.transform.declaration is trace.declaration and not is_off(link.transform) for link in transform.links]
+        )  # type: ignore[attr-defined]
         for p in params if keeps and not self._schedules else ():  # which count on
             if "momentum_buffer" not in self.state[p]:
                 self.state[p].pop("step", None)

@@ -44,8 +44,8 @@ class Following:
             return self.schedule if equal(written, group[SHOWN + name]) else written
         if not isinstance(initial, Tensor) and initial == 0:
             raise ValueError(
-                f"A scheduler multiplies the schedule of {name!r} by group[{name!r}] / group[{INITIAL + name!r}], but the group's "
-                f"{INITIAL + name!r} is 0. Set it to the number that stands for a factor of 1."
+                f"A scheduler multiplies the schedule of {name!r} by group[{name!r}] / group[{INITIAL + name!r}], but the "
+                f"group's {INITIAL + name!r} is 0. Set it to the number that stands for a factor of 1."
             )
         factor = written / initial
         if not equal(factor, self.scaled[0]):

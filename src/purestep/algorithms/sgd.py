@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from purestep.hyper import Hyper
-from purestep.links import is_off
 from purestep.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain
 from purestep.transforms.decay import add_decayed_weights
@@ -71,10 +70,8 @@ class SGD(Optimizer):
 
     def _fill(self, params: list[Tensor], transform: Transform) -> None:
         """As in torch a parameter whose buffer is taken away begins anew: the first gradient enters undamped."""
-        keeps = any(
-            [link.transform.declaration is trace.declaration and not is_off(link.transform) for link in transform.links]
-        )  # type: ignore[attr-defined]
-        for p in params if keeps and not self._schedules else ():  # which count on
+        keeps = any([not off and "momentum_buffer" in names for off, names in zip(transform.plan.off, transform.plan.keys)])
+        for p in params if keeps and not self._schedules else ():  # schedules count on
             if "momentum_buffer" not in self.state[p]:
                 self.state[p].pop("step", None)
         super()._fill(params, transform)

@@ -85,8 +85,8 @@ def average_params(
 
     at the updates :math:`t = t_0 + c, t_0 + 2c, \dots`; before the first of them :math:`a` is the parameters. It stands at the
     end of a chain, where :math:`p_{t-1} + u_t` are the new parameters. The average is read with `purestep.eval_params` (with
-    the stateful optimizer with its method `eval_params`, or as ``optimizer.state[p]["average"]``): no mode is switched, and no parameter is swapped.
-    Batch normalization needs new statistics for it, as `torch.optim.swa_utils.update_bn` makes them.
+    the stateful optimizer with its method `eval_params`, or as ``optimizer.state[p]["average"]``): no mode is switched, and
+    no parameter is swapped. Batch normalization needs new statistics for it, as `torch.optim.swa_utils.update_bn` makes them.
 
     The numbers are those of `torch.optim.swa_utils.AveragedModel`, updated at these steps.
 

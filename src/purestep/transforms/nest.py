@@ -178,9 +178,9 @@ def lookahead(
         \phi &\leftarrow \phi + \alpha\,(\theta_k - \phi), \qquad \theta_0 \leftarrow \phi
 
     `params` are the fast weights :math:`\theta`, the slow ones :math:`\phi` are in the state. Evaluate the slow ones: read them
-    with `purestep.eval_params` (with the stateful optimizer with its method `eval_params`, or as ``optimizer.state[p]["slow"]``). The state of the inner
-    transform is kept when the weights meet, as in the paper's algorithm. It stands at the end of a chain, around all of it
-    that moves parameters.
+    with `purestep.eval_params` (with the stateful optimizer with its method `eval_params`, or as
+    ``optimizer.state[p]["slow"]``). The state of the inner transform is kept when the weights meet, as in the paper's
+    algorithm. It stands at the end of a chain, around all of it that moves parameters.
 
     Args:
         transform: a whole optimizer, with its learning rate.

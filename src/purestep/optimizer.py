@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import numbers
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from purestep.engine import Call, Executor, Mode, Trust, choose
 from purestep.following import Following, Schedules, follows, kept, number
-from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_state, is_off, state_type
+from purestep.links import Fields, Link, Primitive, fields_of, fresh_state, fresh_whole_state, is_off, state_type
 from purestep.lists import clones
 from purestep.masks import Label, Memo, Not, refuse_unused, route, select
 from purestep.maths import readable, where
@@ -521,10 +522,8 @@ class Optimizer(torch.optim.Optimizer):
         See also `use_eval_params`, which puts them into the parameters for a while.
         """
         averages = self._averages()
-        return {
-            path: x if (x := averages.get(p)) is not None else p if is_lazy(p) else p.detach()
-            for p, path in self._paths().items()
-        }
+        paths = self._paths().items()
+        return {path: averages[p] if p in averages else p if is_lazy(p) else p.detach() for p, path in paths}
 
     @torch.no_grad()
     def _averages(self) -> dict[Tensor, Tensor]:
@@ -655,7 +654,7 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def _rehearse(self, groups: list[tuple[dict[str, Any], Transform]]) -> None:
-        """Call the functions of users that a step calls, before any group has changed: one that raises leaves all as they are."""
+        """Call what a step calls of a user's, before any group has changed: where it raises, all are left as they are."""
         if torch.compiler.is_compiling():
             return
         for k, (group, transform) in enumerate(groups):
@@ -687,7 +686,7 @@ class Optimizer(torch.optim.Optimizer):
             self._schedules.show(group, count)
 
     def _updates(self, group: dict[str, Any], transform: Transform, schedule: Any) -> Any:
-        """How many updates the part of a transform that follows this schedule has made, of the first parameter with a gradient."""
+        """How many updates the part of a transform that follows this schedule has made: the first parameter with a gradient's."""
         wanted = {id(x) for x in (schedule if isinstance(schedule, tuple) else (schedule,)) if follows(x)}
         for link, names, info in zip(transform.links, transform.plan.keys, transform.plan.fields):
             given = link.transform.arguments.values()
@@ -926,13 +925,18 @@ class Optimizer(torch.optim.Optimizer):
             ]
         self._check_state(state_dict)
         self._check_shared(shared)
+        everything = dict(self.__dict__)  # what is loaded replaces it, and writes on none of it
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
             self._optimizer_load_state_dict_post_hooks = OrderedDict()  # they will
             super().load_state_dict(state_dict)
+            self._keep_precision(state_dict, shared)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(everything)
+            raise
         finally:
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = before, after
-        self._keep_precision(state_dict, shared)
         for group, transform in zip(self.param_groups, self._transforms()):
             nested = any([link.span for link in transform.links])  # what has made no step may have seen gradients
             if begins_from_options(transform) and not nested:  # a state that has made no step is none
@@ -951,9 +955,6 @@ class Optimizer(torch.optim.Optimizer):
                         self.state[p][name] = x.to(p.device, copy=True)
         if shared:
             self.shared.update(self._restored(shared))
-
-    def _check_shared(self, shared: Mapping[str, Any]) -> None:
-        """For a class to refuse what a loaded state has for all parameters together, before anything has changed."""
 
     def _restored(self, shared: Mapping[str, Any]) -> dict[str, Any]:
         """What a loaded state has for all parameters together, as it was saved, in memory of its own."""
@@ -978,39 +979,57 @@ class Optimizer(torch.optim.Optimizer):
         for old, group in zip(saved, self.param_groups):
             transform = self._transform({**self._fallback(), **old})
             names = group.get("param_names", old["params"])
-            every = [
-                (link.transform, keys, not off, self._selected(link.masks, group["params"]))
+            links = [
+                (link, keys, self._selected(link.masks, group["params"]))
                 for link, keys, off in zip(transform.links, transform.plan.keys, transform.plan.off)
-                if keys and not link.transform.declaration.whole
+                if keys and not off
             ]
             for k, (key, p, path) in enumerate(zip(old["params"], group["params"], names)):
                 state = state_dict["state"].get(key, {})
-                links = [(value, keys, needed) for value, keys, needed, on in every if on[k]]
-                fields = (
-                    []
-                    if is_lazy(p)
-                    else [
-                        (name, value.declaration.name, needed and (like or encoded) and new is not None, new)
-                        for value, keys, needed in links
-                        for info in [fields_of(value)]
-                        for name, like, encoded, scalar, new in zip(
-                            keys, info.like, info.encoded, info.scalars, fresh_state(value, p.detach().to("meta"))
-                        )
-                        if not scalar
-                    ]
-                )
-                for name, owner, needed, new in fields:
-                    x = state.get(name)
-                    if x is None and needed and state:
-                        raise ValueError(
-                            f"The loaded state has no {name!r} for {path!r}, which {owner} needs: it is another algorithm's."
-                        )
-                    if isinstance(x, Tensor) and (new is None or x.shape != new.shape):
-                        raise ValueError(
-                            f"The loaded state has {name!r} of shape {tuple(x.shape)} for {path!r}, but {owner} needs "
-                            f"{'none' if new is None else tuple(new.shape)} for a parameter of shape {tuple(p.shape)}. Load a "
-                            "checkpoint of the same model, with its parameters in the same order."
-                        )
+                if not isinstance(state, dict):
+                    raise ValueError(f"The loaded state of {path!r} must be a dict of its fields by name, but is {state!r}.")
+                for link, keys, on in links:
+                    if on[k] and not is_lazy(p) and state:
+                        self._check_fields(link.transform, keys, state, p, path)
+
+    def _check_fields(self, value: Primitive, keys: tuple[str, ...], state: dict[str, Any], p: Tensor, path: str) -> None:
+        """Refuse what is loaded for one parameter if it is not what a transform has for it."""
+        info, owner = fields_of(value), value.declaration.name
+        whole = value.declaration.whole
+        own = self.state.get(p, NOTHING)
+        fresh = [own.get(name) for name in keys] if whole else fresh_state(value, p.detach().to("meta"))
+        for name, like, encoded, scalar, leaf, new in zip(keys, info.like, info.encoded, info.scalars, info.leaves, fresh):
+            x = state.get(name)
+            if not leaf:
+                continue
+            if x is None:
+                if (like or encoded) and new is not None:
+                    raise ValueError(
+                        f"The loaded state has no {name!r} for {path!r}, which {owner} needs: it is another algorithm's."
+                    )
+                continue
+            if scalar:
+                check_number(x, f"The loaded state's {name!r} for {path!r}", owner, p)
+            elif isinstance(new, Tensor) or not whole:
+                check_tensor(x, new, f"The loaded state has {name!r}", f"for {path!r}", owner, p)
+
+    def _check_shared(self, shared: Mapping[str, Any]) -> None:
+        """Refuse what is loaded for all parameters together if it is not what is there."""
+        if not shared:
+            return
+        p = self._place.first(self.param_groups)
+        for name, new in self.shared.items():
+            x = shared.get(name)
+            if x is None:
+                continue
+            if isinstance(new, Tensor) and not new.dim():
+                check_number(x, f"The loaded state's {name!r}", "the transform that keeps it", p)
+            elif isinstance(new, Tensor):
+                check_tensor(x, new, f"The loaded state has {name!r}", "for all parameters", "the transform that keeps it", p)
+            elif isinstance(new, tuple) and not (
+                isinstance(x, (tuple, list)) and all([isinstance(y, (Tensor, int, float)) for y in pytree.tree_leaves(x)])
+            ):
+                raise ValueError(f"The loaded state's {name!r} must be several tensors, but is {x!r}.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -1122,6 +1141,31 @@ def begins_from_options(transform: Transform) -> bool:
     """Whether its first state depends on its hyperparameters, or on the parameters."""
     links = [(link.transform, link.transform.declaration) for link in transform.links]
     return any([d.init_names or (d.inner and any(fields_of(value).leaves)) for value, d in links])
+
+
+def check_number(x: Any, subject: str, owner: str, p: Tensor) -> None:
+    """Refuse a loaded counter that is not one number that can be read."""
+    if isinstance(x, Tensor):
+        good = x.numel() == 1 and not x.dim() and not x.is_complex() and (p.is_meta or not x.is_meta)
+        found = f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype} on {x.device}"
+    else:
+        good, found = isinstance(x, numbers.Real) and not isinstance(x, bool), repr(x)
+    if not good:
+        raise ValueError(f"{subject} must be one real number, as {owner} needs it, but is {found}.")
+
+
+def check_tensor(x: Any, new: Tensor | None, subject: str, where: str, owner: str, p: Tensor) -> None:
+    """Refuse a loaded field that is not a tensor of the shape that it has here, or has no values."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{subject} {where} that is no tensor but {x!r}, but {owner} needs a tensor.")
+    if new is None or x.shape != new.shape:
+        raise ValueError(
+            f"{subject} of shape {tuple(x.shape)} {where}, but {owner} needs "
+            f"{'none' if new is None else tuple(new.shape)} for a parameter of shape {tuple(p.shape)}. Load a "
+            "checkpoint of the same model, with its parameters in the same order."
+        )
+    if x.is_meta and not p.is_meta:
+        raise ValueError(f"{subject} {where} on the meta device, where it has no values. Load it with them.")
 
 
 def can_begin(transform: Transform) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 
@@ -960,10 +961,9 @@ def eval_params(state: Any, params: PyTree) -> Any:
             f"eval_params takes the state of a transform, which init_state makes, but got {type(state).__name__}. For an "
             "optimizer of purestep.optim call its method: optimizer.eval_params()."
         )
-    leaves, spec = tree.flatten(params)
+    state, leaves, spec = typing.cast("Any", state), *tree.flatten(params)
     if hasattr(state, "evaluated"):
-        kind: Any = type(state)
-        each = map(kind._make, zip(*[tree.flatten_like(c, spec, "state") for c in state]))
+        each = map(type(state)._make, zip(*[tree.flatten_like(c, spec, "state") for c in state]))
         found = [p if x.step is None else maths.where(x.step == 0, p, x.evaluated(p)) for p, x in zip(leaves, each)]
         return tree.unflatten(found, spec)
     if hasattr(state, "averaged"):  # a whole transform's

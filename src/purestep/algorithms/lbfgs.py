@@ -23,7 +23,7 @@ from torch import Tensor
 from purestep.engine import choose
 from purestep.hyper import Extra, Hyper, NonNegative, Steps
 from purestep.maths import counter, maximum, minimum, precise, root, some, transforming, where
-from purestep.optimizer import Optimizer, Params, over
+from purestep.optimizer import Optimizer, Params, check_number, over
 from purestep.packing import joined, offset
 from purestep.shared import Place
 from purestep.transform import whole
@@ -558,14 +558,27 @@ class LBFGS(Optimizer):
         return Place("", frozenset(LBFGSState._fields))
 
     def _check_shared(self, shared: Mapping[str, Any]) -> None:
-        d = shared.get("d")
-        sizes = [(p.numel() * (1 + p.is_complex()), p.requires_grad) for p in self.param_groups[0]["params"]]
+        if not shared:
+            return
+        params = self.param_groups[0]["params"]
+        lost = [name for name in LBFGSState._fields if name not in shared]
+        if lost and (shared.get("n_iter") or "n_iter" not in shared):
+            raise ValueError(f"The loaded state has no {lost[0]!r}, which lbfgs needs: it is another algorithm's.")
+        sizes = [(p.numel() * (1 + p.is_complex()), p.requires_grad) for p in params]
         needed = {sum([n for n, _ in sizes]), sum([n for n, learned in sizes if learned])}
-        if isinstance(d, Tensor) and d.numel() not in needed:
-            raise ValueError(
-                f"The loaded state has 'd' of shape {tuple(d.shape)}, but lbfgs needs shape {(max(needed),)}, that of all "
-                "parameters as one vector. Load a checkpoint of the same model."
-            )
+        for name in [name for name in LBFGSState._fields if name in shared]:
+            several, whose = name in ("old_dirs", "old_stps", "ro"), f"The loaded state's {name!r}"
+            if several and not isinstance(shared[name], (list, tuple)):
+                raise ValueError(f"{whose} must be a list, as lbfgs needs it, but is {shared[name]!r}.")
+            for x in shared[name] if several else (shared[name],):
+                if name not in ("d", "prev_flat_grad", "old_dirs", "old_stps"):
+                    check_number(x.reshape(()) if isinstance(x, Tensor) and x.numel() == 1 else x, whose, "lbfgs", params[0])
+                elif not isinstance(x, Tensor) or x.dim() != 1 or x.numel() not in needed:
+                    found = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"that is no tensor but {x!r}"
+                    raise ValueError(
+                        f"The loaded state has {name!r} {found}, but lbfgs needs shape {(max(needed),)}, that of all "
+                        "parameters as one vector. Load a checkpoint of the same model."
+                    )
 
     def _restored(self, shared: Mapping[str, Any]) -> dict[str, Any]:
         params = self.param_groups[0]["params"]
@@ -574,7 +587,7 @@ class LBFGS(Optimizer):
         likes = {"old_dirs": fresh["d"], "old_stps": fresh["d"], "ro": fresh["H_diag"]}
 
         def like(x: Any, y: Tensor) -> Tensor:
-            return torch.as_tensor(x, dtype=y.dtype, device=y.device).clone()  # torch will overwrite its own
+            return torch.as_tensor(x, dtype=y.dtype, device=y.device).reshape(y.shape).clone()  # torch will overwrite its own
 
         for name, x in shared.items():
             if name in fresh:

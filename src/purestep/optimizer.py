@@ -30,7 +30,7 @@ from purestep.engine import Call, Executor, Mode, Trust, choose
 from purestep.following import Following, Schedules, follows, kept, number
 from purestep.links import Fields, Link, Primitive, fields_of, fresh_state, fresh_whole_state, is_off, state_type
 from purestep.lists import clones
-from purestep.masks import Label, Memo, Not, refuse_unused, route, select
+from purestep.masks import Label, Memo, Not, refuse_unmatched, refuse_unnamed, refuse_unused, route, select
 from purestep.maths import readable, where
 from purestep.plan import Group, Plan
 from purestep.shared import Place, Shared
@@ -50,7 +50,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 FLAGS = ("foreach", "capturable", "differentiable", "fused", "compile")
 
-KEPT = ("_recipe", "_options", "_first", "_flags", "_ready", "_routes", "_compile")
+KEPT = ("_recipe", "_options", "_first", "_flags", "_ready", "_routes", "_compile", "_lazy", "_lazy_paths")
 """What an optimizer is made of, but for parameters and state."""
 
 
@@ -112,6 +112,8 @@ class Optimizer(torch.optim.Optimizer):
 
     _compile = False
     _evaluating = False
+    _lazy: dict[Tensor, range] = {}  # noqa: RUF012
+    _lazy_paths: dict[Tensor, str] = {}  # noqa: RUF012
 
     def __init__(
         self,
@@ -154,6 +156,18 @@ class Optimizer(torch.optim.Optimizer):
         self._recipes: set[Any] = set()  # of these transforms
         # parameters that have made no step, and what they were when their state was made
         self._untouched: dict[Tensor, Any] = {}
+        # parameters without a shape yet, so without a label, with the numbers of the groups that their own was split into
+        self._lazy: dict[Tensor, range] = {}
+        self._lazy_paths: dict[Tensor, str] = {}  # of all parameters, in order, while there are such
+        masks = [m for link in recipe.links for m in link.masks] if isinstance(recipe, Transform) else []
+        if masks:
+            params = list(params)
+            groups = params if is_groups(params) else [{"params": params}]
+            for g in groups:
+                if isinstance(g, dict) and isinstance(g.get("params"), Iterator):
+                    g["params"] = list(g["params"])
+            if not any([name is not None for g in groups for name, _ in entries_of(g.get("params"))]):
+                refuse_unnamed(masks)
         if isinstance(recipe, Transform) and routed(recipe):
             params = self._split(list(params))
         else:
@@ -164,6 +178,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self._schedules.take(group, self._names(group))
         self._set_defaults()
+        refuse_unmatched(masks, list(self._paths().values()))
         self._refuse(self.param_groups)
         self._begin_state(self.param_groups)
 
@@ -333,14 +348,25 @@ class Optimizer(torch.optim.Optimizer):
         links = self._recipe.links
         memo: Memo = {}
         spec = spec_of(paths, [m for link in links for m in link.masks], any([name is not None for _, name, _ in entries]))
-        ways = [select(outer(link.masks), list(paths), spec, memo) for link in links]
-        if not self._ready:
+        lazy = {p for p in paths if is_lazy(p)}
+        ways = [select(outer(link.masks), [None if p in lazy else p for p in paths], spec, memo) for link in links]
+        if not self._ready and not lazy:
             refuse_unused([m for link in links for m in link.masks], memo)
         active = dict(zip(paths, zip(*ways)))
-        labels = {p: self._route(active[p]) for _, _, p in entries}
+        labels = {p: self._route(active[p]) for _, _, p in entries if p not in lazy}
+        if lazy:
+            self._lazy_paths = paths
+            first = self._routes_ahead()
+            labels |= dict.fromkeys(lazy, first)  # until they have a shape
         made: list[dict[str, Any]] = []
         for g in groups:
             parts: dict[str, list[Any]] = {}
+            waiting = [p for own, _, p in entries if own is g and p in lazy]
+            if waiting:  # groups for all labels, so that a scheduler that is made before the first step drives them
+                parts = {label: [] for label in (self._routes if "label" not in g else (g["label"],))}
+                start = len(made) + (len(self.param_groups) if self._ready else 0)
+                self._lazy.update(dict.fromkeys(waiting, range(start, start + len(parts))))
+                labels |= dict.fromkeys(waiting, g.get("label", first))
             for own, name, p in entries:
                 if own is g:
                     parts.setdefault(labels[p], []).append(p if name is None else (name, p))
@@ -351,10 +377,69 @@ class Optimizer(torch.optim.Optimizer):
                 first = self._routes[label].first
                 others = {n for r in self._routes.values() for n in r.first} - set(first)
                 given = {n: x for n, x in g.items() if n not in others}
-                made.append({**first, **given, "label": label, "params": params})
+                names = {"param_names": []} if not params and any([name is not None for _, name, _ in entries]) else {}
+                made.append({**first, **given, "label": label, "params": params, **names})
             if not parts:
                 made.append(g)
         return made
+
+    def _routes_ahead(self) -> str:
+        """Make a route for each label that a parameter may yet get; the first of them."""
+        links = self._recipe.links
+        stacks = [[m for m in outer(link.masks) if isinstance(m, Label)] for link in links]
+        found = []
+        for top in {id(stack[-1].labels): stack[-1].labels for stack in stacks if stack}.values():
+            for label in top.known:
+                active = [
+                    all([m.label == (label if m.labels is top else m.labels.known[0]) for m in stack]) for stack in stacks
+                ]
+                found.append(self._route(tuple(active)))
+        return found[0]
+
+    def _decide(self) -> None:
+        """Give the parameters that have got a shape to the part of the transform that their label says, before their first step.
+
+        Raises:
+            ValueError: a label that no parameter has, a parameter that a transform cannot treat. Nothing has changed then.
+        """
+        ready = {p for p in self._lazy if not is_lazy(p)}
+        if not ready:
+            return
+        paths, links, memo = self._lazy_paths, self._recipe.links, Memo()
+        masks = [m for link in links for m in link.masks]
+        spec = spec_of(paths, masks, any(["param_names" in g for g in self.param_groups]))
+        known = [None if is_lazy(p) else p for p in paths]
+        ways = [select(outer(link.masks), known, spec, memo) for link in links]
+        if None not in known:
+            refuse_unused(masks, memo)
+        for p, active in zip(paths, zip(*ways)):
+            if p in ready:
+                self._place_in(p, self._route(active))
+        if None in known:
+            self._lazy = {p: kin for p, kin in self._lazy.items() if p not in ready}
+        else:
+            self._lazy, self._lazy_paths = {}, {}
+        self._made, self._trust = [], {}
+        self._refuse([{**g, "params": [p for p in g["params"] if p in ready]} for g in self.param_groups])
+
+    def _place_in(self, p: Tensor, label: str) -> None:
+        """Move a parameter to the group with this label, among those that its own was split into."""
+        groups, order = self.param_groups, {q: k for k, q in enumerate(self._lazy_paths)}
+        old = next(g for g in groups if any([q is p for q in g["params"]]))
+        new = next((groups[k] for k in self._lazy[p] if groups[k]["label"] == label), None)
+        if new is None:
+            first = self._routes[label].first
+            options = {n: x for n, x in old.items() if n in first or n in self.defaults}
+            new = {**first, **options, "label": label, "params": [], **({"param_names": []} if "param_names" in old else {})}
+            super().add_param_group(new)
+            self._schedules.take(new, first)
+        if new is old:
+            return
+        at = next(k for k, q in enumerate(old["params"]) if q is p)
+        to = len([q for q in new["params"] if order[q] < order[p]])
+        for name in ("params", "param_names") if "param_names" in old else ("params",):
+            new[name] = [*new[name][:to], old[name][at], *new[name][to:]]
+            old[name] = [*old[name][:at], *old[name][at + 1 :]]
 
     def _route(self, active: tuple[bool, ...]) -> str:
         """The label of the parameters on which these links of the transform act."""
@@ -468,14 +553,16 @@ class Optimizer(torch.optim.Optimizer):
             return [True] * len(params)
         key = tuple(map(identity, masks))
         known = self._known.setdefault(key, {})
-        new = {p for p in params if p not in known}
+        new = {p for p in params if p not in known and not is_lazy(p)}  # those have no shape yet that could be asked for
         if new:
             paths = self._paths()
             spec = spec_of(paths, masks, "param_names" in self.param_groups[0])
-            asked = new if self._routes else set(paths)  # a mask in one part is not asked about the others'
+            asked = (
+                new if self._routes else {p for p in paths if not is_lazy(p)}
+            )  # a mask in one part is not asked about the others'
             values = select(masks, [p if p in asked else None for p in paths], spec)
             known.update({p: yes for p, yes in zip(paths, values) if p in asked})
-        return [known[p] for p in params]
+        return [known.get(p, False) for p in params]
 
     @property
     def shared(self) -> Shared:
@@ -629,6 +716,8 @@ class Optimizer(torch.optim.Optimizer):
         Returns:
             the closure's loss, if there is a closure.
         """
+        if self._lazy:
+            self._decide()
         if self._evaluating:
             raise RuntimeError("No step can be made inside use_eval_params: the parameters are averages. Leave it first.")
         loss = None
@@ -874,6 +963,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch's: every parameter has its own counter in it, though they may share one while training."""
+        if self._lazy:
+            self._decide()
         if self._schedules:
             self._show(list(zip(self.param_groups, self._transforms())), exactly=True)
         self._place.move(self.state, self.param_groups)
@@ -909,6 +1000,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups or the shapes in it are not this optimizer's; nothing is changed then.
         """
+        if self._lazy:
+            self._decide()
         before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         state_dict = state_dict.copy()
         for hook in before.values():

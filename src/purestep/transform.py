@@ -35,7 +35,7 @@ from purestep.links import (
 )
 from purestep.lists import pick, put
 from purestep.looks import Looks
-from purestep.masks import Memo, Not, refuse_unused, route, select
+from purestep.masks import Memo, Not, refuse_unmatched, refuse_unused, route, select
 from purestep.plan import Group, Plan, detail
 from purestep.program import program
 from purestep.solo import solo_of
@@ -121,7 +121,10 @@ class Transform:
                 if scalar:
                     columns[f] = share(columns[f], leaves)
             states.append(self._tree(link, columns, spec))
-        refuse_unused([m for link in self.links for m in link.masks], memo)
+        masks = [m for link in self.links for m in link.masks]
+        refuse_unused(masks, memo)
+        if masks:
+            refuse_unmatched(masks, spec.paths())
         return self._join(states)
 
     def update(

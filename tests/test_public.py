@@ -113,10 +113,10 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 
 FLOORS = [
-    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks"},
+    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks", "shared"},
     {"value", "masks", "leaves", "single", "merging"},
     {"program", "schedules", "links"},
-    {"blocks", "compiled"},
+    {"blocks", "compiled", "following"},
     {"batches", "plan"},
     {"engine"},
     {"solo", "sparse"},

@@ -348,7 +348,7 @@ class Optimizer(torch.optim.Optimizer):
         links = self._recipe.links
         memo: Memo = {}
         spec = spec_of(paths, [m for link in links for m in link.masks], any([name is not None for _, name, _ in entries]))
-        lazy = {p for p in paths if is_lazy(p)}
+        lazy, ahead = {p for p in paths if is_lazy(p)}, ""
         ways = [select(outer(link.masks), [None if p in lazy else p for p in paths], spec, memo) for link in links]
         if not self._ready and not lazy:
             refuse_unused([m for link in links for m in link.masks], memo)
@@ -356,8 +356,8 @@ class Optimizer(torch.optim.Optimizer):
         labels = {p: self._route(active[p]) for _, _, p in entries if p not in lazy}
         if lazy:
             self._lazy_paths = paths
-            first = self._routes_ahead()
-            labels |= dict.fromkeys(lazy, first)  # until they have a shape
+            ahead = self._routes_ahead()
+            labels |= dict.fromkeys(lazy, ahead)  # until they have a shape
         made: list[dict[str, Any]] = []
         for g in groups:
             parts: dict[str, list[Any]] = {}
@@ -366,7 +366,7 @@ class Optimizer(torch.optim.Optimizer):
                 parts = {label: [] for label in (self._routes if "label" not in g else (g["label"],))}
                 start = len(made) + (len(self.param_groups) if self._ready else 0)
                 self._lazy.update(dict.fromkeys(waiting, range(start, start + len(parts))))
-                labels |= dict.fromkeys(waiting, g.get("label", first))
+                labels |= dict.fromkeys(waiting, g.get("label", ahead))
             for own, name, p in entries:
                 if own is g:
                     parts.setdefault(labels[p], []).append(p if name is None else (name, p))

@@ -139,6 +139,8 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if flags.get("fused") and flags.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
+        if flags.get("fused"):
+            self._step_supports_amp_scaling = True  # gradient scalers of torch's then leave unscaling and skipping to `step`
         self._compile = bool(flags.pop("compile", False))
         others = [name for name in ("foreach", "fused", "differentiable") if flags.get(name)]
         if self._compile and others:
@@ -724,6 +726,14 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
+            self._step_scaled(closure, loss)
+        else:
+            self._step(closure, loss)
+        return loss
+
+    def _step(self, closure: Any, loss: Any) -> None:
+        """One update from the gradients that are there."""
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(bool(self.defaults.get("differentiable")))
         try:
@@ -740,7 +750,41 @@ class Optimizer(torch.optim.Optimizer):
             torch._C._set_grad_enabled(grad)
         if self._schedules and not torch.compiler.is_compiling():
             self._show(groups)
-        return loss
+
+    def _step_scaled(self, closure: Any, loss: Any) -> None:
+        """A step as a gradient scaler asks for it: gradients are divided by `grad_scale`, and where `found_inf` is not 0 nothing
+        is changed. As torch's fused kernels do it; on a device nothing is waited for."""
+        found, scale = self.__dict__.get("found_inf"), self.__dict__.get("grad_scale")
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if closure is not None and any([t.plan.extras & {"value_and_grad"} for t in self._transforms()]):
+            raise RuntimeError(
+                f"{type(self).__name__} evaluates its closure more than once, so its gradients cannot be unscaled for it. Let the "
+                "closure return an unscaled loss and gradients, and do without a gradient scaler."
+            )
+        read = found is None or readable(found)
+        if found is not None and read and found.item():
+            return
+        if scale is not None:
+            with torch.no_grad():
+                for p in params:
+                    p.grad.div_(scale.to(p.grad.device).reshape(()))
+        if read:
+            self._step(closure, loss)
+            return
+        states = [
+            (p, dict(self.state[p])) for p in [q for group in self.param_groups for q in group["params"]] if p in self.state
+        ]
+        before = [(p, p.detach().clone()) for p in params]
+        kept = [(p, {name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}) for p, own in states]
+        self._step(closure, loss)
+        with torch.no_grad():
+            for p, x in before:
+                p.copy_(torch.where(found.to(p.device).reshape(()) != 0, x, p))
+            for p, own in kept:
+                for name, x in own.items():
+                    new = self.state[p].get(name)
+                    if isinstance(new, Tensor):
+                        new.copy_(torch.where(found.to(x.device).reshape(()) != 0, x, new))
 
     def _rehearse(self, groups: list[tuple[dict[str, Any], Transform]]) -> None:
         """Call what a step calls of a user's, before any group has changed: where it raises, all are left as they are."""
@@ -889,8 +933,8 @@ class Optimizer(torch.optim.Optimizer):
         )  # fmt: skip
         try:
             out, after = call.run(together)
-        except BaseException:
-            if "value_and_grad" in extras:
+        except BaseException as error:
+            if "value_and_grad" in extras and not self._keep_progress(error, together[0].plan):
                 torch._foreach_copy_(params, given)
             raise
         if touched is not None:
@@ -910,6 +954,14 @@ class Optimizer(torch.optim.Optimizer):
                     for state, x, y in zip(states, new, old):
                         if x is not y:  # not where a mask is in the way: the name may be another link's too
                             state[name] = x
+
+    def _keep_progress(self, error: BaseException, plan: Plan) -> bool:
+        """Keep the state that a closure's exception brings with it, for the parameters where the closure was evaluated."""
+        progress = error.__dict__.pop("progress", None)
+        if progress is None or type(progress) is not state_type(plan.links[-1].transform):
+            return False
+        self.shared.update(zip(plan.keys[-1], progress))
+        return True
 
     def _executor(self, group: Mapping[str, Any]) -> Executor | None:
         """What the flags ask of the engine."""
@@ -1338,6 +1390,7 @@ def value_and_grad(
         torch._foreach_copy_(params, at)
         with torch.enable_grad():
             loss = value_and_grad()
+        torch._foreach_copy_(at, [p.detach() for p in params])  # a closure may have changed them, by clamping for instance
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         return torch.as_tensor(loss).detach(), [g.to_dense() if g.is_sparse else g for g in found]
 

@@ -230,26 +230,35 @@ def lbfgs(
         iterations=0,
         evaluations=1,
     )
+
+    def stored(x: Number, like: Tensor) -> Tensor:
+        return x.to(like.dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device)
+
+    def state(m: Machine) -> LBFGSState:
+        y, steps, ro, scale = m.history
+        if ro and readable:
+            ro = torch.tensor(ro, dtype=g.dtype, device=g.device).unbind()  # at once: there may be a hundred
+        return LBFGSState(
+            stored(s.func_evals + m.evaluations, s.func_evals), stored(m.total, s.n_iter), m.d, stored(m.t, s.t),
+            y, steps, tuple([stored(x, g) for x in ro]), stored(scale, g), m.g, stored(m.start.f, s.prev_loss),
+        )  # fmt: skip
+
     if some(m.going):
         m = begin(m, number(loss), g, m.going, rules)
     for _ in range(most if rules.wolfe else min(max_iter, max(most, 2)) - 1):  # more there cannot be
         if not some(m.going):
             break
         trial = move(m.x, where(m.going, m.t, 0.0), m.d)
-        loss, g = evaluate(trial)
+        if readable:
+            try:
+                loss, g = evaluate(trial)
+            except BaseException as error:
+                error.progress = state(m)  # type: ignore[attr-defined]  # with this an optimizer can go on from the trial
+                raise
+        else:
+            loss, g = evaluate(trial)
         m = advance(m, trial, number(loss), g, rules)
-
-    def stored(x: Number, like: Tensor) -> Tensor:
-        return x.to(like.dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device)
-
-    y, steps, ro, scale = m.history
-    if ro and readable:
-        ro = torch.tensor(ro, dtype=g.dtype, device=g.device).unbind()  # at once: there may be a hundred
-    state = LBFGSState(
-        stored(s.func_evals + m.evaluations, s.func_evals), stored(m.total, s.n_iter), m.d, stored(m.t, s.t),
-        y, steps, tuple([stored(x, g) for x in ro]), stored(scale, g), m.g, stored(m.start.f, s.prev_loss),
-    )  # fmt: skip
-    return list(m.x), state
+    return list(m.x), state(m)
 
 
 def check_line_search(name: str | None) -> None:
@@ -317,7 +326,6 @@ def newton(g: Tensor, h: History, number: Callable[[Any], Number]) -> Tensor:
 
 def advance(m: Machine, trial: list[Tensor], f: Number, g: Tensor, rules: Rules) -> Machine:
     """Go on, with the loss and gradient at the trial point."""
-    tried = m.t
     m = m._replace(evaluations=where(m.going, m.evaluations + 1, m.evaluations))
     if rules.wolfe:
         m, found = search(m, Point(m.t, f, rules.number(g.dot(m.d))), g, rules)
@@ -333,8 +341,8 @@ def advance(m: Machine, trial: list[Tensor], f: Number, g: Tensor, rules: Rules)
         | (m.reach * abs(t) <= rules.tolerance_change)
         | (abs(f - m.start.f) < rules.tolerance_change)
     )
-    if rules.wolfe and (isinstance(t, Tensor) or t != tried):
-        trial = move(m.x, t, m.d)  # the best is not the last
+    if rules.wolfe:
+        trial = move(m.x, t, m.d)  # the best may not be the last; and what the function did to its argument does not count here
     m = m._replace(x=select(found, trial, m.x), t=where(found, t, m.t), going=m.going & no(found & stop))
     again = found & m.going
     return begin(m, f, g, again, rules) if some(again) else m

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from purestep.hyper import several
 from purestep.maths import readable
 from purestep.schedules.pieces import scale
 from purestep.value import Schedule, as_schedule
@@ -68,14 +69,14 @@ class Following:
 
 def follows(x: Any) -> bool:
     """Whether an option is a schedule, or a tuple with one among its numbers."""
-    if isinstance(x, (tuple, list)):
+    if several(x):
         return any(map(follows, x))
     return isinstance(x, Schedule) or (callable(x) and not isinstance(x, (type, Tensor)))
 
 
 def kept(x: Any) -> Any:
-    """An option with functions of the step as schedules."""
-    if isinstance(x, (tuple, list)):
+    """An option with functions of the step as schedules, and with a tuple or list for other sequences."""
+    if several(x) and (type(x) not in (tuple, list) or follows(x)):
         return tuple(map(kept, x))
     return as_schedule(x) if follows(x) else x
 

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
 from torch.utils import _pytree as pytree
 
 from purestep.engine import Call, Executor, Mode, Trust, choose
 from purestep.following import Following, Schedules, follows, kept, number
+from purestep.hyper import several
 from purestep.links import Fields, Link, Primitive, fields_of, fresh_state, fresh_whole_state, is_off, state_type
 from purestep.lists import clones
 from purestep.masks import Label, Memo, Not, refuse_unmatched, refuse_unnamed, refuse_unused, route, select
@@ -36,7 +38,7 @@ from purestep.plan import Group, Plan
 from purestep.shared import Place, Shared
 from purestep.solo import solo_of
 from purestep.sparse import Touched
-from purestep.transform import FROM_CLOSURE, Transform, chain, check_value
+from purestep.transform import FROM_CLOSURE, Transform, chain, check_value, whole
 from purestep.transforms.mask import masked
 from purestep.transforms.scale import maximize as ascend
 from purestep.tree import Spec, quote
@@ -81,7 +83,8 @@ class Optimizer(torch.optim.Optimizer):
     Args:
         params: an iterable of tensors, of `(name, tensor)` pairs, or of dicts, each a parameter group with options of its
             own. Names are the paths that masks are asked with; without names a path is the parameter's number.
-        transform: what to run.
+        transform: what to run. A subclass that makes its own `step` gives a dict of options instead, as to
+            `torch.optim.Optimizer`; it may also be called `defaults`.
         maximize: climb instead of descending.
         foreach: run all parameters at once (True) or one by one, with less memory (False). By default the fastest.
         capturable: keep the learning rates of the groups in tensors on the parameters' device, where a CUDA graph that has
@@ -111,14 +114,17 @@ class Optimizer(torch.optim.Optimizer):
     """Options that a checkpoint may be too old to have, with the values they had before they existed."""
 
     _compile = False
+    _own_step = False  # whether the class makes its steps itself
     _evaluating = False
+    _check_fused = False
     _lazy: dict[Tensor, range] = {}  # noqa: RUF012
     _lazy_paths: dict[Tensor, str] = {}  # noqa: RUF012
 
+    @torch._disable_dynamo
     def __init__(
         self,
         params: Params,
-        transform: Transform,
+        transform: Transform | dict[str, Any] | None = None,
         *,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -126,20 +132,34 @@ class Optimizer(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         compile: bool = False,
+        defaults: dict[str, Any] | None = None,
     ) -> None:
+        options = transform if isinstance(transform, dict) else defaults
+        if options is not None and not isinstance(transform, Transform) and type(self) is not Optimizer:
+            self._own_step = True
+            self._begin(params, without_step(), {}, {}, dict(options))
+            return
         if not isinstance(transform, Transform):
             raise TypeError(f"Optimizer takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.")
         flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "compile": compile}
         flags |= {"differentiable": differentiable, "fused": fused}
         self._begin(params, transform, {} if routed(transform) else transform.hyperparams, flags)
 
-    def _begin(self, params: Params, recipe: Any, options: Mapping[str, Any], flags: dict[str, Any]) -> None:
-        """`recipe` is the transform, or the factory that makes it from a group's options."""
+    def _begin(
+        self,
+        params: Params,
+        recipe: Any,
+        options: Mapping[str, Any],
+        flags: dict[str, Any],
+        defaults: Mapping[str, Any] = NOTHING,
+    ) -> None:
+        """`recipe` is the transform, or the factory that makes it from a group's options; `defaults` are a subclass's own."""
         if flags.get("fused") and flags.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if flags.get("fused") and flags.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
-        if flags.get("fused"):
+        self._check_fused = bool(flags.get("fused"))
+        if self._check_fused:
             self._step_supports_amp_scaling = True  # gradient scalers of torch's then leave unscaling and skipping to `step`
         self._compile = bool(flags.pop("compile", False))
         others = [name for name in ("foreach", "fused", "differentiable") if flags.get(name)]
@@ -175,7 +195,7 @@ class Optimizer(torch.optim.Optimizer):
         else:
             self._first = {name: kept(x) for name, x in options.items()}
             self._check({**self._first, **flags})
-        super().__init__(params, {**self._first, **flags, **self._constants})
+        super().__init__(params, {**self._first, **flags, **self._constants, **defaults})
         self._ready = True
         for group in self.param_groups:
             self._schedules.take(group, self._names(group))
@@ -214,7 +234,8 @@ class Optimizer(torch.optim.Optimizer):
                 except ValueError:
                     raise error from None
             transform = transform._replace({n: x for n, x in options.items() if n in transform.hyperparams}, strict)
-        return chain(ascend(), transform) if isinstance(self._recipe, Transform) and group["maximize"] else transform
+        climbs = isinstance(self._recipe, Transform) and "maximize" in self._flags and group["maximize"]
+        return chain(ascend(), transform) if climbs else transform
 
     @functools.cached_property
     def _base(self) -> Transform:
@@ -225,10 +246,10 @@ class Optimizer(torch.optim.Optimizer):
         """Refuse options that are out of their range; a tensor must be one number, and is read once, here."""
 
         def number(name: str, x: Any) -> Any:
-            if isinstance(x, (tuple, list)):
+            if several(x):
                 return tuple([number(f"{name}[{i}]", y) for i, y in enumerate(x)])
             if isinstance(x, Tensor) and x.numel() != 1:
-                raise ValueError(f"{name} must be one number, but got a tensor of shape {tuple(x.shape)}.")
+                raise ValueError(f"Tensor {name} must be 1-element, but got one of shape {tuple(x.shape)}.")
             return x.item() if isinstance(x, Tensor) else x
 
         read = {name: number(name, group[name]) for name in self._names(group)}
@@ -734,6 +755,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step(self, closure: Any, loss: Any) -> None:
         """One update from the gradients that are there."""
+        if self._check_fused:
+            for group in self.param_groups:
+                for p in group["params"] if group.get("fused") else ():
+                    if p.grad is not None:
+                        _device_dtype_check_for_fused(p)
+            self._check_fused = False
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(bool(self.defaults.get("differentiable")))
         try:
@@ -1037,7 +1064,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _finish(self, saved: dict[str, Any]) -> None:
         """What is to be done to a state dict before its hooks see it."""
-        if saved["state"]:  # torch's distributed checkpoints expect that all trained parameters have some state, or none has
+        if saved["state"] and not self._own_step:  # torch's distributed checkpoints expect that all trained parameters have some state, or none has
             params = [p for group in self.param_groups for p in group["params"]]
             numbers = [k for group in saved["param_groups"] for k in group["params"]]
             for k in [k for k, p in zip(numbers, params) if p.requires_grad]:
@@ -1181,6 +1208,7 @@ class Optimizer(torch.optim.Optimizer):
             **super().__getstate__(),
             **{name: self.__dict__[name] for name in (*KEPT, "_untouched")},
             "_schedules": self._schedules.by_place(self.param_groups),
+            "_own_step": self._own_step,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1222,6 +1250,15 @@ class Optimizer(torch.optim.Optimizer):
                 state[name] = shared.setdefault((name, x.item(), x.dtype, x.device), x)
 
 
+@whole()
+def without_step(gs: list[Tensor], s: Any, params: list[Tensor]) -> tuple[list[Tensor], Any]:
+    """What an optimizer runs whose class is to have its own `step`."""
+    raise NotImplementedError(
+        "This optimizer was made of a dict of options, so its class must have its own step. To run a transform, give it one: "
+        "Optimizer(params, purestep.adamw(lr=3e-4))."
+    )
+
+
 def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
     """Make an `__init__` run a factory: its arguments are the factory's, with `params` before them and torch's flags after."""
     wanted = tuple(inspect.signature(factory).parameters)
@@ -1230,6 +1267,7 @@ def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
         signature = inspect.signature(init)
 
         @functools.wraps(init)
+        @torch._disable_dynamo
         def begin(self: Optimizer, *args: Any, **kwargs: Any) -> None:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()

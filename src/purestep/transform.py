@@ -398,12 +398,22 @@ def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
 class Single(Primitive, Transform):
     """A transform that is its own only link."""
 
-    __slots__ = ("_plan", "links")
+    __slots__ = ("_links", "_plan")
 
     def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
         super().__init__(declaration, arguments)
-        object.__setattr__(self, "links", (Link(self),))
+        object.__setattr__(self, "_links", None)
         object.__setattr__(self, "_plan", None)
+
+    @property
+    def links(self) -> tuple[Link, ...]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The only one: with a twin of this transform, for a plan that held the transform itself would be held by it."""
+        if self._links is None:
+            made = (Link(type(self)(self.declaration, self.arguments)),)
+            if torch.compiler.is_compiling():
+                return made
+            object.__setattr__(self, "_links", made)
+        return self._links  # type: ignore[no-any-return]
 
 
 class Leafwise(Single):

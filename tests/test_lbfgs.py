@@ -121,7 +121,11 @@ def compare_updates(problem: Problem, dtype: torch.dtype, options: Options, tole
     state = opt.init_state(params)
     for _ in range(STEPS):
         params, state = step(opt, f, state, params)
-        assert difference(params, theirs.step()) <= tolerance
+        expected = theirs.step()
+        if not all([x.isfinite().all() for x in expected.values()]):  # without a line search a run may diverge, torch's too
+            assert [x.isfinite().all() for x in params.values()] == [x.isfinite().all() for x in expected.values()]
+            return
+        assert difference(params, expected) <= tolerance
         assert f.calls == theirs.calls == state.func_evals == theirs.state["func_evals"]
         assert state.n_iter == theirs.state["n_iter"]
         assert len(state.old_dirs) == len(state.old_stps) == len(state.ro) == len(theirs.state.get("ro") or [])

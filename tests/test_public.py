@@ -113,12 +113,12 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
 
 
 FLOORS = [
-    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks", "shared"},
+    {"tree", "hyper", "maths", "foreach", "packing", "threads", "lists", "ops", "looks", "shared", "counters"},
     {"value", "masks", "leaves", "single", "merging"},
     {"program", "schedules", "links"},
     {"blocks", "compiled", "following"},
     {"batches", "plan"},
-    {"engine"},
+    {"engine", "begun"},
     {"solo", "sparse"},
     {"transform"},
     {"transforms", "state"},

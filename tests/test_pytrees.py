@@ -101,8 +101,11 @@ def test_all_gradients_none() -> None:
     t, p = ps.chain(ps.clip_by_global_norm(1.0), ps.adamw()), {"a": leaf(2)}
     s = t.init_state(p)
     new, after = t.step({"a": None}, s, p)
-    assert new["a"] is p["a"]
-    assert after[1].step["a"] is s[1].step["a"]
+    assert torch.equal(new["a"], p["a"])
+    assert torch.equal(after[1].step["a"], s[1].step["a"])
+    given, kept = t.step({"a": None}, s, p, donate=True)
+    assert given["a"] is p["a"]
+    assert kept[1].step["a"] is s[1].step["a"]
 
 
 def test_a_dict_may_hold_its_keys_in_any_order() -> None:

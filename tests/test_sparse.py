@@ -200,3 +200,44 @@ def test_other_layouts_are_refused() -> None:
     t, p = ps.sgd(lr=0.1), torch.ones(2, 2)
     with pytest.raises(RuntimeError, match=r"layout torch.sparse_csc, but only torch.sparse_coo"):
         t.step(torch.eye(2).to_sparse_csc(), t.init_state(p), p)
+
+
+PARTS = {
+    "momentum": lambda: ps.sgd(0.1, momentum=0.9),
+    "adamw": lambda: ps.adamw(0.1),
+    "clipped": lambda: ps.chain(ps.clip(0.5), ps.nadam(0.1)),
+    "frozen": lambda: ps.freeze(),
+}
+TABLES = {"sparse adam": lambda: ps.sparse_adam(0.1), "adagrad": lambda: ps.adagrad(0.1), "sgd": lambda: ps.sgd(0.1)}
+
+
+@pytest.mark.parametrize("how", ["pure", "donated", "leaf", "wrapped"])
+@pytest.mark.parametrize("rest", PARTS)
+@pytest.mark.parametrize("table", TABLES)
+def test_parts_of_a_partition_are_asked_about_their_own_gradients(table: str, rest: str, how: str) -> None:
+    """What a dense part would do with sparse gradients is nobody's concern: it gets none."""
+    opt = ps.partition({"s": TABLES[table](), "r": PARTS[rest]()}, ps.by_path({"^e": "s"}, default="r"))
+    params = {"e": parameters()[0], "w": torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)}
+    alone = {"e": params["e"].clone()}
+    beside = {"w": params["w"].clone()}
+    part, others = TABLES[table](), PARTS[rest]()
+    part_state, others_state = part.init_state(alone), others.init_state(beside)
+    wrapped = {k: torch.nn.Parameter(p.clone()) for k, p in params.items()}
+    optimizer = optim.Optimizer(wrapped.items(), opt)
+    state = opt.init_state(params)
+    options: dict[str, Any] = {"pure": {}, "donated": {"donate": True}, "leaf": {"executor": "leaf"}}.get(how, {})
+    for step in range(STEPS):
+        grads = {"e": gradients(step)[0], "w": torch.full((4, 3), 0.1 * step, dtype=torch.float64)}
+        alone, part_state = part.step({"e": grads["e"]}, part_state, alone)
+        beside, others_state = others.step({"w": grads["w"]}, others_state, beside)
+        if how == "wrapped":
+            for k, p in wrapped.items():
+                p.grad = grads[k].clone()
+            optimizer.step()
+            params = {k: p.detach() for k, p in wrapped.items()}
+        else:
+            params, state = opt.step(grads, state, params, **options)
+        assert difference(params, alone | beside) <= 1e-12
+    if rest in ("adamw", "clipped"):
+        with pytest.raises(RuntimeError, match=r"The gradient of 'w' is sparse"):
+            opt.step({"e": gradients(1)[0], "w": grads["w"].to_sparse(1)}, opt.init_state(params), params)

@@ -49,7 +49,22 @@ def test_the_identity_changes_nothing(case: Case, options: Options) -> None:
     leaves, spec = pytree.tree_flatten(state)
     others, other = pytree.tree_flatten(same)
     assert spec == other
-    assert all(x is y for x, y in zip(leaves, others))
+    assert all(torch.equal(x, y) if isinstance(x, Tensor) else x is y for x, y in zip(leaves, others))
+    assert shares(leaves) == shares(others)
+
+
+def shares(leaves: list[Any]) -> list[int]:
+    """For each leaf, where the same one comes first: counters that parameters share stay shared."""
+    return [next(k for k, y in enumerate(leaves) if y is x) for x in leaves]
+
+
+@each_options(capability="kept")
+def test_a_snapshot_shares_nothing_with_the_original(case: Case, options: Options) -> None:
+    """`map_params(torch.clone, state)` is a copy: a step to which the original is given away does not change it."""
+    _, _, state = begun(case, options)
+    snapshot = ps.map_params(torch.clone, state)
+    held = {x.untyped_storage()._cdata for x in pytree.tree_leaves(state) if isinstance(x, Tensor)}
+    assert held.isdisjoint(x.untyped_storage()._cdata for x in pytree.tree_leaves(snapshot) if isinstance(x, Tensor))
 
 
 @each_options(capability="kept")
@@ -78,7 +93,7 @@ def test_counters_and_factors_are_left_alone_unless_asked_for() -> None:
     assert state.row_var["matrix"].shape == params["matrix"].shape  # and yet no moment
     new = ps.map_params(lambda x: x + 1, state)
     assert {k: x.item() for k, x in new.step.items()} == dict.fromkeys(params, 0)
-    assert new.row_var["matrix"] is state.row_var["matrix"]
+    assert torch.equal(new.row_var["matrix"], state.row_var["matrix"])
     assert new.row_var["vector"] is None
     assert new.variance["vector"].tolist() == [1, 1, 1]
     assert new.variance["number"].item() == 1

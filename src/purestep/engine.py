@@ -44,31 +44,13 @@ from purestep.lists import (
     same_layout,
     widest,
 )
-from purestep.looks import Looks
-from purestep.packing import COUNT, SIZE, Scratch, small, split
-from purestep.plan import Group, Segment, Stage, absent, details, encodes, joinable
+from purestep.packing import COUNT, SIZE, Scratch, borrow, give_back, small, split
+from purestep.plan import FUSED_DTYPES, MERGED_DTYPES, Group, Segment, Stage, absent, details, encodes, joinable
 from purestep.program import call, program, runner
 from purestep.value import Schedule
 
 Executor: TypeAlias = Literal["leaf", "foreach", "fused", "compiled"]
 Mode: TypeAlias = Literal["leaf", "program", "traced"]
-
-
-class Trust:
-    """The tensors that a plan was last run on, and need not be looked at again while they are the same objects."""
-
-    def __init__(self) -> None:
-        self.put(None, [], [])
-
-    def keep(self, params: list[Tensor], states: list[list[Any]]) -> None:
-        """Remember these, if there is nothing special about them."""
-        dtype = params[0].dtype
-        self.put(dtype, list(map(Tensor.numel, params)) if plain(states, dtype) else [], states)
-
-    def put(self, dtype: torch.dtype | None, sizes: list[int], states: list[list[Tensor]]) -> None:
-        """Remember these states of tensors of these sizes, and that nothing is known of parameters and gradients."""
-        self.dtype, self.sizes, self.states = dtype, sizes, states
-        self.looks = Looks()
 
 
 # -------------------------------------------------------------------------------------------------------------- one call
@@ -80,8 +62,8 @@ class Call:
     `params` and `grads` are lists; `states` holds, per link, a list of its state's fields, and a field is a list over the
     parameters (or, in a whole transform, also a value of its own). Every parameter has a gradient: the others never get
     here. `mask` says which of these parameters some masks select.
-    `alone` says that no one else holds their counters. With `trust` the
-    state is the caller's own: no one looks at its version counters, and it is inspected once; `seen` says that it has been.
+    `alone` says that no one else holds their counters. `private` says that the state belongs to an optimizer: nobody asks
+    for the version counters of its tensors. `seen` says that all tensors have been looked at.
     `copies` says that the parameters are copies of the caller's, so that those which a transform has moved may be new ones.
     `extras` are the arguments that some whole transforms ask for at each update.
     """
@@ -98,15 +80,15 @@ class Call:
         donate: bool,
         alone: bool,
         executor: Executor | None,
-        trust: Trust | None = None,
+        private: bool = False,
         seen: bool = False,
         copies: bool = False,
         extras: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.grads, self.params, self.states = grads, params, states
         self.mask, self.mode, self.apply, self.donate, self.alone = mask, mode, apply, donate, alone
-        self.executor, self.trust, self.seen, self.copies, self.extras = executor, trust, seen, copies, extras
-        self.own = False  # whether the gradients' memory is ours: true once a link has made new ones
+        self.executor, self.private, self.seen, self.copies, self.extras = executor, private, seen, copies, extras
+        self.own = False  # whether the gradients may be overwritten: only where they are copies in a buffer of the engine's
         self.factor: Any = None  # what they are still to be multiplied by
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
         self.level = Level.now() if mode == "leaf" and executor is None else None  # of vmap, if it can be stepped out of
@@ -178,7 +160,6 @@ class Call:
                 self.states[i] = [put(c, rows, x) if leaf else x for c, x, leaf in zip(fields, after, info.leaves)]
         elif count is not None:
             self.states[i] = [count + 1]
-        self.own = False  # what came before may have handed on what it was given
         if d.scales:
             if rows is None and self.mode == "program":
                 self.factor = new.item() if isinstance(new, Tensor) and new.is_cpu else new
@@ -246,7 +227,6 @@ class Call:
                         out[k] = u
             self.grads = out
         self.factor = None
-        self.own = True
 
     def uniform(self, stage: Stage) -> bool:
         """Whether all parameters can be taken together."""
@@ -325,12 +305,9 @@ class Call:
             fields = [[c if scalar else real(c) for c, scalar in zip(own, scalars)] for own, scalars in zip(fields, kinds)]
         if self.mode == "program":
             updates, news = self.execute(segment, grads, params, fields, apply)
-            kernel = self.fuses(segment, apply)  # which keeps its own
-            if self.trust is not None and self.donate and apply and rows is None and not complex_ and not kernel:
-                self.trust.keep(params, [new[f] for (_, _, info), new in zip(segment.items, news) for f in info.columns])
             if self.donate:  # what was written in place, below autograd's sight
                 written = list(params) if apply else []
-                if self.trust is None:
+                if not self.private:
                     columns = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.columns]
                     written += [x for column in columns for x in column if x is not None]
                 torch.autograd.graph.increment_version(written)
@@ -506,13 +483,11 @@ class Call:
             [[x.dtype for x in xs].count(dtype) == len(shapes) and [x.shape for x in xs] == shapes for xs in lists]
         ):
             return None
-        scratch = segment.scratch.pop() if segment.scratch else None
-        if scratch is None or scratch.shapes != shapes or scratch.dtype != dtype:
-            scratch = Scratch(params)
+        scratch = borrow(params)
         try:
             return self.on_scratch(segment, scratch, grads, params, fields, columns, apply, recipe.reads_params)
         finally:
-            segment.scratch.append(scratch)
+            give_back(scratch)
 
     def on_scratch(
         self, segment: Segment, scratch: Scratch, grads: Any, params: Any, fields: Any, columns: Any, apply: bool, reads: bool
@@ -529,9 +504,9 @@ class Call:
         add = apply and not reads  # the updates to the parameters where these are
         if reads:
             torch._foreach_copy_(scratch.params, params)
-        own, self.own, trust, self.trust = self.own, True, self.trust, None
+        own, self.own = self.own, True
         out, news = self.program(segment, self.pieces(scratch.grad), self.pieces(scratch.param), flats, apply and not add)
-        self.own, self.trust = own, trust
+        self.own = own
         for j, f in columns:
             if news[j][f][0] is flats[j][f][0]:
                 news[j][f] = given[j][f]
@@ -600,7 +575,7 @@ class Call:
         """Whether a kernel computes several lines of this program, and may be trusted with these tensors."""
         grads, params, columns = given
         p = params[0]
-        if self.executor is not None or not p.is_cpu or p.dtype not in FUSED_DTYPES:
+        if self.executor is not None or not p.is_cpu or p.dtype not in MERGED_DTYPES:
             return False
         if not program(recipe, apply, self.own, True, *segment.declarations, form="kernels").merged:
             return False
@@ -654,7 +629,7 @@ class Call:
     def fused(self, segment: Segment, grads: Any, params: Any, fields: Any) -> tuple[Any, Any] | None:
         """The program of what comes first, and a kernel for the tail: in place, on copies of what was not given away."""
         head, tail, n = segment.head, segment.tail, len(segment.items) - len(segment.tail.items)
-        if not fits(tail, grads, params, fields[n:], self.trust):
+        if not tail.kernel.computes(params[0]) or not fits(tail, grads, params, fields[n:]):  # type: ignore[union-attr]
             return None
         states: dict[str, list[Tensor]] = {}
         news: list[list[Any]] = []
@@ -921,7 +896,6 @@ def check_nested(d: Any, after: Any, count: int) -> None:
 # --------------------------------------------------------------------------------------------------------------- helpers
 
 
-FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
@@ -984,28 +958,14 @@ def demand_kernel(segment: Segment, params: list[Tensor]) -> None:
         )
 
 
-def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: Any, trust: Trust | None) -> bool:
-    """Whether a kernel may be trusted with these tensors: it reads memory in order, whatever sizes and strides say."""
-    p = params[0]
-    if p.dtype not in FUSED_DTYPES or not (p.is_cpu or p.is_cuda):
-        return False
-    states = [own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]
-    sizes = list(map(Tensor.numel, params))
-    lists = [grads, params, *states]
-    if trust is not None:
-        if trust.sizes == sizes and len(trust.states) == len(states):
-            lists = [grads, params, *[x for x, y in zip(states, trust.states) if not all(map(operator.is_, x, y))]]
-        trust.put(p.dtype, [], [])
+def fits(segment: Segment, grads: list[Tensor], params: list[Tensor], fields: Any) -> bool:
+    """Whether a kernel may be given these tensors: it reads memory in order, whatever sizes and strides say."""
+    dtype, shapes = params[0].dtype, [p.shape for p in params]
+    lists = [grads, params, *[own[f] for (_, _, info), own in zip(segment.items, fields) for f in info.tensors]]
     for x in lists:
-        if not set(map(type, x)) <= PLAIN or [t.dtype for t in x].count(p.dtype) != len(x):
+        if not set(map(type, x)) <= PLAIN or [t.dtype for t in x].count(dtype) != len(x) or [t.shape for t in x] != shapes:
             return False
-        if trust is not None and list(map(Tensor.numel, x)) != sizes:  # the others' shapes have been looked at
-            return False
-    if not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
-        return all([same_layout(ts) for ts in zip(grads, params, *states)])
-    if trust is not None:
-        trust.put(p.dtype, sizes, states)
-    return True
+    return all([all(map(Tensor.is_contiguous, x)) for x in lists]) or all([same_layout(ts) for ts in zip(*lists)])
 
 
 def plain(lists: list[list[Tensor]], dtype: torch.dtype) -> bool:

@@ -32,10 +32,10 @@ def _adam(kernel: Any, amsgrad: bool) -> Any:
 
 @divided
 def _sgd(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], before: Any) -> None:
-    torch._fused_sgd_(
+    torch._fused_sgd_(  # is_first_step=True would overwrite a momentum buffer that was given before the first step
         p, g, s.get("momentum_buffer", []), lr=h["lr"], weight_decay=h.get("weight_decay", 0.0),
-        momentum=h.get("momentum", 0.0), dampening=h.get("dampening", 0.0), nesterov=h.get("nesterov", False),
-        maximize="maximize" in h, is_first_step="trace" in h and before == 0,
+        momentum=h.get("momentum", 0.0), dampening=h.get("dampening", 0.0) if before else 0.0,
+        nesterov=h.get("nesterov", False), maximize="maximize" in h, is_first_step=False,
     )  # fmt: skip
 
 
@@ -53,8 +53,12 @@ def _pattern(*factories: Any) -> Any:
 
 
 for scale, amsgrad in ((scale_by_adam, False), (scale_by_amsgrad, True)):
-    KERNELS.append(Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), _adam(torch._fused_adam_, amsgrad)))
-    KERNELS.append(Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), _adam(torch._fused_adamw_, amsgrad)))
-KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_adagrad, scale_by_learning_rate), _adagrad))
-KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd, copies=False, tails=False))
-KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd, copies=False, tails=False))
+    KERNELS.append(
+        Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), _adam(torch._fused_adam_, amsgrad), "adam")
+    )
+    KERNELS.append(
+        Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), _adam(torch._fused_adamw_, amsgrad), "adam")
+    )
+KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_adagrad, scale_by_learning_rate), _adagrad, "adagrad"))
+KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd, "sgd", copies=False, tails=False))
+KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd, "sgd", copies=False, tails=False))

@@ -27,14 +27,18 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HO
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
 from torch.utils import _pytree as pytree
 
-from purestep.engine import Call, Executor, Mode, Trust, choose
+from purestep.begun import Begun, kind, options_of, reads, renewed
+from purestep.counters import Counters, together, traced
+from purestep.engine import PLAIN, Call, Executor, Mode, choose
 from purestep.following import Following, Schedules, follows, kept, number
 from purestep.hyper import several
 from purestep.links import Fields, Link, Primitive, fields_of, fresh_state, fresh_whole_state, is_off, state_type
-from purestep.lists import clones
+from purestep.lists import alike, clones
+from purestep.looks import Looks
 from purestep.masks import Label, Memo, Not, refuse_unmatched, refuse_unnamed, refuse_unused, route, select
 from purestep.maths import readable, where
-from purestep.plan import Group, Plan
+from purestep.packing import joined, small, split
+from purestep.plan import Group, Plan, packed_links
 from purestep.shared import Place, Shared
 from purestep.solo import solo_of
 from purestep.sparse import Touched
@@ -113,6 +117,9 @@ class Optimizer(torch.optim.Optimizer):
     _before: ClassVar[Mapping[str, Any]] = {}
     """Options that a checkpoint may be too old to have, with the values they had before they existed."""
 
+    _uncounted: ClassVar[frozenset[str]] = frozenset()
+    """Fields of a state that torch keeps without counting updates: where one was given, the next update is not the first."""
+
     _compile = False
     _own_step = False  # whether the class makes its steps itself
     _evaluating = False
@@ -169,15 +176,18 @@ class Optimizer(torch.optim.Optimizer):
         self._made: list[tuple[list[Any] | None, Transform]] = []
         self._ready = False
         self._rates: dict[tuple[int, str], Tensor] = {}  # by group and name, what a captured step reads
-        self._trust: dict[int, Trust] = {}  # per group; see there
+        self._looks: dict[int, Looks] = {}  # of the tensors of the last step, per group
+        self._counters = Counters()
         self._known: dict[Any, dict[Tensor, bool]] = {}  # which parameters masks select
         self._routes: dict[str, Route] = {}  # by label, where a transform routes parameters
+        self._untouched: dict[Tensor, Begun] = {}  # parameters that have made no step, and how their state began
+        self._begun_shared: dict[str, tuple[Tensor, int]] = {}  # what is shared as it began: its tensors and their versions
+        self._aside: dict[Tensor, tuple[dict[str, Tensor], set[str]]] = {}  # see `_set_aside`
+        self._reads: dict[Any, bool] = {}  # which declarations begin their state from the values of parameters
         self._schedules = Schedules()  # that options of the groups follow
         self._place = self._new_place()
         self._rehearsed: dict[int, Transform] = {}  # by group, the transform whose functions have been called before a step
         self._recipes: set[Any] = set()  # of these transforms
-        # parameters that have made no step, and what they were when their state was made
-        self._untouched: dict[Tensor, Any] = {}
         # parameters without a shape yet, so without a label, with the numbers of the groups that their own was split into
         self._lazy: dict[Tensor, range] = {}
         self._lazy_paths: dict[Tensor, str] = {}  # of all parameters, in order, while there are such
@@ -442,7 +452,7 @@ class Optimizer(torch.optim.Optimizer):
             self._lazy = {p: kin for p, kin in self._lazy.items() if p not in ready}
         else:
             self._lazy, self._lazy_paths = {}, {}
-        self._made, self._trust = [], {}
+        self._made, self._looks = [], {}
         self._refuse([{**g, "params": [p for p in g["params"] if p in ready]} for g in self.param_groups])
 
     def _place_in(self, p: Tensor, label: str) -> None:
@@ -516,19 +526,44 @@ class Optimizer(torch.optim.Optimizer):
                         requires(quote(paths[p]), p)
 
     def _begin_state(self, groups: list[dict[str, Any]]) -> None:
-        """State exists from the beginning; parameters that are frozen have none until they get a gradient."""
+        """Make the state of parameters before their first step; frozen ones have none until they get a gradient."""
         for group in groups:
             begun = [p for p in group["params"] if p.requires_grad and not is_lazy(p)]
-            self._untouched.update((p, kind(p)) for p in begun)
+            transform = self._transform(group)
             with torch.no_grad():
-                self._fill(begun, self._transform(group))
+                self._fill(begun, transform)
+                for link in transform.links if begun and not traced() else ():
+                    if not link.transform.declaration.whole:
+                        self._begins_from(link.transform, min(begun, key=Tensor.numel))
+            self._remember(begun, transform)
 
     # -- state
 
+    def _remember(self, params: list[Tensor], transform: Transform) -> None:
+        """Keep in mind how the state of these parameters began."""
+        options = options_in(transform)
+        self._untouched.update((p, Begun.of(p, self._place.without(self.state.get(p, NOTHING)), options)) for p in params)
+        self._begun_shared.update((n, (x, x._version)) for n, x in self.shared.items() if isinstance(x, Tensor))
+
+    def _forget(self) -> None:
+        """Drop the state that was made for parameters which have left their groups before their first step."""
+        there = {p for group in self.param_groups for p in group["params"]}
+        gone = [p for p in self._untouched if p not in there]
+        if gone:
+            self._place.move(self.state, self.param_groups)
+        for p in gone:
+            del self._untouched[p]
+            self.state.pop(p, None)
+        if gone:
+            new = {p for p in there if p not in self.state}
+            groups = [{**g, "params": [p for p in g["params"] if p in new]} for g in self.param_groups]
+            self._begin_state([g for g in groups if g["params"]])
+
     def _fill(self, params: list[Tensor], transform: Transform) -> None:
-        """Give these parameters whatever of their state is missing; their counters begin as one tensor."""
+        """Give these parameters whatever of their state is missing."""
         keys = transform.plan.keys
-        counters: dict[Any, Tensor] = {}
+        counters: dict[Any, list[tuple[dict[str, Any], Tensor]]] = {}
+        columns: dict[Any, list[tuple[dict[str, Any], Tensor]]] = {}
         for k, link in enumerate(transform.links):
             value, names = link.transform, keys[k]
             if is_off(value) or not names:
@@ -541,27 +576,161 @@ class Optimizer(torch.optim.Optimizer):
                 state = self.state[p]
                 if not yes or all([name in state for name in names]):
                     continue
-                fields = fresh_state(value, p)
+                fields, info = fresh_state(value, p), fields_of(value)
                 resumed = len(names) > 1 and "step" not in state and any([name in state for name in names])
-                for name, scalar, x in zip(names, fields_of(value).scalars, fields):
-                    if name not in state and x is not None:
-                        if resumed and name == "step":
-                            x += 1  # a checkpoint of torch's that does not count steps, but has made some
-                        state[name] = counters.setdefault((name, p.device, resumed), x) if scalar else x
+                for name, scalar, like, x in zip(names, info.scalars, info.like, fields):
+                    if name in state or x is None:
+                        continue
+                    if resumed and name == "step":
+                        x += 1  # a checkpoint of torch's that does not count steps, but has made some
+                    state[name] = x
+                    if scalar:
+                        counters.setdefault((name, x.dtype, x.device), []).append((state, x))
+                    elif like:
+                        columns.setdefault((k, name), []).append((state, x))
+        if torch.compiler.is_compiling():
+            return
+        for (name, *_), entries in counters.items():
+            if len(entries) > 1:
+                for (state, _), x in zip(entries, together([x for _, x in entries])):
+                    state[name] = x
+        packs = packed_links(transform.plan) if small(params) and set(map(type, params)) <= PLAIN else ()
+        for (k, name), entries in columns.items():
+            xs = [x for _, x in entries]
+            if k in packs and packable(xs):
+                for (state, _), x in zip(entries, split(joined(xs), xs)):
+                    state[name] = x
 
     def _fill_whole(self, link: Link, names: tuple[str, ...], frozen: bool) -> None:
         """The same for a whole transform, which begins with all parameters: its own fields are kept under one key."""
-        value = link.transform
-        params = [p for group in self.param_groups for p in group["params"] if not is_lazy(p)]
-        if not frozen:  # a function of all parameters is one of the frozen ones, too
-            params = [p for p in params if p.requires_grad or p.grad is not None]
-        params = [p for p, yes in zip(params, self._selected(link.masks, params)) if yes]
+        value, params = link.transform, self._members(link, frozen)
         for name, leaf, x in zip(names, fields_of(value).leaves, fresh_whole_state(value, params)):
             if not leaf:
                 self.shared.setdefault(name, x)
                 continue
-            for p, y in zip(params, x):
-                self.state[p].setdefault(name, y)
+            missing = [(p, y) for p, y in zip(params, x) if name not in self.state[p]]
+            ys = [y for _, y in missing]
+            if len(ys) > 1 and fields_of(value).scalars[names.index(name)]:
+                ys = together(ys)
+            for (p, _), y in zip(missing, ys):
+                self.state[p][name] = y
+
+    def _members(self, link: Link, frozen: bool) -> list[Tensor]:
+        """The parameters that a whole transform begins with; a function of all parameters is one of the frozen ones, too."""
+        params = [p for group in self.param_groups for p in group["params"] if not is_lazy(p)]
+        if not frozen:
+            params = [p for p in params if p.requires_grad or p.grad is not None]
+        return [p for p, yes in zip(params, self._selected(link.masks, params)) if yes]
+
+    # -- before the first step of a parameter
+
+    def _set_aside(self, everything: bool) -> None:
+        """Take the state with which nothing was computed from parameters that are about to step.
+
+        Hooks and subclasses that make a state where there is none find none, as in torch. What they do not make is put back.
+        """
+        self._forget()
+        for p, begun in self._untouched.items():
+            state = self.state.get(p)
+            if state is None or not (everything or p.grad is not None):
+                continue
+            own = begun.own(state)
+            for name in own:
+                del state[name]
+            self._aside[p] = own, set(state)
+
+    def _put_back(self) -> None:
+        """Undo `_set_aside` for parameters that made no step after all."""
+        for p, (own, others) in self._aside.items():
+            begun, state = self._untouched.get(p), self.state[p]
+            if begun is None:
+                continue
+            if set(state) == others:
+                ordered = {n: own.get(n, state.get(n)) for n in begun.fields if n in own or n in state}
+                rest = {n: x for n, x in state.items() if n not in ordered}
+                state.clear()
+                state.update(ordered)
+                state.update(rest)
+            else:
+                del self._untouched[p]  # a step that is not ours has made a state of its own
+        self._aside.clear()
+
+    def _touch(self, params: list[Tensor], transform: Transform) -> None:
+        """Before the first step of some of these parameters: make anew what depends on values that may have changed."""
+        first = [p for p in dict.fromkeys(params) if p in self._untouched]
+        if not first:
+            return
+        beginning = all([p in self._untouched for g in self.param_groups for p in g["params"] if p.requires_grad])
+        begun, states, owns = [], [], []
+        for p in first:
+            begun.append(self._untouched[p])
+            states.append(self.state[p] if begun[-1].fields or p in self.state else {})
+            owns.append(self._aside.pop(p)[0] if p in self._aside else begun[-1].own(states[-1]))
+            for name, x in owns[-1].items():
+                if states[-1].get(name) is x:
+                    del states[-1][name]
+        mine = [set(state) for state in states]  # what the user has made
+        options, keys = options_in(transform), transform.plan.keys
+        for k, link in enumerate(transform.links):
+            value, names = link.transform, keys[k]
+            if is_off(value) or not names:
+                continue
+            on = self._selected(link.masks, first)
+            if value.declaration.whole:
+                chosen = [j for j, yes in enumerate(on) if yes]
+                entries = [(states[j], owns[j]) for j in chosen]
+                frozen = bool(transform.plan.extras)
+                self._touch_whole(link, names, [first[j] for j in chosen], entries, beginning, frozen)
+                continue
+            for p, yes, old, state, own, given in zip(first, on, begun, states, owns, mine):
+                if not yes:
+                    continue
+                again = old.kind != kind(p) or self._begins_from(value, p)
+                again |= not same(old.options.get(names[0]), options.get(names[0]))
+                fields = dict(zip(names, fresh_state(value, p))) if again else own
+                for name in names:
+                    if name not in given and fields.get(name) is not None:
+                        state[name] = renewed(own.get(name), fields[name]) if again else own[name]
+                if self._uncounted & given & set(names) and "step" in own and "step" not in given:
+                    state["step"] = own["step"].fill_(1)
+        for p in first:
+            del self._untouched[p]
+
+    def _touch_whole(
+        self,
+        link: Link,
+        names: tuple[str, ...],
+        params: list[Tensor],
+        states: list[tuple[dict[str, Any], dict[str, Tensor]]],
+        beginning: bool,
+        frozen: bool,
+    ) -> None:
+        """The same for a whole transform: what it keeps per parameter, and its own fields before the very first step."""
+        value = link.transform
+        leaves = fields_of(value).leaves
+        if not params:
+            return
+        for name, leaf, x in zip(names, leaves, fresh_whole_state(value, params) if any(leaves) else ()):
+            for y, (state, own) in zip(x if leaf else (), states):
+                if name in own and name not in state:
+                    state[name] = renewed(own[name], y)
+        shared = self.shared
+        if not beginning or not shared or all(leaves):
+            return
+        every = self._members(link, frozen)
+        for name, leaf, x in zip(names, leaves, fresh_whole_state(value, every)):
+            old, version = self._begun_shared.get(name, (None, -1))
+            if not leaf and old is not None and shared.get(name) is old and old._version == version:
+                shared[name] = renewed(old, x)
+
+    def _begins_from(self, value: Any, p: Tensor) -> bool:
+        """Whether the first state of a leafwise transform depends on the values of a parameter."""
+        found = self._reads.get(value.declaration)
+        if found is None:
+            if traced() or p.is_meta:
+                return True
+            found = self._reads[value.declaration] = reads(value, p.detach())
+        return found
 
     def _paths(self) -> dict[Tensor, str]:
         paths: dict[Tensor, str] = {}
@@ -575,7 +744,7 @@ class Optimizer(torch.optim.Optimizer):
         if not masks:
             return [True] * len(params)
         key = tuple(map(identity, masks))
-        known = self._known.setdefault(key, {})
+        known = self._known.get(key, {})
         new = {p for p in params if p not in known and not is_lazy(p)}  # those have no shape yet that could be asked for
         if new:
             paths = self._paths()
@@ -584,7 +753,8 @@ class Optimizer(torch.optim.Optimizer):
                 new if self._routes else {p for p in paths if not is_lazy(p)}
             )  # a mask in one part is not asked about the others'
             values = select(masks, [p if p in asked else None for p in paths], spec)
-            known.update({p: yes for p, yes in zip(paths, values) if p in asked})
+            kept = {p: yes for p, yes in known.items() if p in paths}  # what has left the groups is not kept alive
+            known = self._known[key] = kept | {p: yes for p, yes in zip(paths, values) if p in asked}
         return [known.get(p, False) for p in params]
 
     @property
@@ -724,7 +894,17 @@ class Optimizer(torch.optim.Optimizer):
             self._optimizer_step_code()
             return out
 
-        return step
+        @functools.wraps(func)
+        def begin(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if not self._untouched or self._aside or torch.compiler.is_compiling():
+                return step(self, *args, **kwargs)
+            self._set_aside(bool(args or kwargs))
+            try:
+                return step(self, *args, **kwargs)
+            finally:
+                self._put_back()
+
+        return begin
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -798,6 +978,11 @@ class Optimizer(torch.optim.Optimizer):
         if read:
             self._step(closure, loss)
             return
+        for group, transform in zip(self.param_groups, self._transforms()):  # what there is to go back to
+            own = [p for p in group["params"] if p.grad is not None]
+            with torch.no_grad():
+                self._touch(own, transform)
+                self._fill(own, transform)
         states = [
             (p, dict(self.state[p])) for p in [q for group in self.param_groups for q in group["params"]] if p in self.state
         ]
@@ -889,15 +1074,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def _again(self, group: dict[str, Any], transform: Transform) -> bool:
         """What `_advance` did last, without what has to be asked only once; False, and nothing done, if more is new."""
-        trust, params, executor = self._trust.get(id(group)), group["params"], self._executor(group)
-        if trust is None or not params or self._untouched or executor == "leaf":
+        params, executor = group["params"], self._executor(group)
+        if not params or executor == "leaf" or (self._untouched and any([p in self._untouched for p in params])):
             return False
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         solo = solo_of(transform.plan)
         if solo is None:
             return False
-        return solo.again(trust, [p.grad for p in params], params, [self.state.get(p, NOTHING) for p in params], executor)
+        looks = self._looks.get(id(group))
+        if looks is None:
+            looks = self._looks[id(group)] = Looks()
+        return solo.again(looks, [p.grad for p in params], params, [self.state.get(p, NOTHING) for p in params], executor)
 
     def _advance(
         self, groups: list[tuple[dict[str, Any], Transform]], extras: Mapping[str, Any] = NOTHING, loss: Any = None
@@ -905,43 +1093,44 @@ class Optimizer(torch.optim.Optimizer):
         """One update of the parameters of these groups, which the transforms see together; `loss` is the closure's."""
         params: list[Tensor] = []
         grads: list[Any] = []
-        together: list[Group] = []
-        alone = True
+        together_: list[Group] = []
         for group, transform in groups:
             own = group["params"]
             given = [p.grad for p in own]
             if "value_and_grad" in extras:  # a function of all parameters has a gradient for each
                 given = [torch.zeros_like(p) if g is None else g for p, g in zip(own, given)]
             if type(None) in set(map(type, given)):
-                alone = False
                 own = [p for p, g in zip(own, given) if g is not None]
                 given = [g for g in given if g is not None]
-            together.append(Group(transform.plan, range(len(params), len(params) + len(own))))
+            together_.append(Group(transform.plan, range(len(params), len(params) + len(own))))
             params += own
             grads += given
         if not params:
             return
         self._accept(grads, params)
         if self._untouched:
-            self._touch(params, any([begins_from_options(t) for _, t in groups]))
-        stateless = all([g.plan.stateless for g in together])
+            for rows, (_, transform) in zip(together_, groups):
+                self._touch(params[rows.rows.start : rows.rows.stop], transform)
+        stateless = all([g.plan.stateless for g in together_])
         states: list[dict[str, Any]] = [{}] * len(params) if stateless else list(map(self.state.__getitem__, params))
-        keys = together[0].plan.keys
+        keys = together_[0].plan.keys
         try:
-            columns = self._gather(params, states, together, keys)
+            columns = self._gather(params, states, together_, keys)
         except KeyError:
-            for rows, (_, transform) in zip(together, groups):
+            for rows, (_, transform) in zip(together_, groups):
                 self._fill(params[rows.rows.start : rows.rows.stop], transform)
-            columns = self._gather(params, states, together, keys)
+            columns = self._gather(params, states, together_, keys)
         executor = self._executor(groups[0][0])
         if len(groups) > 1:
-            refuse_disagreement(together)
+            refuse_disagreement(together_)
         seen: tuple[Any, ...] = ()
         if torch.is_grad_enabled():
             fields = [c if isinstance(c, list) else [c] for c in chained.from_iterable(columns)]
-            seen = (params, grads, *fields, *[g.plan.tensors for g in together])
+            seen = (params, grads, *fields, *[g.plan.tensors for g in together_])
         mode: Mode = choose(executor, *seen)
         before = list(map(list, columns))
+        columns = self._represented(columns, together_[0].plan)
+        given_columns = list(map(list, columns))
         # where autograd looks on, the graph keeps the old values while the parameters are overwritten
         given = (
             [p.clone() for p in params] if torch.is_grad_enabled() else clones(params) if "value_and_grad" in extras else params
@@ -950,18 +1139,24 @@ class Optimizer(torch.optim.Optimizer):
             extras = {**extras, "value_and_grad": value_and_grad(given, params, grads, loss, extras["value_and_grad"])}
         touched = None
         if not all([g.layout is torch.strided for g in grads]):
-            touched = Touched(grads, given, columns, together, lambda k: self._paths()[params[k]])
+            touched = Touched(
+                grads,
+                given,
+                columns,
+                together_,
+                lambda masks: self._selected(masks, params),
+                lambda k: self._paths()[params[k]],
+            )
             grads, given, columns = touched.grads, touched.params, touched.states
         call = Call(
             grads, given, columns, lambda masks: self._selected(masks, params), mode,
-            apply=True, donate=not torch.is_grad_enabled(), alone=alone and not params[0].is_cpu, executor=executor,
-            trust=self._trust.setdefault(id(groups[0][0]), Trust()) if touched is None else Trust(),
+            apply=True, donate=not torch.is_grad_enabled(), alone=False, executor=executor, private=True,
             copies=touched is None and "value_and_grad" in extras, extras=extras,
         )  # fmt: skip
         try:
-            out, after = call.run(together)
+            out, after = call.run(together_)
         except BaseException as error:
-            if "value_and_grad" in extras and not self._keep_progress(error, together[0].plan):
+            if "value_and_grad" in extras and not self._keep_progress(error, together_[0].plan):
                 torch._foreach_copy_(params, given)
             raise
         if touched is not None:
@@ -972,15 +1167,41 @@ class Optimizer(torch.optim.Optimizer):
                     p.copy_(x)
         elif not all(map(operator.is_, out, params)):
             torch._foreach_copy_(params, out)
-        for names, olds, news in zip(keys, before, after):
-            if not all(map(operator.is_, olds, news)):
-                for name, old, new in zip(names, olds, news):
-                    if not isinstance(new, list):
-                        self.shared[name] = new
-                        continue
-                    for state, x, y in zip(states, new, old):
+        self._store(together_[0].plan, states, before, given_columns, after)
+
+    def _represented(self, columns: list[Any], plan: Plan) -> list[Any]:
+        """The state as the engine takes it, where counters that are equal are one tensor."""
+        return [
+            [
+                self._counters.represented(c) if leaf and scalar and c else c
+                for c, leaf, scalar in zip(own, info.leaves, info.scalars)
+            ]
+            for own, info in zip(columns, plan.fields)
+        ]
+
+    def _store(self, plan: Plan, states: list[dict[str, Any]], before: list[Any], given: list[Any], after: list[Any]) -> None:
+        """Write the new state into the tensors of the old one; only what does not fit there takes its place."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for names, info, olds, used, news in zip(plan.keys, plan.fields, before, given, after):
+            for name, leaf, scalar, old, known, new in zip(names, info.leaves, info.scalars, olds, used, news):
+                if not leaf:  # a counter that shares no memory with the other fields stays the tensor that it is
+                    if new is not old:
+                        alone = scalar and sum([in_memory_of(x, old) for x in olds]) == 1
+                        self._settle(self.shared, name, old if alone else None, new, pairs)
+                elif scalar and not any([x is None and y is not None for x, y in zip(old, new)]):
+                    self._counters.write(old, known, new)
+                elif not all(map(operator.is_, known, new)):
+                    for state, x, y in zip(states, old, new):
                         if x is not y:  # not where a mask is in the way: the name may be another link's too
-                            state[name] = x
+                            self._settle(state, name, x, y, pairs)
+        overwrite_all(pairs)
+
+    def _settle(self, state: dict[str, Any], name: str, old: Any, new: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Keep a new value: in the old tensor, if it fits there and nothing is recorded; such pairs are collected."""
+        if fits_in(old, new):
+            pairs.append((old, new))
+        else:
+            state[name] = new
 
     def _keep_progress(self, error: BaseException, plan: Plan) -> bool:
         """Keep the state that a closure's exception brings with it, for the parameters where the closure was evaluated."""
@@ -1002,16 +1223,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def _accept(self, grads: list[Tensor], params: list[Tensor]) -> None:
         """For a class to refuse gradients, before anything has changed."""
-
-    def _touch(self, params: list[Tensor], anew: bool) -> None:
-        """Before a parameter's first step: its state is made anew if that depends on options, or the parameter has changed."""
-        everything = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        changed = [p for p in params if p in self._untouched and self._untouched[p] != kind(p)]
-        if changed and all([p in self._untouched for p in everything]):
-            self.shared.clear()
-        for p in params:
-            if self._untouched.pop(p, None) is not None and (anew or p in set(changed)):
-                self.state.pop(p, None)
 
     def _gather(
         self, params: list[Tensor], states: list[dict[str, Any]], groups: list[Group], keys: list[tuple[str, ...]]
@@ -1041,19 +1252,13 @@ class Optimizer(torch.optim.Optimizer):
     # -- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as torch's: every parameter has its own counter in it, though they may share one while training."""
+        """The state as `torch.optim.Optimizer.state_dict` gives it: of every parameter, from construction on."""
+        self._forget()
         if self._lazy:
             self._decide()
         if self._schedules:
             self._show(list(zip(self.param_groups, self._transforms())), exactly=True)
         self._place.move(self.state, self.param_groups)
-        seen: set[int] = set()
-        for own in self.state.values():
-            for name, x in own.items() if isinstance(own, dict) else ():
-                if isinstance(x, Tensor) and not x.dim():
-                    if id(x) in seen:
-                        own[name] = x.clone()  # the next step lets them share one again
-                    seen.add(id(x))
         hooks = self._optimizer_state_dict_post_hooks
         first: Any = type(self)._finish  # before the hooks of others
         try:
@@ -1064,7 +1269,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _finish(self, saved: dict[str, Any]) -> None:
         """What is to be done to a state dict before its hooks see it."""
-        if saved["state"] and not self._own_step:  # torch's distributed checkpoints expect that all trained parameters have some state, or none has
+        if (
+            saved["state"] and not self._own_step
+        ):  # torch's distributed checkpoints expect that all trained parameters have some state, or none has
             params = [p for group in self.param_groups for p in group["params"]]
             numbers = [k for group in saved["param_groups"] for k in group["params"]]
             for k in [k for k, p in zip(numbers, params) if p.requires_grad]:
@@ -1098,21 +1305,28 @@ class Optimizer(torch.optim.Optimizer):
         self._check_state(state_dict)
         self._check_shared(shared)
         everything = dict(self.__dict__)  # what is loaded replaces it, and writes on none of it
+        begun = {p: (b.options, b.own(self.state.get(p, NOTHING))) for p, b in self._untouched.items()}
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
             self._optimizer_load_state_dict_post_hooks = OrderedDict()  # they will
             super().load_state_dict(state_dict)
             self._keep_precision(state_dict, shared)
+            for old, group, transform in zip(state_dict["param_groups"], self.param_groups, self._transforms()):
+                self._lay_out(group, transform, anew=True)
+                if any([link.span for link in transform.links]):
+                    continue  # within another transform, what has made no step may have seen gradients
+                for key, p in zip(old["params"], group["params"]):
+                    if is_zero(self.state.get(p, NOTHING).get("step")):
+                        self._remember([p], transform)
+                        options, own = begun.get(p, ({}, {}))
+                        if options and same(own, state_dict["state"].get(key, {})):  # a hook has put it among what is loaded
+                            self._untouched[p] = self._untouched[p]._replace(options=options)
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(everything)
             raise
         finally:
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = before, after
-        for group, transform in zip(self.param_groups, self._transforms()):
-            nested = any([link.span for link in transform.links])  # what has made no step may have seen gradients
-            if begins_from_options(transform) and not nested:  # a state that has made no step is none
-                self._untouched.update((p, kind(p)) for p in group["params"] if self.state.get(p, {}).get("step") == 0)
         for report in after.values():
             report(self)
 
@@ -1206,7 +1420,8 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            **{name: self.__dict__[name] for name in (*KEPT, "_untouched")},
+            **{name: self.__dict__[name] for name in (*KEPT, "_begun_shared")},
+            "_untouched": {p: x._replace(fields=x.made(self.state.get(p, NOTHING))) for p, x in self._untouched.items()},
             "_schedules": self._schedules.by_place(self.param_groups),
             "_own_step": self._own_step,
         }
@@ -1217,16 +1432,18 @@ class Optimizer(torch.optim.Optimizer):
         self._schedules = Schedules.resumed(self.param_groups, before)
         for group in self.param_groups:
             self._schedules.take(group, [name for name in self._names(group) if name in group])
-        self._made, self._trust, self._known, self._place = [], {}, {}, self._new_place()
-        self._rehearsed, self._recipes = {}, set()
+        self._made, self._looks, self._known, self._aside, self._reads = [], {}, {}, {}, {}
+        self._rehearsed, self._recipes, self._place = {}, set(), self._new_place()
+        self._counters = Counters()
         self._rates = self.__dict__.get("_rates", {})  # a graph reads them, whatever is loaded
-        self._untouched = state.get("_untouched", {})
+        self._untouched = {p: x.again() for p, x in state.get("_untouched", {}).items()}
+        self._begun_shared = {n: (x, x._version) for n, (x, _) in state.get("_begun_shared", {}).items()}
         for group in self.param_groups:
             for name, default in self._fallback().items():
                 group.setdefault(name, default)
             group.update(self._constants)
         for group, transform in zip(self.param_groups, self._transforms()):
-            self._share(group, transform)
+            self._lay_out(group, transform, anew=False)
 
     def _fallback(self) -> dict[str, Any]:
         """The options and flags that a checkpoint may be too old to know, with the values they had before they existed."""
@@ -1234,20 +1451,26 @@ class Optimizer(torch.optim.Optimizer):
         flags = {name: None if name in ("foreach", "fused") else False for name in self._flags}
         return {**switches, **flags, **self._before}
 
-    def _share(self, group: dict[str, Any], transform: Transform) -> None:
-        """Let the parameters of a group that have made as many updates share their counters again."""
-        names = scalars_of(transform)
-        shared: dict[Any, Tensor] = {}
-        for p in group["params"]:
-            state = self.state.get(p, {})
-            for name in names & state.keys():
-                x = state[name]
+    def _lay_out(self, group: dict[str, Any], transform: Transform, anew: bool) -> None:
+        """Give each parameter of a group counters of its own, one after the other in memory.
+
+        Copies of an optimizer keep their counters, which other processes may share, where these are tensors of their own.
+        """
+        for name in scalars_of(transform):
+            kinds: dict[Any, list[tuple[dict[str, Any], Tensor]]] = {}
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                x = state.get(name)
                 if isinstance(x, dict):  # torch's distributed checkpoints: no such entry
                     del state[name]
-                    continue
-                if not isinstance(x, Tensor):  # as torch saved it before 1.12
-                    x = torch.tensor(float(x), dtype=torch.float32)
-                state[name] = shared.setdefault((name, x.item(), x.dtype, x.device), x)
+                elif x is not None:  # numbers, as torch saved them before 1.12, become tensors
+                    x = x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float32)
+                    kinds.setdefault((x.dtype, x.device), []).append((state, x))
+            for entries in kinds.values():
+                xs = [x for _, x in entries]
+                if anew or not all([state[name] is x for state, x in entries]) or len({x.data_ptr() for x in xs}) < len(xs):
+                    for (state, _), x in zip(entries, together(xs)):
+                        state[name] = x
 
 
 @whole()
@@ -1320,10 +1543,46 @@ def entries_of(params: Any) -> list[tuple[Any, Any]]:
     return [e if isinstance(e, tuple) and len(e) == 2 else (None, e) for e in entries]
 
 
-def begins_from_options(transform: Transform) -> bool:
-    """Whether its first state depends on its hyperparameters, or on the parameters."""
-    links = [(link.transform, link.transform.declaration) for link in transform.links]
-    return any([d.init_names or (d.inner and any(fields_of(value).leaves)) for value, d in links])
+def options_in(transform: Transform) -> dict[str, Any]:
+    """The hyperparameters that first states depend on, by the name of the first field of each state."""
+    links = [(names, link.transform) for names, link in zip(transform.plan.keys, transform.links)]
+    return {names[0]: options_of(value) for names, value in links if names and value.declaration.init_names}
+
+
+def is_zero(x: Any) -> bool:
+    """Whether this is a counter, and 0."""
+    return isinstance(x, Tensor) and x.numel() == 1 and x.is_cpu and x.item() == 0
+
+
+def packable(xs: list[Tensor]) -> bool:
+    """Whether these can be consecutive pieces of one tensor."""
+    first = xs[0]
+    kinds = [(type(x), x.dtype, x.device) for x in xs]
+    return type(first) is Tensor and alike(kinds) and all(map(Tensor.is_contiguous, xs)) and not first.requires_grad
+
+
+def fits_in(old: Any, new: Any) -> bool:
+    """Whether a new value of a state can be written into the tensor that holds the old one."""
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor) or torch.is_grad_enabled():
+        return False
+    return old.shape == new.shape and old.dtype == new.dtype and old.device == new.device and type(old) is type(new)
+
+
+def in_memory_of(x: Any, y: Any) -> bool:
+    """Whether two tensors share a storage."""
+    both = isinstance(x, Tensor) and isinstance(y, Tensor)
+    return both and x.untyped_storage()._cdata == y.untyped_storage()._cdata
+
+
+def overwrite_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Write the second of each pair into the first; a source that may lie in memory which is written to is copied before."""
+    if not pairs:
+        return
+    if len(pairs) > 1:
+        written = {x.untyped_storage()._cdata for x, _ in pairs if type(x) in PLAIN}
+        pairs = [(x, y.clone() if type(y) not in PLAIN or y.untyped_storage()._cdata in written else y) for x, y in pairs]
+    for x, y in pairs:
+        x.copy_(y)
 
 
 def check_number(x: Any, subject: str, owner: str, p: Tensor) -> None:
@@ -1389,11 +1648,6 @@ def captures(p: Tensor) -> bool:
 def capturing() -> bool:
     """Whether a graph is capturing now."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def kind(p: Tensor) -> Any:
-    """What a parameter's state is made like."""
-    return p.dtype, p.device, p.stride()
 
 
 def unchanged(a: Any, b: Any) -> bool:

@@ -7,8 +7,11 @@ the tensors of a state are made consecutive pieces of one piece of memory, once,
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,27 @@ COUNT = 16
 
 SIZE = 4096
 """Up to this many elements in the average tensor; beyond that the copies cost more than the calls they save."""
+
+
+POOL = 4
+"""The buffers of so many different models are kept for the next step."""
+
+_free: OrderedDict[Any, Scratch] = OrderedDict()
+
+
+def borrow(like: Sequence[Tensor]) -> Scratch:
+    """Buffers for tensors of these shapes and this dtype; to be given back with `give_back`."""
+    shapes = [x.shape for x in like]
+    found = _free.pop((like[0].dtype, len(shapes), hash(tuple(shapes))), None)
+    return found if found is not None and found.shapes == shapes else Scratch(like)
+
+
+def give_back(scratch: Scratch) -> None:
+    """Keep these buffers for the next step, and let go of those that were not used for the longest time."""
+    _free[scratch.dtype, len(scratch.shapes), hash(tuple(scratch.shapes))] = scratch
+    with contextlib.suppress(KeyError):  # another thread may have taken the last one
+        for _ in range(len(_free) - POOL):
+            _free.popitem(last=False)
 
 
 class Scratch:

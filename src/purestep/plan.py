@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -17,7 +18,6 @@ from purestep.blocks import SHORT
 from purestep.links import SCALED, Link, LinkDeclaration, Primitive, fields_of, is_off
 from purestep.looks import Looks
 from purestep.masks import Label
-from purestep.packing import Scratch
 from purestep.program import Program, program
 
 LOOKS = 8
@@ -36,8 +36,28 @@ class Kernel(NamedTuple):
 
     pattern: tuple[tuple[LinkDeclaration, bool], ...]  # each with whether it may be left out
     run: Callable[..., None]
+    name: str  # torch's name for it, a key of `CPU_DTYPES`
     copies: bool = True  # whether it pays to copy what was not given away, so that the kernel can write on it
     tails: bool = True  # whether it pays as the tail of a longer chain, which would be one program without it
+
+    def computes(self, p: Tensor) -> bool:
+        """Whether the kernel is right for tensors of this dtype on this device."""
+        return p.dtype in CPU_DTYPES[self.name] if p.is_cpu else p.is_cuda and p.dtype in FUSED_DTYPES
+
+
+FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""The dtypes that torch's fused kernels take."""
+
+CPU_DTYPES: dict[str, frozenset[torch.dtype]] = {
+    "adam": FUSED_DTYPES,
+    "adagrad": FUSED_DTYPES,
+    # Up to torch 2.13, torch._fused_sgd_ leaves every full vector of float16 and bfloat16 numbers as it was.
+    "sgd": FUSED_DTYPES if torch.__version__ >= "2.14" else frozenset({torch.float64, torch.float32}),
+}
+"""For each kernel, the dtypes for which a test shows that its CPU version computes what the mathematics says."""
+
+MERGED_DTYPES = frozenset.intersection(*CPU_DTYPES.values())
+"""The dtypes of programs in which kernels take the place of several lines."""
 
 
 KERNELS: list[Kernel] = []
@@ -162,19 +182,28 @@ class Segment:
         self.details: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
         self.hypers = arguments_of(values)
-        self.scratch: list[Scratch] = []  # taken out while in use
         self.kernel: Kernel | None = None
         self.first = 0
-        self.head = self.tail = self
+        self.split: tuple[Segment, Segment] | None = None  # before the kernel, and the kernel's own; None if the kernel is all
         for kernel in KERNELS:
             k = tail(kernel, self.declarations)
             n = 0 if k is None else max(k - scaled, 0)
             if k is not None and (k == 0 or kernel.tails) and suits(values[n:]):
                 self.kernel = kernel
                 if k:
-                    self.head, self.tail = Segment(positions[:n], values[:n], scaled), Segment(positions[n:], values[n:])
+                    self.split = Segment(positions[:n], values[:n], scaled), Segment(positions[n:], values[n:])
                 self.first = k
                 break
+
+    @property
+    def head(self) -> Segment:
+        """What runs before the kernel."""
+        return self if self.split is None else self.split[0]
+
+    @property
+    def tail(self) -> Segment:
+        """What the kernel computes."""
+        return self if self.split is None else self.split[1]
 
     def joins(self, params: list[Tensor]) -> bool:
         """Whether these may as well be one vector: of a state that has all its fields."""
@@ -229,6 +258,25 @@ def tail(kernel: Kernel, declarations: Sequence[LinkDeclaration]) -> int | None:
         elif not optional:
             return None
     return i
+
+
+def packed_links(plan: Plan) -> set[int]:
+    """The links whose states the packed executor would keep in one piece of memory: elementwise, without a kernel."""
+    found: set[int] = set()
+    for stage in plan.stages:
+        if stage.inner is not None:
+            found |= {stage.start + 1 + i for i in packed_links(stage.inner)}
+        elif stage.positions and plan.segment(stage.positions).kernel is None:
+            segment = plan.segment(stage.positions)
+            recipe = details(segment, tuple([(False,) * len(info.names) for _, _, info in segment.items]))
+            try:
+                elementwise = program(recipe, False, False, False, *segment.declarations, form="single").elementwise
+            except TypeError:  # a leaf function that cannot be traced runs by itself
+                continue
+            if elementwise and not segment.encoded:
+                # torch adds a sparse tensor to one with a storage offset in the wrong place, beyond the end of its memory
+                found |= {i for i in stage.positions if plan.links[i].transform.declaration.sparse != "rows"}
+    return found
 
 
 def absent(fields: Any) -> tuple[tuple[bool, ...], ...]:

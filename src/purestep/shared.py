@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch.nn.parameter import is_lazy
 PREFIX = "shared."
 """What such a field is called in a parameter's state: this and the field's name."""
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 FORMER: Any = "shared"
 """The key in `state` that had all such fields in older checkpoints."""
 
@@ -23,20 +26,21 @@ FORMER: Any = "shared"
 class Shared(MutableMapping[str, Any]):
     """The fields that are kept for all parameters together, by their names."""
 
-    def __init__(self, state: dict[str, Any], prefix: str, names: frozenset[str]) -> None:
-        self._state, self._prefix, self._names = state, prefix, names
+    def __init__(self, states: Any, home: Tensor | None, prefix: str, names: frozenset[str]) -> None:
+        self._states, self._home, self._prefix, self._names = states, home, prefix, names
 
     def __getitem__(self, name: str) -> Any:
-        return self._state[self._prefix + name]
+        return self._states.get(self._home, NOTHING)[self._prefix + name]
 
     def __setitem__(self, name: str, x: Any) -> None:
-        self._state[self._prefix + name] = x
+        self._states[self._home][self._prefix + name] = x
 
     def __delitem__(self, name: str) -> None:
-        del self._state[self._prefix + name]
+        del self._states[self._home][self._prefix + name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter([name[len(self._prefix) :] for name in self._state if is_shared(name, self._prefix, self._names)])
+        own = self._states.get(self._home, NOTHING)
+        return iter([name[len(self._prefix) :] for name in own if is_shared(name, self._prefix, self._names)])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -68,7 +72,11 @@ class Place:
     def of(self, states: Any, groups: list[dict[str, Any]]) -> Shared:
         """The fields, to be read and written."""
         p = self.find(states)
-        return Shared(states[self.first(groups) if p is None else p], self.prefix, self.names)
+        return Shared(states, self.first(groups) if p is None else p, self.prefix, self.names)
+
+    def without(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a parameter's state that are its own."""
+        return {name: x for name, x in state.items() if not is_shared(name, self.prefix, self.names)}
 
     def first(self, groups: list[dict[str, Any]]) -> Tensor:
         """The parameter that they belong to: the first that is trained, or where they have torch's names, the first."""

@@ -1,7 +1,7 @@
 """A step like the last one.
 
-Training takes the same step again and again: the same tensors, with new gradients and numbers. An optimizer that remembers
-what it was last run on (`Trust`) need not look at it again, and a plan that is one segment (`Solo`) knows where all of it goes.
+Training takes the same step again and again: the same tensors, with new gradients and numbers. Tensors that look like those of
+the last step (`Looks`) need not be looked at again, and a plan that is one segment (`Solo`) knows where all of it goes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.engine import FUSED_DTYPES, PLAIN, Call, Executor, Trust, choose, one, stored
+from purestep.counters import ordinary, spans
+from purestep.engine import PLAIN, Call, Executor, choose, one
+from purestep.looks import Looks
 from purestep.plan import Kernel, Plan, Segment
 
 
@@ -48,7 +50,7 @@ class Solo(NamedTuple):
 
     def again(
         self,
-        trust: Trust,
+        looks: Looks,
         grads: list[Any],
         params: list[Tensor],
         states: Sequence[Mapping[str, Any]],
@@ -58,58 +60,56 @@ class Solo(NamedTuple):
 
         Nothing has changed if it is False: then more is new than those, and it takes a `Call` to look at it.
         """
-        if len(trust.states) != len(self.keys) or choose(None) != "program":
+        if choose(None) != "program":
             return False
-        for key, column in zip(self.keys, trust.states):
-            if not all(map(operator.is_, [s.get(key) for s in states], column)):
+        columns: list[list[Any]] = [[s.get(key) for s in states] for key in self.keys]
+        counters: list[list[Any]] = [[s.get(key) for s in states] for key, _, _ in self.counters]
+        everything = [*params, *grads, *flat.from_iterable(columns), *flat.from_iterable(counters)]
+        if looks.fit(everything) is None:
+            if not (set(map(type, everything)) <= PLAIN and self.takes(params, grads, columns, [])):
                 return False
-        if trust.looks.fit(params + grads) is None:
-            for xs in (grads, params):
-                if not (
-                    set(map(type, xs)) <= PLAIN
-                    and all([x.layout is torch.strided and x.is_cpu and x.dtype is trust.dtype for x in xs])
-                    and list(map(Tensor.numel, xs)) == trust.sizes
-                    and all(map(Tensor.is_contiguous, xs))
-                ):
-                    return False
-            trust.looks.learn(params + grads)
-        counts: list[Tensor] = []
-        for key, _, _ in self.counters:
-            found = [s.get(key) for s in states]
-            if not one(found, "program") or not isinstance(found[0], Tensor) or not found[0].is_cpu:
+            if not all([ordinary(c) and not c[0].requires_grad for c in counters]):
                 return False
-            counts.append(found[0])
-        if self.kernel is not None and executor != "foreach":
-            before = counts[0].item() if counts else 0
-            after = [stored(x, x.item() + 1) for x in counts]
-            self.run(params, grads, trust.states, before, after[0] if after else torch.zeros(()))
+            looks.learn(everything)
+        vectors = [spans(c) for c in counters]
+        counts = [x[0].tolist() for x in vectors]
+        if not all([len(x) == 1 and n.count(n[0]) == len(n) for x, n in zip(vectors, counts)]):
+            return False
+        if self.kernel is not None and executor != "foreach" and self.kernel.computes(params[0]):
+            for vector in {key: vector for (key, _, _), (vector,) in zip(self.counters, vectors)}.values():
+                vector.add_(1)
+            self.run(params, grads, columns, counts[0][0] if counts else 0, counters[0][0] if counters else torch.zeros(()))
         else:
-            after = self.repeat(trust, grads, params, counts, states, executor)
-        for (key, _, _), x in zip(self.counters, after):
-            for s in states:
-                s[key] = x  # type: ignore[index]
+            self.repeat(grads, params, states, columns, counters, vectors, executor)
         return True
 
     def repeat(
-        self, trust: Trust, grads: list[Any], params: list[Tensor], counts: list[Tensor], states: Any, executor: Executor | None
-    ) -> list[Tensor]:
-        """The program of the plan, in place; the new counters."""
+        self,
+        grads: list[Any],
+        params: list[Tensor],
+        states: Any,
+        columns: list[list[Tensor]],
+        counters: list[list[Tensor]],
+        vectors: list[list[Tensor]],
+        executor: Executor | None,
+    ) -> None:
+        """The program of the plan, in place."""
         fields: list[list[Any]] = [[None] * len(info.names) for _, _, info in self.segment.items]
-        for (j, f), column in zip(self.places, trust.states):
+        for (j, f), column in zip(self.places, columns):
             fields[j][f] = column
-        for (_, j, f), x in zip(self.counters, counts):
-            fields[j][f] = [x]
+        for (_, j, f), column in zip(self.counters, counters):
+            fields[j][f] = column[:1]
         call = Call(
             grads, params, [], lambda masks: [], "program",
-            apply=True, donate=True, alone=False, executor=executor, trust=trust, seen=True,
+            apply=True, donate=True, alone=False, executor=executor, private=True, seen=True,
         )  # fmt: skip
         _, news = call.execute(self.segment, grads, params, fields, True)
-        for key, column, (j, f) in zip(self.keys, trust.states, self.places):
+        for column, (j, f) in zip(columns, self.places):
             if not all(map(operator.is_, column, news[j][f])):
-                for s, x in zip(states, news[j][f]):
-                    s[key] = x
+                torch._foreach_copy_(column, news[j][f])
+        for (vector,), (_, j, f) in zip(vectors, self.counters):
+            vector.fill_(news[j][f])
         torch.autograd.graph.increment_version(params)
-        return [stored(x, news[j][f]) for (_, j, f), x in zip(self.counters, counts)]
 
     def at_once(self, grads: list[Any], params: list[Any], states: list[Any], plain: bool) -> bool:
         """The update of parameters and states that were given away, all of them in place, by a kernel, if there is one and
@@ -118,6 +118,8 @@ class Solo(NamedTuple):
         Nothing has changed if it is False: then it takes a `Call`, or an error, to say what is.
         """
         if self.kernel is None or choose(None) != "program" or not params or type(params[0]) not in PLAIN:
+            return False
+        if not self.kernel.computes(params[0]):
             return False
         links = [i for i, _, _ in self.segment.items]
         columns = [states[links[j]][f] for j, f in self.places]
@@ -145,7 +147,7 @@ class Solo(NamedTuple):
                 return False
         if torch.is_grad_enabled() and any([any([x.requires_grad for x in xs]) for xs in (params, grads, *counters, *columns)]):
             return False
-        return dtype in FUSED_DTYPES
+        return dtype.is_floating_point
 
     def run(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], before: float, after: Tensor) -> None:
         """Call the kernel, in place."""

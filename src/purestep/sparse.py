@@ -1,9 +1,9 @@
 """Sparse gradients: the leaf functions run on the rows that a gradient has, and on nothing else.
 
 A transform says what a sparse gradient means to it. ``"rows"``: it changes these rows only, as if the others were not
-there. ``"dense"``: the other rows change too, so the gradient is made dense first. Without a word, it is refused. Around
-an update, `Touched` puts the rows of the parameter and of its state in the place of the whole, and afterwards puts what
-came of them back.
+there. ``"dense"``: the other rows change too, so the gradient is made dense first. Without a word, it is refused. Only the
+transforms that act on a parameter are asked about its gradient. Around an update, `Touched` puts the rows of the parameter
+and of its state in the place of the whole, and afterwards puts what came of them back.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from purestep.links import LinkDeclaration
 from purestep.plan import Group
 from purestep.tree import quote
 
@@ -31,18 +32,26 @@ class Touched:
     """The lists of one update, with the rows of sparse gradients in place of the parameters they belong to."""
 
     def __init__(
-        self, grads: list[Any], params: list[Any], states: list[Any], groups: Sequence[Group], path: Callable[[int], str]
+        self,
+        grads: list[Any],
+        params: list[Any],
+        states: list[Any],
+        groups: Sequence[Group],
+        mask: Callable[[tuple[Any, ...]], list[bool]],
+        path: Callable[[int], str],
     ) -> None:
         self.plan = groups[0].plan
         self.grads, self.params = list(grads), list(params)
         self.states = [[list(c) if isinstance(c, list) else c for c in s] for s in states]
         self.rows: dict[int, Row] = {}
         for group in groups:
+            active = [(link.transform.declaration, mask(link.masks) if link.masks else None) for link in on(group)]
             for k in group.rows:
                 if grads[k].layout is torch.strided:
                     continue
-                meaning(group, grads[k], functools.partial(path, k))
-                if any([link.transform.declaration.sparse == "dense" for link in on(group)]):
+                acting = [d for d, selected in active if selected is None or selected[k]]
+                meaning(acting, grads[k], functools.partial(path, k))
+                if any([d.sparse == "dense" for d in acting]):
                     self.grads[k] = grads[k].to_dense()
                 else:
                     self.gather(k)
@@ -83,14 +92,13 @@ def on(group: Group) -> list[Any]:
     return [link for link, off in zip(group.plan.links, group.plan.off) if not off]
 
 
-def meaning(group: Group, g: Tensor, path: Callable[[], str]) -> None:
-    """Refuse a sparse gradient where it has no meaning.
+def meaning(acting: Sequence[LinkDeclaration], g: Tensor, path: Callable[[], str]) -> None:
+    """Refuse a sparse gradient that has no meaning to one of the transforms that act on its parameter.
 
     Raises:
         RuntimeError: a transform needs dense gradients, or the layout is not ``torch.sparse_coo``.
     """
-    for link in on(group):
-        d = link.transform.declaration
+    for d in acting:
         if not d.sparse:
             where = quote(path())
             raise RuntimeError(

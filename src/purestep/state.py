@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from purestep import tree
 from purestep.links import EmptyState, ScheduleState, state_type
@@ -133,7 +134,9 @@ def map_params(function: Callable[..., Any], state: Any, *others: PyTree, rest: 
 
     So the state follows what is done to the rows of a parameter: they are dropped, appended, permuted, sharded. Which tensors
     these are is declared by the type of the state: a field annotated `Tensor` (in a `whole` transform, `list[Tensor]`). The
-    structure stays; a parameter that has no state (None) has none afterwards.
+    structure stays; a parameter that has no state (None) has none afterwards. All other tensors are copied: the new state
+    shares no memory with the old one, except what the function returns of it, so ``map_params(torch.clone, state)`` is a
+    snapshot.
 
     Args:
         function: called with each such tensor and what `others` have in its place; returns what replaces it.
@@ -141,7 +144,7 @@ def map_params(function: Callable[..., Any], state: Any, *others: PyTree, rest: 
         *others: further arguments of the function: pytrees of the structure of the parameters, or other states of the same
             transform.
         rest: a function for the other tensors that are kept per parameter, such as counters and the factors of Adafactor,
-            called in the same way. By default they stay what they are. (What is not kept per parameter, such as the history
+            called in the same way. By default they keep their values. (What is not kept per parameter, such as the history
             of L-BFGS, always does.)
 
     Raises:
@@ -172,6 +175,13 @@ def map_params(function: Callable[..., Any], state: Any, *others: PyTree, rest: 
             new.append(y)
         return tree.unflatten(new, spec)
 
+    copies: dict[int, Any] = {}
+
+    def copied(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return copies[id(x)] if id(x) in copies else copies.setdefault(id(x), x.clone())
+
     def visit(x: Any, place: str, given: Sequence[Any]) -> Any:
         for y, s in zip(given, along):
             if s and (type(y) is not type(x) or (isinstance(x, (tuple, list, dict)) and len(y) != len(x))):
@@ -196,7 +206,7 @@ def map_params(function: Callable[..., Any], state: Any, *others: PyTree, rest: 
             elif role == "like" or (rest is not None and role == "other"):
                 new.append(apply(function if role == "like" else rest, place + name, v, inner, role == "other"))  # type: ignore[arg-type]
             else:
-                new.append(v)
+                new.append(pytree.tree_map(copied, v))
         return type(x)(*new) if hasattr(x, "_fields") else type(x)(new)
 
     return visit(state, "state", others)

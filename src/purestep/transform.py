@@ -236,7 +236,7 @@ class Transform:
         groups = [Group(plan, range(len(given)))]
         touched = None
         if not all([g.layout is torch.strided for g in live]):
-            touched = Touched(live, given, chosen, groups, lambda k: pick(spec.paths(), rows)[k])
+            touched = Touched(live, given, chosen, groups, mask, lambda k: pick(spec.paths(), rows)[k])
             live, given, chosen = touched.grads, touched.params, touched.states
         if "value_and_grad" in extras:
             extras["value_and_grad"] = on_lists(extras["value_and_grad"], leaves, rows, spec)
@@ -255,6 +255,8 @@ class Transform:
                 for f, leaf in enumerate(info.leaves):
                     if leaf:
                         new[f] = put(olds[f], rows, new[f])
+        if not donate and not maths.recorded(given):
+            out, news = unshared(out, news, leaves, gradients, states, plan)
         result = params if out is leaves else tree.unflatten(out, spec)
         if all([all(map(operator.is_, new, old)) for new, old in zip(news, before)]):
             return result, state  # all of it was reused in place
@@ -378,7 +380,7 @@ class Transform:
 
 def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
     """The source of the program of each stage of a plan; of a whole transform, its name and those it is put around."""
-    texts, own = [], False
+    texts = []
     for stage in plan.stages:
         if stage.whole:
             inner = programs(stage.inner, False, donate) if stage.inner else []
@@ -390,8 +392,7 @@ def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
             matrix = torch.empty(64, 64, device="meta")
             parts = tuple([detail(v, tuple([x is None for x in fresh_state(v, matrix)])) for v in values])
             last = apply and stage is plan.stages[-1]
-            texts.append(program(parts, last, own, donate, *[v.declaration for v in values]).source)
-        own = not stage.whole
+            texts.append(program(parts, last, False, donate, *[v.declaration for v in values]).source)
     return texts
 
 
@@ -719,6 +720,59 @@ def nested(
         return factory_of(d, make)
 
     return declare
+
+
+def unshared(
+    out: list[Any], news: list[Any], leaves: list[Any], gradients: list[Any], states: list[Any], plan: Plan
+) -> tuple[list[Any], list[Any]]:
+    """The results of a pure update, with copies of those that are its inputs: results may be given away, inputs were not.
+
+    What is one tensor in several places, as counters are, is one copy. A field that holds anything but tensors is never
+    overwritten, and stays.
+    """
+    lists = [
+        (new, old, leaf) for own, olds, info in zip(news, states, plan.fields) for new, old, leaf in zip(own, olds, info.leaves)
+    ]
+    if torch.compiler.is_compiling():  # which has no identities; the same list is compared place by place
+        made = [copied(new, old, leaves, gradients) if leaf else new for new, old, leaf in lists]
+        out = copied(out, leaves, gradients)
+    else:
+        held = {id(x) for xs in (leaves, gradients) for x in xs}
+        for _, old, leaf in lists:
+            held.update(map(id, old) if leaf else (id(old),))
+        copies: dict[int, Any] = {id(None): None}
+
+        def copy(x: Any) -> Any:
+            if id(x) not in copies and id(x) in held and isinstance(x, Tensor):
+                copies[id(x)] = x.clone()
+            return copies.get(id(x), x)
+
+        made = [
+            ([*map(copy, new)] if not held.isdisjoint(map(id, new)) else new) if leaf else copy(new) for new, _, leaf in lists
+        ]
+        out = out if held.isdisjoint(map(id, out)) else [*map(copy, out)]
+    found = iter(made)
+    return out, [[next(found) for _ in own] for own in news]
+
+
+def copied(new: list[Any], *olds: list[Any]) -> list[Any]:
+    """A list with copies of those tensors that one of the others has in the same place; the same copy for the same tensor."""
+    if not any([x is old[k] for old in olds for k, x in enumerate(new)]):
+        return new
+    originals: list[Any] = []
+    copies: list[Any] = []
+    result: list[Any] = []
+    for k, x in enumerate(new):
+        if x is None or not any([x is old[k] for old in olds]):
+            result.append(x)
+            continue
+        place = next((j for j, y in enumerate(originals) if y is x), None) if originals and originals[0] is x else None
+        if place is None:
+            originals.append(x)
+            copies.append(x.clone())
+            place = len(copies) - 1
+        result.append(copies[place])
+    return result
 
 
 def pick_leaves(state: list[Any], info: Fields, rows: list[int]) -> list[Any]:

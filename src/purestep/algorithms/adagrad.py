@@ -115,4 +115,4 @@ class Adagrad(Optimizer):
         for p in [p for group in self.param_groups for p in group["params"]]:
             for x in self.state[p].values():
                 if isinstance(x, Tensor):
-                    x.share_memory_()
+                    x.share_memory_()  # type: ignore[no-untyped-call]

@@ -23,7 +23,7 @@ from torch import Tensor
 from purestep.engine import choose
 from purestep.hyper import Extra, Hyper, NonNegative, Steps
 from purestep.maths import counter, maximum, minimum, precise, root, some, transforming, where
-from purestep.optimizer import Optimizer, Params, check_number, over
+from purestep.optimizer import NOTHING, Optimizer, Params, check_number, over
 from purestep.packing import joined, offset
 from purestep.shared import Place
 from purestep.transform import whole
@@ -514,7 +514,14 @@ class LBFGS(Optimizer):
         tolerance_change: float = 1e-9, history_size: int = 100, line_search_fn: str | None = None,
     ) -> None: ...  # fmt: skip
 
-    def _begin(self, params: Params, recipe: Any, options: Mapping[str, Any], flags: dict[str, Any]) -> None:
+    def _begin(
+        self,
+        params: Params,
+        recipe: Any,
+        options: Mapping[str, Any],
+        flags: dict[str, Any],
+        defaults: Mapping[str, Any] = NOTHING,
+    ) -> None:
         check_line_search(options["line_search_fn"])
         if options["max_eval"] is None:
             options = {**options, "max_eval": options["max_iter"] * 5 // 4}  # a number, as in torch's groups

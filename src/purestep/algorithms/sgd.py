@@ -61,6 +61,8 @@ def sgd(
 class SGD(Optimizer):
     """`torch.optim.SGD`: same signature, same numbers, same state. The mathematics is `purestep.sgd`'s."""
 
+    _uncounted = frozenset({"momentum_buffer"})
+
     @over(sgd)
     def __init__(
         self, params: Params, lr: Hyper = 1e-3, momentum: Hyper = 0.0, dampening: Hyper = 0.0, weight_decay: Hyper = 0.0,

@@ -1,0 +1,73 @@
+"""State before the first step.
+
+The state of a parameter exists from construction, so that it can be saved and loaded, but nothing has been computed with it. At
+the parameter's first step, what depends on values that may have changed in between (of the parameter, or of options) is
+computed again, in the same tensors; what a user has written into it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from purestep.links import Primitive, fresh_state
+
+
+class Begun(NamedTuple):
+    """What was known of a parameter when its state was made."""
+
+    kind: Any  # what the state is made like: see `kind`
+    fields: dict[str, tuple[Tensor, int]]  # each tensor of the state, and its version
+    options: dict[str, Any]  # of the state's first values, by the name of the first field of each transform
+
+    @classmethod
+    def of(cls, p: Tensor, state: Mapping[str, Any], options: dict[str, Any]) -> Begun:
+        """What is to be remembered of a state that was just made."""
+        return cls(kind(p), {name: (x, x._version) for name, x in state.items() if isinstance(x, Tensor)}, options)
+
+    def own(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Those tensors of a state that are still what the optimizer made: neither replaced nor written to."""
+        return {n: x for n, (x, _) in self.made(state).items()}
+
+    def made(self, state: Mapping[str, Any]) -> dict[str, tuple[Tensor, int]]:
+        """The same, each with its version."""
+        return {n: (x, version) for n, (x, version) in self.fields.items() if state.get(n) is x and x._version == version}
+
+    def again(self) -> Begun:
+        """The same of copies of these tensors, whose versions have begun anew."""
+        return self._replace(fields={n: (x, x._version) for n, (x, _) in self.fields.items()})
+
+
+def kind(p: Tensor) -> Any:
+    """What a parameter's state is made like."""
+    return p.dtype, p.device, p.shape, p.stride()
+
+
+def options_of(value: Primitive) -> dict[str, Any]:
+    """The hyperparameters that the first state of a leafwise transform depends on, as they are now."""
+    chosen = {name: value.arguments[name] for name in value.declaration.init_names}
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, chosen)
+
+
+def reads(value: Primitive, p: Tensor) -> bool:
+    """Whether the first state of a leafwise transform depends on the values of the parameter, and not only on its kind."""
+    zeros, ones = (fresh_state(value, torch.full_like(p, x)) for x in (0.0, 1.0))
+    pairs = [(x, y) for x, y in zip(zeros, ones) if isinstance(x, Tensor) and isinstance(y, Tensor)]
+    return any([x.shape != y.shape or not torch.equal(x, y) for x, y in pairs])
+
+
+def renewed(old: Any, new: Any) -> Any:
+    """`new`, in the memory of `old` where it fits."""
+    same = isinstance(old, Tensor) and isinstance(new, Tensor) and type(old) is type(new)
+    if not same or old.requires_grad or layout(old) != layout(new):
+        return new
+    return old.copy_(new)
+
+
+def layout(x: Tensor) -> Any:
+    """What two tensors must agree in for one to take the other's place."""
+    return x.shape, x.dtype, x.device, x.stride() if x.layout is torch.strided else x.layout

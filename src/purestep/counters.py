@@ -1,0 +1,139 @@
+"""The counters of an optimizer: one number for each parameter, in tensors that belong to the user.
+
+No two parameters share a counter, and a counter keeps its identity and its memory. The engine takes one tensor for all counters
+that are equal (`Counters.represented`), reads it once, and returns new ones, whose values are then written into the counters
+of the parameters (`Counters.write`). Counters that were made `together` follow each other in memory, and are read and written
+as one vector.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+def together(values: Sequence[Tensor]) -> list[Tensor]:
+    """New 0-d tensors with these values, which are of one dtype and device, one after the other in memory."""
+    return list(torch.stack([x.detach().reshape(()) for x in values]).unbind())
+
+
+def spans(counters: Sequence[Tensor]) -> list[Tensor]:
+    """The memory of these counters as vectors: one for each run of counters that follow each other in memory.
+
+    The counters have one element each, and one dtype.
+    """
+    width = counters[0].element_size()
+    addresses = list(map(Tensor.data_ptr, counters))
+    n = len(addresses)
+    if addresses == list(range(addresses[0], addresses[0] + width * n, width)) and holds(counters[0], n):
+        return [counters[0].as_strided((n,), (1,))]
+    found: list[Tensor] = []
+    start = 0
+    for k in range(1, n + 1):
+        if k == n or addresses[k] != addresses[k - 1] + width or not holds(counters[start], k + 1 - start):
+            found.append(counters[start].as_strided((k - start,), (1,)))
+            start = k
+    return found
+
+
+def holds(counter: Tensor, n: int) -> bool:
+    """Whether the storage of a counter has room for `n` elements from there on: else its neighbour is another storage."""
+    return (counter.storage_offset() + n) * counter.element_size() <= counter.untyped_storage().nbytes()
+
+
+def ordinary(counters: Sequence[Any]) -> bool:
+    """Whether these are ordinary tensors of one element and one dtype, on the CPU."""
+    dtype = counters[0].dtype
+    return all(
+        [type(x) is Tensor and x.is_cpu and x.numel() == 1 and x.dtype is dtype and x.layout is torch.strided for x in counters]
+    )
+
+
+def traced() -> bool:
+    """Whether operations are recorded, so that no value may be read."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+class Known(NamedTuple):
+    """What is known of the counters in one piece of memory, until its version changes."""
+
+    version: int
+    values: dict[int, Any]  # by address: equal where the counters are equal
+
+
+class Counters:
+    """The counters of one optimizer. Those on a device are read once; afterwards it is remembered which are equal."""
+
+    def __init__(self) -> None:
+        self._known: Any = WeakIdKeyDictionary()
+
+    def represented(self, counters: list[Any]) -> list[Any]:
+        """The same list, with the first of equal counters in the place of the others. `None` is no counter."""
+        found = [x for x in counters if x is not None]
+        if len(found) < 2 or traced():
+            return counters
+        if ordinary(found):
+            values = list(itertools.chain.from_iterable([x.tolist() for x in spans(found)]))
+            if values.count(values[0]) == len(counters):
+                return found[:1] * len(counters)
+        else:
+            values = self._values(found)
+        first: dict[Any, Tensor] = {}
+        for x, value in zip(found, values):
+            first.setdefault((value, x.dtype, x.device), x)
+        representatives = iter([first[value, x.dtype, x.device] for x, value in zip(found, values)])
+        return [None if x is None else next(representatives) for x in counters]
+
+    def write(self, counters: list[Any], given: list[Any], news: list[Any]) -> None:
+        """Write what the engine returned for `given`, which `represented` made of `counters`, into these."""
+        changed = [(x, y) for x, old, y in zip(counters, given, news) if y is not old]
+        if not changed:
+            return
+        olds, values = [x for x, _ in changed], [y.detach() for _, y in changed]
+        same = all([y is changed[0][1] for _, y in changed])
+        if same and not traced() and ordinary(olds):
+            for x in spans(olds):
+                x.fill_(values[0])
+            return
+        for x, y in zip(olds, values):
+            x.copy_(y)
+        if not traced() and not all([x.is_cpu for x in olds]):
+            self._written(olds, [id(y) for _, y in changed])
+
+    # -- on a device
+
+    def _values(self, counters: list[Tensor]) -> list[Any]:
+        """What tells these counters apart. The device is waited for only where something else has written to them."""
+        found: list[Any] = []
+        for x in counters:
+            known = self._known.get(memory(x))
+            found.append(None if known is None or known.version != x._version else known.values.get(x.data_ptr()))
+        if None not in found:
+            return found
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return list(map(id, counters))
+        values = [x.item() for x in counters]
+        self._remember(counters, values)
+        return values
+
+    def _written(self, counters: list[Tensor], values: list[Any]) -> None:
+        """Remember that counters with the same one of `values` are equal, and different from all others."""
+        serial = object()
+        self._remember(counters, [(serial, x) for x in values])
+
+    def _remember(self, counters: list[Tensor], values: list[Any]) -> None:
+        for x, value in zip(counters, values):
+            known = self._known.get(memory(x))
+            values_of = {} if known is None else known.values
+            values_of[x.data_ptr()] = value
+            self._known[memory(x)] = Known(x._version, values_of)
+
+
+def memory(x: Tensor) -> Tensor:
+    """The tensor that this one is a view of, with which it shares its version."""
+    return x if x._base is None else x._base

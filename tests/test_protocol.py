@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import inspect
 import pickle
 import weakref
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch.optim import lr_scheduler
 
 import purestep as ps
 from purestep import optim
+from purestep.optimizer import mirrored
 
 # --------------------------------------------------------------------------------------------- parameters without a shape
 
@@ -653,3 +655,60 @@ def test_fused_is_refused_on_meta_parameters(name: str) -> None:
             RuntimeError, match="`fused=True` requires all the params to be floating point Tensors of supported"
         ):
             optimizer.step()
+
+
+# ------------------------------------------------------------------------------------------------------ options of torch 2.14
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (3, 3)])
+def test_the_spectral_norm_of_muon_may_fall_below_1(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    p, g = torch.zeros(shape), torch.randn(shape)
+    plain, found = (ps.muon(0.1, adjust_lr_fn=name) for name in ("original", "spectral_unclamped"))
+    (u, _), (v, _) = (opt.update(g, opt.init_state(p), p) for opt in (plain, found))
+    torch.testing.assert_close(v, u * (shape[0] / shape[1]) ** 0.5 / max(1.0, shape[0] / shape[1]) ** 0.5)
+    with pytest.raises(ValueError, match="'spectral_unclamped', but got 'x'"):
+        ps.muon(adjust_lr_fn="x")
+    q = nn.Parameter(torch.zeros(shape))
+    q.grad = g
+    optim.Muon([q], lr=0.1, weight_decay=0.0, adjust_lr_fn="spectral_unclamped").step()
+    torch.testing.assert_close(q.detach(), v)
+
+
+@pytest.mark.parametrize("wolfe", [False, True])
+def test_lbfgs_climbs(wolfe: bool) -> None:
+    search = "strong_wolfe" if wolfe else None
+    p = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+    transform = ps.lbfgs(1.0 if wolfe else 0.1, 9, line_search_fn=search, maximize=True)
+    optimizer = optim.Optimizer([p], transform)
+    q, down = start(optim, wolfe)
+    minimized = Closure(q, down)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        height = -valley(p)
+        height.backward()
+        return height
+
+    for _ in range(4):
+        assert optimizer.step(closure).item() == -down.step(minimized).item()  # type: ignore[attr-defined]
+        assert p.tolist() == q.tolist()
+    assert float(optimizer.shared["prev_loss"]) == float(down.state[q]["prev_loss"])  # what is minimized
+    with pytest.raises(ValueError, match="Give maximize=True to the transform"):
+        optim.Optimizer([p], ps.lbfgs(), maximize=True)
+
+
+def test_signatures_are_those_of_the_installed_torch() -> None:
+    def ours(self: Any, params: Any, lr: float = 1, *, maximize: bool = False, compile: bool = False) -> None: ...
+    def old(params: Any, lr: float = 1) -> None: ...
+    def new(params: Any, lr: float = 1, *, maximize: bool = False) -> None: ...
+
+    signature = inspect.signature(ours)
+    assert list(mirrored(signature, old).parameters) == ["self", "params", "lr", "compile"]
+    assert mirrored(signature, new) == mirrored(signature, None) == signature
+    theirs = inspect.signature(torch.optim.LBFGS)
+    assert list(inspect.signature(optim.LBFGS).parameters) == list(theirs.parameters)
+    if "maximize" not in theirs.parameters:
+        with pytest.raises(TypeError, match="maximize"):
+            optim.LBFGS([nn.Parameter(torch.ones(2))], maximize=True)
+        assert "maximize" not in optim.LBFGS([nn.Parameter(torch.ones(2))]).param_groups[0]

@@ -13,7 +13,7 @@ import inspect
 import numbers
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain as chained
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar, overload
@@ -49,6 +49,9 @@ from purestep.tree import Spec, quote
 from purestep.value import same
 
 F = TypeVar("F", bound=Callable[..., None])
+
+untraced: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+"""For a function that `torch.compile` is to call, not to trace."""
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -127,7 +130,7 @@ class Optimizer(torch.optim.Optimizer):
     _lazy: dict[Tensor, range] = {}  # noqa: RUF012
     _lazy_paths: dict[Tensor, str] = {}  # noqa: RUF012
 
-    @torch._disable_dynamo
+    @untraced
     def __init__(
         self,
         params: Params,
@@ -150,6 +153,11 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"Optimizer takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.")
         flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "compile": compile}
         flags |= {"differentiable": differentiable, "fused": fused}
+        if maximize and "value_and_grad" in transform.plan.extras:
+            raise ValueError(
+                f"maximize=True turns gradients around, but {transform!r} evaluates the closure by itself. Give maximize=True to "
+                "the transform, if it takes it, or return minus the loss from the closure."
+            )
         self._begin(params, transform, {} if routed(transform) else transform.hyperparams, flags)
 
     def _begin(
@@ -950,9 +958,9 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 if len(groups) > 1:
                     self._rehearse(groups)
-                for group in groups:
-                    if not self._again(*group):
-                        self._advance([group])
+                for pair in groups:
+                    if not self._again(*pair):
+                        self._advance([pair])
         finally:
             torch._C._set_grad_enabled(grad)
         if self._schedules and not torch.compiler.is_compiling():
@@ -961,7 +969,8 @@ class Optimizer(torch.optim.Optimizer):
     def _step_scaled(self, closure: Any, loss: Any) -> None:
         """A step as a gradient scaler asks for it: gradients are divided by `grad_scale`, and where `found_inf` is not 0 nothing
         is changed. As torch's fused kernels do it; on a device nothing is waited for."""
-        found, scale = self.__dict__.get("found_inf"), self.__dict__.get("grad_scale")
+        found: Any = self.__dict__.get("found_inf")
+        scale: Any = self.__dict__.get("grad_scale")
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if closure is not None and any([t.plan.extras & {"value_and_grad"} for t in self._transforms()]):
             raise RuntimeError(
@@ -979,10 +988,10 @@ class Optimizer(torch.optim.Optimizer):
             self._step(closure, loss)
             return
         for group, transform in zip(self.param_groups, self._transforms()):  # what there is to go back to
-            own = [p for p in group["params"] if p.grad is not None]
+            mine = [p for p in group["params"] if p.grad is not None]
             with torch.no_grad():
-                self._touch(own, transform)
-                self._fill(own, transform)
+                self._touch(mine, transform)
+                self._fill(mine, transform)
         states = [
             (p, dict(self.state[p])) for p in [q for group in self.param_groups for q in group["params"]] if p in self.state
         ]
@@ -1196,7 +1205,9 @@ class Optimizer(torch.optim.Optimizer):
                             self._settle(state, name, x, y, pairs)
         overwrite_all(pairs)
 
-    def _settle(self, state: dict[str, Any], name: str, old: Any, new: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def _settle(
+        self, state: MutableMapping[str, Any], name: str, old: Any, new: Any, pairs: list[tuple[Tensor, Tensor]]
+    ) -> None:
         """Keep a new value: in the old tensor, if it fits there and nothing is recorded; such pairs are collected."""
         if fits_in(old, new):
             pairs.append((old, new))
@@ -1205,7 +1216,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _keep_progress(self, error: BaseException, plan: Plan) -> bool:
         """Keep the state that a closure's exception brings with it, for the parameters where the closure was evaluated."""
-        progress = error.__dict__.pop("progress", None)
+        progress: Any = error.__dict__.pop("progress", None)
         if progress is None or type(progress) is not state_type(plan.links[-1].transform):
             return False
         self.shared.update(zip(plan.keys[-1], progress))
@@ -1487,10 +1498,10 @@ def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
     wanted = tuple(inspect.signature(factory).parameters)
 
     def decorate(init: F) -> F:
-        signature = inspect.signature(init)
+        signature = mirrored(inspect.signature(init), getattr(torch.optim, init.__qualname__.partition(".")[0], None))
 
         @functools.wraps(init)
-        @torch._disable_dynamo
+        @untraced
         def begin(self: Optimizer, *args: Any, **kwargs: Any) -> None:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
@@ -1498,9 +1509,18 @@ def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
             flags = {name: given[name] for name in FLAGS if name in given}
             self._begin(given["params"], factory, {name: given[name] for name in wanted if name in given}, flags)
 
+        begin.__signature__ = signature  # type: ignore[attr-defined]
         return begin  # type: ignore[return-value]
 
     return decorate
+
+
+def mirrored(signature: inspect.Signature, theirs: Any) -> inspect.Signature:
+    """The signature of a class without the options that its model in the installed torch is too old to have."""
+    if theirs is None:
+        return signature
+    known = {"self", "compile", *inspect.signature(theirs).parameters}
+    return signature.replace(parameters=[p for p in signature.parameters.values() if p.name in known])
 
 
 def routed(transform: Transform) -> bool:

@@ -122,6 +122,7 @@ def lbfgs(
     history_size: Steps = 100,
     line_search_fn: str | None = None,
     *,
+    maximize: bool = False,
     value_and_grad: Extra,
 ) -> tuple[list[Tensor], LBFGSState]:
     r"""Limited-memory BFGS: quasi-Newton steps, for a loss without noise. Each update makes many of them.
@@ -162,6 +163,7 @@ def lbfgs(
         history_size: how many pairs are kept; the state grows up to twice as many vectors. With 0 the steps are those of
             Barzilai & Borwein.
         line_search_fn: ``"strong_wolfe"``, or None for no line search.
+        maximize: climb instead of descending: what is minimized is minus the loss, in the state as well.
 
     Raises:
         RuntimeError: an unknown `line_search_fn`.
@@ -189,7 +191,7 @@ def lbfgs(
 
     def evaluate(x: list[Tensor]) -> tuple[Tensor, Tensor]:
         loss, grads = value_and_grad(x)
-        return loss, flat(grads)
+        return (-loss, -flat(grads)) if maximize else (loss, flat(grads))
 
     loss, g = evaluate(ps)
     if g.shape != s.d.shape:
@@ -511,7 +513,7 @@ class LBFGS(Optimizer):
     @over(lbfgs)
     def __init__(
         self, params: Params, lr: Hyper = 1, max_iter: int = 20, max_eval: int | None = None, tolerance_grad: float = 1e-7,
-        tolerance_change: float = 1e-9, history_size: int = 100, line_search_fn: str | None = None,
+        tolerance_change: float = 1e-9, history_size: int = 100, line_search_fn: str | None = None, *, maximize: bool = False,
     ) -> None: ...  # fmt: skip
 
     def _begin(

@@ -85,7 +85,7 @@ def spoil(saved: dict[str, Any], x: Any, like_parameter: bool) -> bool:
 @each
 @pytest.mark.parametrize("x", NO_NUMBER.values(), ids=NO_NUMBER)
 def test_what_is_no_counter_is_refused_and_nothing_has_changed(make: Any, x: Any) -> None:
-    params, optimizer = begin(make)
+    _, optimizer = begin(make)
     saved = copy.deepcopy(optimizer.state_dict())
     if not spoil(saved, x, like_parameter=False):
         pytest.skip("keeps no number for a parameter")
@@ -99,11 +99,11 @@ def test_what_is_no_counter_is_refused_and_nothing_has_changed(make: Any, x: Any
 @each
 @pytest.mark.parametrize("x", NO_TENSOR.values(), ids=NO_TENSOR)
 def test_what_is_no_moment_is_refused_and_nothing_has_changed(make: Any, x: Any) -> None:
-    params, optimizer = begin(make)
+    _, optimizer = begin(make)
     saved = copy.deepcopy(optimizer.state_dict())
     assert spoil(saved, x, like_parameter=True)
     before = Everything(optimizer)
-    with pytest.raises(ValueError, match="no tensor|of shape|no values"):
+    with pytest.raises(ValueError, match=r"no tensor|of shape|no values"):
         optimizer.load_state_dict(saved)
     before.check()
     optimizer.step()
@@ -111,7 +111,7 @@ def test_what_is_no_moment_is_refused_and_nothing_has_changed(make: Any, x: Any)
 
 @pytest.mark.parametrize("x", NO_NUMBER.values(), ids=NO_NUMBER)
 def test_what_is_no_number_for_all_parameters_is_refused(x: Any) -> None:
-    params, optimizer = begin(MAKERS["skip"])
+    _, optimizer = begin(MAKERS["skip"])
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["shared.skipped"] = x
     before = Everything(optimizer)
@@ -122,7 +122,7 @@ def test_what_is_no_number_for_all_parameters_is_refused(x: Any) -> None:
 
 @each
 def test_a_state_that_is_no_dict_and_other_groups_are_refused(make: Any) -> None:
-    params, optimizer = begin(make)
+    _, optimizer = begin(make)
     saved = copy.deepcopy(optimizer.state_dict())
     before = Everything(optimizer)
     saved["state"][0] = torch.ones(3)
@@ -140,7 +140,7 @@ def test_a_state_that_is_no_dict_and_other_groups_are_refused(make: Any) -> None
 @each
 def test_an_error_while_loading_changes_nothing(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it is: here something that cannot be moved to the parameter's device."""
-    params, optimizer = begin(make)
+    _, optimizer = begin(make)
     saved = copy.deepcopy(optimizer.state_dict())
     before = Everything(optimizer)
     monkeypatch.setattr(type(optimizer), "_keep_precision", lambda *_: 1 / 0)
@@ -229,7 +229,7 @@ def test_what_torch_clones_is_cloned(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["skip", "lookahead"])
 def test_two_optimizers_share_nothing_of_what_they_loaded_for_all_parameters(name: str) -> None:
-    params, optimizer = begin(MAKERS[name])
+    _, optimizer = begin(MAKERS[name])
     saved = optimizer.state_dict()
     (_, one), (_, two) = begin(MAKERS[name], 0), begin(MAKERS[name], 0)
     one.load_state_dict(saved)

@@ -118,7 +118,7 @@ def test_lazy_parameters_that_a_part_cannot_treat_are_refused() -> None:
     net = nn.Sequential(nn.LazyConv1d(2, 2))
     optimizer = optim.Optimizer(net.named_parameters(), ps.partition(MUON, ps.by_path({"weight": "a"}, default="b")))
     net(torch.ones(1, 2, 4)).sum().backward()
-    with pytest.raises(ValueError, match="'0.weight' has shape"):
+    with pytest.raises(ValueError, match=r"'0\.weight' has shape"):
         optimizer.step()
 
 
@@ -154,9 +154,9 @@ def test_patterns_that_match_nothing_are_refused() -> None:
         ps.masked(ps.sgd(0.1), ps.by_ndim({2: ps.by_path({"embedding": True}, default=False)}, default=True)),
         ps.chain(ps.partition({"hidden": ps.sgd(0.1)}, lambda path, p: "hidden"), ps.masked(ps.sgd(0.1), ps.by_path({"a b": True}, default=False))),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="is found in no path of a parameter; there are 'embed.weight', 'hidden.weight'"):
+        with pytest.raises(ValueError, match=r"is found in no path of a parameter; there are 'embed.weight', 'hidden.weight'"):
             transform.init_state(params)
-        with pytest.raises(ValueError, match="is found in no path of a parameter; there are '"):
+        with pytest.raises(ValueError, match=r"is found in no path of a parameter; there are '"):
             optim.Optimizer([(name, nn.Parameter(p)) for name, p in params.items()], transform)
     with pytest.raises(ValueError, match="empty"):
         ps.masked(ps.sgd(0.1), ps.by_path({"a": True}, default=False)).init_state(torch.ones(2))

@@ -78,7 +78,8 @@ def kept(x: Any) -> Any:
     """An option with functions of the step as schedules, and with a tuple or list for other sequences."""
     if several(x) and (type(x) not in (tuple, list) or follows(x)):
         return tuple(map(kept, x))
-    return as_schedule(x) if follows(x) else x
+    made: Any = x
+    return as_schedule(made) if follows(made) else made
 
 
 def number(x: Any, step: int) -> Any:

@@ -16,7 +16,7 @@ import numbers
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ Boundaries: TypeAlias = Annotated[tuple[int, ...], Whole(rising=True)]
 """Numbers of steps, each above the one before."""
 
 
-def several(value: Any) -> bool:
+def several(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether an argument is a sequence of values: a tuple, a list, or what a configuration library has in their place."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 

@@ -139,7 +139,8 @@ def refuse_unmatched(masks: Iterable[Any], paths: Sequence[str]) -> None:
             if not any([re.search(pattern, path) for path in paths]):
                 there = "the path of a bare tensor is empty" if list(paths) == [""] else f"there are {listed(paths)}"
                 raise ValueError(
-                    f"by_path: the pattern {pattern!r} is found in no path of a parameter; {there}. Correct it, or leave it out."
+                    f"by_path: the pattern {pattern!r} is found in no path of a parameter; {there}. Correct it, or leave "
+                    "it out."
                 )
 
 

@@ -50,8 +50,12 @@ from purestep.value import same
 
 F = TypeVar("F", bound=Callable[..., None])
 
-untraced: Any = torch._disable_dynamo  # type: ignore[attr-defined]
-"""For a function that `torch.compile` is to call, not to trace."""
+
+def untraced(function: F) -> F:
+    """For a function that `torch.compile` is to call, not to trace."""
+    made: Any = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    return made
+
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -127,8 +131,6 @@ class Optimizer(torch.optim.Optimizer):
     _own_step = False  # whether the class makes its steps itself
     _evaluating = False
     _check_fused = False
-    _lazy: dict[Tensor, range] = {}  # noqa: RUF012
-    _lazy_paths: dict[Tensor, str] = {}  # noqa: RUF012
 
     @untraced
     def __init__(
@@ -155,8 +157,8 @@ class Optimizer(torch.optim.Optimizer):
         flags |= {"differentiable": differentiable, "fused": fused}
         if maximize and "value_and_grad" in transform.plan.extras:
             raise ValueError(
-                f"maximize=True turns gradients around, but {transform!r} evaluates the closure by itself. Give maximize=True to "
-                "the transform, if it takes it, or return minus the loss from the closure."
+                f"maximize=True turns gradients around, but {transform!r} evaluates the closure by itself. Give maximize=True "
+                "to the transform, if it takes it, or return minus the loss from the closure."
             )
         self._begin(params, transform, {} if routed(transform) else transform.hyperparams, flags)
 
@@ -200,14 +202,15 @@ class Optimizer(torch.optim.Optimizer):
         self._lazy: dict[Tensor, range] = {}
         self._lazy_paths: dict[Tensor, str] = {}  # of all parameters, in order, while there are such
         masks = [m for link in recipe.links for m in link.masks] if isinstance(recipe, Transform) else []
-        if masks:
-            params = list(params)
-            groups = params if is_groups(params) else [{"params": params}]
+        if masks and not isinstance(params, Tensor):
+            given: Any = list(params)
+            groups = [g for g in given if isinstance(g, dict)] if is_groups(given) else [{"params": given}]
             for g in groups:
-                if isinstance(g, dict) and isinstance(g.get("params"), Iterator):
+                if isinstance(g.get("params"), Iterator):
                     g["params"] = list(g["params"])
-            if not any([name is not None for g in groups for name, _ in entries_of(g.get("params"))]):
+            if not any([name is not None for g in groups for name, _ in entries_of(g.get("params", ()))]):
                 refuse_unnamed(masks)
+            params = given
         if isinstance(recipe, Transform) and routed(recipe):
             params = self._split(list(params))
         else:
@@ -404,7 +407,8 @@ class Optimizer(torch.optim.Optimizer):
             parts: dict[str, list[Any]] = {}
             waiting = [p for own, _, p in entries if own is g and p in lazy]
             if waiting:  # groups for all labels, so that a scheduler that is made before the first step drives them
-                parts = {label: [] for label in (self._routes if "label" not in g else (g["label"],))}
+                ahead_of = list(self._routes) if "label" not in g else [str(g["label"])]
+                parts = {label: [] for label in ahead_of}
                 start = len(made) + (len(self.param_groups) if self._ready else 0)
                 self._lazy.update(dict.fromkeys(waiting, range(start, start + len(parts))))
                 labels |= dict.fromkeys(waiting, g.get("label", ahead))
@@ -418,7 +422,9 @@ class Optimizer(torch.optim.Optimizer):
                 first = self._routes[label].first
                 others = {n for r in self._routes.values() for n in r.first} - set(first)
                 given = {n: x for n, x in g.items() if n not in others}
-                names = {"param_names": []} if not params and any([name is not None for _, name, _ in entries]) else {}
+                names: dict[str, Any] = (
+                    {"param_names": []} if not params and any([name is not None for _, name, _ in entries]) else {}
+                )
                 made.append({**first, **given, "label": label, "params": params, **names})
             if not parts:
                 made.append(g)
@@ -438,7 +444,7 @@ class Optimizer(torch.optim.Optimizer):
         return found[0]
 
     def _decide(self) -> None:
-        """Give the parameters that have got a shape to the part of the transform that their label says, before their first step.
+        """Give the parameters that have got a shape to the part of the transform that their label says, before the first step.
 
         Raises:
             ValueError: a label that no parameter has, a parameter that a transform cannot treat. Nothing has changed then.
@@ -728,7 +734,7 @@ class Optimizer(torch.optim.Optimizer):
         every = self._members(link, frozen)
         for name, leaf, x in zip(names, leaves, fresh_whole_state(value, every)):
             old, version = self._begun_shared.get(name, (None, -1))
-            if not leaf and old is not None and shared.get(name) is old and old._version == version:
+            if not leaf and old is not None and shared.get(name) is old and old._version == version:  # type: ignore[union-attr]
                 shared[name] = renewed(old, x)
 
     def _begins_from(self, value: Any, p: Tensor) -> bool:
@@ -967,15 +973,17 @@ class Optimizer(torch.optim.Optimizer):
             self._show(groups)
 
     def _step_scaled(self, closure: Any, loss: Any) -> None:
-        """A step as a gradient scaler asks for it: gradients are divided by `grad_scale`, and where `found_inf` is not 0 nothing
-        is changed. As torch's fused kernels do it; on a device nothing is waited for."""
-        found: Any = self.__dict__.get("found_inf")
-        scale: Any = self.__dict__.get("grad_scale")
+        """A step as a gradient scaler asks for it, as torch's fused kernels do it; on a device nothing is waited for.
+
+        Gradients are divided by `grad_scale`, and where `found_inf` is not 0 nothing is changed.
+        """
+        found: Any = getattr(self, "found_inf", None)
+        scale: Any = getattr(self, "grad_scale", None)
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if closure is not None and any([t.plan.extras & {"value_and_grad"} for t in self._transforms()]):
             raise RuntimeError(
-                f"{type(self).__name__} evaluates its closure more than once, so its gradients cannot be unscaled for it. Let the "
-                "closure return an unscaled loss and gradients, and do without a gradient scaler."
+                f"{type(self).__name__} evaluates its closure more than once, so its gradients cannot be unscaled for it. Let "
+                "the closure return an unscaled loss and gradients, and do without a gradient scaler."
             )
         read = found is None or readable(found)
         if found is not None and read and found.item():
@@ -987,6 +995,7 @@ class Optimizer(torch.optim.Optimizer):
         if read:
             self._step(closure, loss)
             return
+        flag = torch.as_tensor(found).reshape(()) != 0
         for group, transform in zip(self.param_groups, self._transforms()):  # what there is to go back to
             mine = [p for p in group["params"] if p.grad is not None]
             with torch.no_grad():
@@ -1000,12 +1009,12 @@ class Optimizer(torch.optim.Optimizer):
         self._step(closure, loss)
         with torch.no_grad():
             for p, x in before:
-                p.copy_(torch.where(found.to(p.device).reshape(()) != 0, x, p))
+                p.copy_(torch.where(flag.to(p.device), x, p))
             for p, own in kept:
                 for name, x in own.items():
                     new = self.state[p].get(name)
                     if isinstance(new, Tensor):
-                        new.copy_(torch.where(found.to(x.device).reshape(()) != 0, x, new))
+                        new.copy_(torch.where(flag.to(x.device), x, new))
 
     def _rehearse(self, groups: list[tuple[dict[str, Any], Transform]]) -> None:
         """Call what a step calls of a user's, before any group has changed: where it raises, all are left as they are."""
@@ -1040,7 +1049,7 @@ class Optimizer(torch.optim.Optimizer):
             self._schedules.show(group, count)
 
     def _updates(self, group: dict[str, Any], transform: Transform, schedule: Any) -> Any:
-        """How many updates the part of a transform that follows this schedule has made: the first parameter with a gradient's."""
+        """How many updates the part of a transform that follows this schedule has made, of the first parameter that moved."""
         wanted = {id(x) for x in (schedule if isinstance(schedule, tuple) else (schedule,)) if follows(x)}
         for link, names, info in zip(transform.links, transform.plan.keys, transform.plan.fields):
             given = link.transform.arguments.values()
@@ -1214,12 +1223,15 @@ class Optimizer(torch.optim.Optimizer):
         else:
             state[name] = new
 
-    def _keep_progress(self, error: BaseException, plan: Plan) -> bool:
+    def _keep_progress(self, error: Any, plan: Plan) -> bool:
         """Keep the state that a closure's exception brings with it, for the parameters where the closure was evaluated."""
-        progress: Any = error.__dict__.pop("progress", None)
-        if progress is None or type(progress) is not state_type(plan.links[-1].transform):
+        progress: Any = getattr(error, "progress", ())
+        fields = list(progress)
+        if not fields or type(progress) is not state_type(plan.links[-1].transform):
             return False
-        self.shared.update(zip(plan.keys[-1], progress))
+        del error.progress
+        for name, x in zip(plan.keys[-1], fields):
+            self.shared[name] = x
         return True
 
     def _executor(self, group: Mapping[str, Any]) -> Executor | None:
@@ -1438,6 +1450,7 @@ class Optimizer(torch.optim.Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_lazy", {})  # of older pickles
         before = state.get("_schedules", self._schedules.by_place(self.param_groups) if "_schedules" in self.__dict__ else [])
         super().__setstate__(state)
         self._schedules = Schedules.resumed(self.param_groups, before)
@@ -1500,8 +1513,8 @@ def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
     def decorate(init: F) -> F:
         signature = mirrored(inspect.signature(init), getattr(torch.optim, init.__qualname__.partition(".")[0], None))
 
-        @functools.wraps(init)
         @untraced
+        @functools.wraps(init)
         def begin(self: Optimizer, *args: Any, **kwargs: Any) -> None:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()

@@ -400,6 +400,7 @@ class Single(Primitive, Transform):
     """A transform that is its own only link."""
 
     __slots__ = ("_links", "_plan")
+    _links: tuple[Link, ...] | None
 
     def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
         super().__init__(declaration, arguments)
@@ -409,12 +410,12 @@ class Single(Primitive, Transform):
     @property
     def links(self) -> tuple[Link, ...]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
         """The only one: with a twin of this transform, for a plan that held the transform itself would be held by it."""
-        if self._links is None:
-            made = (Link(type(self)(self.declaration, self.arguments)),)
-            if torch.compiler.is_compiling():
-                return made
+        if self._links is not None:
+            return self._links
+        made = (Link(type(self)(self.declaration, self.arguments)),)
+        if not torch.compiler.is_compiling():
             object.__setattr__(self, "_links", made)
-        return self._links  # type: ignore[no-any-return]
+        return made
 
 
 class Leafwise(Single):

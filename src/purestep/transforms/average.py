@@ -35,7 +35,8 @@ def ema_params(u: Tensor, s: EmaParamsState, p: Tensor, decay: UnitInterval = 0.
 
     It stands at the end of a chain, where :math:`p_{t-1} + u_t` are the new parameters. The average is read with
     `purestep.eval_params` (with the stateful optimizer with its method `eval_params`, or as ``optimizer.state[p]["ema"]``):
-    no mode is switched, and no parameter is swapped. A decay that begins small is a schedule, ``lambda step: ps.minimum(0.999, (1 + step) / (10 + step))``.
+    no mode is switched, and no parameter is swapped. A decay that begins small is a schedule,
+    ``lambda step: ps.minimum(0.999, (1 + step) / (10 + step))``.
 
     The numbers are those of `torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn(decay)``, updated after every
     step: the average begins with the parameters after the first update.

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import purestep as ps
 from purestep import optim
-from purestep.optimizer import SHARED
 from purestep.transforms.noise import normal, philox
 from tests.case import Case
 from tests.cases_blocks import CASES
@@ -299,7 +298,7 @@ def test_the_value_comes_from_the_closure_and_through_chain_and_masked() -> None
 
     for _ in range(3):
         optimizer.step(closure)
-    shared: Any = optimizer.state[SHARED]
+    shared: Any = optimizer.shared
     assert shared["scale"].item() == 0.25  # the loss never falls
     assert not shared["best_value"].requires_grad
     with pytest.raises(TypeError, match=r"reduce_on_plateau needs value, so step needs a closure"):

@@ -342,7 +342,7 @@ def test_mechanic_under_the_optimizer() -> None:
         scheduler.step()
         assert difference(values(model), params) <= 1e-13
     assert all(torch.equal(optimizer.state[p]["x0"], before[k]) for k, p in model.named_parameters())
-    assert difference(optimizer.state["shared"]["s"], state.s) <= 1e-13  # type: ignore[index]
+    assert difference(optimizer.shared["s"], state.s) <= 1e-13
     assert optimizer.param_groups[0]["s_init"] == 0.1
 
 
@@ -490,8 +490,9 @@ def test_groups_have_their_own_options() -> None:
         slower.step()
     assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in theirs.param_groups]
     assert difference(values(model), values(twin)) <= 1e-12
-    assert sorted(optimizer.state[model.one.weight]) == ["exp_avg", "exp_avg_sq", "step"]
-    assert optimizer.state["shared"]["skipped"] == 1  # type: ignore[index]
+    assert sorted(optimizer.state[model.one.bias]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert sorted(optimizer.shared) == ["in_a_row", "skipped"]  # in the state of the first parameter
+    assert optimizer.shared["skipped"] == 1
 
 
 def test_own_options_must_agree() -> None:

@@ -1841,11 +1841,11 @@ def test_the_state_of_a_whole_transform() -> None:
     params = tensors((3,), (2, 2))
     optimizer = optim.Optimizer(params, ps.chain(running_mean(0.9), ps.scale(-0.1)))
     train(optimizer, range(3))
-    assert [set(optimizer.state[p]) for p in params] == [{"total"}, {"total"}]
-    (shared,) = [v for k, v in optimizer.state.items() if not isinstance(k, Tensor)]
-    assert_equal(shared, {"seen": torch.tensor(3.0)})
+    assert [set(optimizer.state[p]) for p in params] == [{"total", "shared.seen"}, {"total"}]
+    assert optimizer.state.keys() == set(params)  # as torch's tools expect it
+    assert_equal(dict(optimizer.shared), {"seen": torch.tensor(3.0)})
     state = optimizer.state_dict()["state"]
-    assert set(state[0]) == {"total"}
+    assert set(state[0]) == {"total", "shared.seen"}
 
 
 class CountState(NamedTuple):

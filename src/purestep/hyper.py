@@ -14,9 +14,9 @@ import itertools
 import math
 import numbers
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -105,6 +105,11 @@ Boundaries: TypeAlias = Annotated[tuple[int, ...], Whole(rising=True)]
 """Numbers of steps, each above the one before."""
 
 
+def several(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether an argument is a sequence of values: a tuple, a list, or what a configuration library has in their place."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
 def check_steps(value: Any, name: str, whole: Whole) -> Any:
     """`value` as a number of steps.
 
@@ -115,7 +120,7 @@ def check_steps(value: Any, name: str, whole: Whole) -> Any:
     if value is None and whole.optional:
         return None
     if whole.rising:
-        if not isinstance(value, (tuple, list)):
+        if not several(value):
             raise TypeError(f"{name} must be a tuple of whole numbers, but got {value!r}.")
         steps = tuple(check_steps(x, f"{name}[{k}]", Whole(whole.low)) for k, x in enumerate(value))
         if any(x >= y for x, y in itertools.pairwise(steps)):
@@ -163,11 +168,11 @@ def check(value: Any, interval: Interval | tuple[Interval, ...], name: str, sche
         TypeError: neither a number nor a floating-point tensor nor a function of the step.
     """
     if isinstance(interval, tuple):
-        if not isinstance(value, (tuple, list)) or len(value) != len(interval):
+        if not several(value) or len(value) != len(interval):
             raise ValueError(f"{name} must be {len(interval)} numbers, but got {value!r}.")
         return tuple(check(x, i, f"{name}[{k}]", schedule) for k, (x, i) in enumerate(zip(value, interval)))
     if interval.several:
-        if not isinstance(value, (tuple, list)):
+        if not several(value):
             raise TypeError(f"{name} must be a tuple, but got {value!r}.")
         return tuple(check(x, replace(interval, several=False), f"{name}[{k}]", schedule) for k, x in enumerate(value))
     if isinstance(value, Tensor):

@@ -125,6 +125,58 @@ def refuse_unused(masks: Iterable[Any], memo: Memo) -> None:
             )
 
 
+def refuse_unmatched(masks: Iterable[Any], paths: Sequence[str]) -> None:
+    """Refuse patterns that are found in no path at all: they are likely misspelt, and another rule decides in their place.
+
+    A rule that is only asked about some of the parameters, because it is another's default or under another mask, is compared
+    with the paths of all of them.
+
+    Raises:
+        ValueError: the error names the pattern, and some of the paths.
+    """
+    for rule in rules_in(masks):
+        for pattern in rule.table if isinstance(rule, by_path) and paths else ():
+            if not any([re.search(pattern, path) for path in paths]):
+                there = "the path of a bare tensor is empty" if list(paths) == [""] else f"there are {listed(paths)}"
+                raise ValueError(
+                    f"by_path: the pattern {pattern!r} is found in no path of a parameter; {there}. Correct it, or leave "
+                    "it out."
+                )
+
+
+def refuse_unnamed(masks: Iterable[Any]) -> None:
+    """Refuse rules that ask for paths, for parameters that have no names.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for rule in rules_in(masks):
+        if not isinstance(rule, by_ndim):
+            raise ValueError(
+                f"{type(rule).__name__} goes by the names of parameters, but the optimizer was given none. Give it "
+                "model.named_parameters(), not model.parameters()."
+            )
+
+
+def rules_in(masks: Iterable[Any]) -> list[Rule]:
+    """The rules among some masks and labels, and those that other rules ask."""
+    found: dict[int, Rule] = {}
+
+    def look(x: Any) -> None:
+        if isinstance(x, Not):
+            look(x.mask)
+        elif isinstance(x, Label):
+            look(x.labels.labels)
+        elif isinstance(x, Rule) and id(x) not in found:
+            found[id(x)] = x
+            for other in (*x.table.values(), x.default):
+                look(other)
+
+    for mask in masks:
+        look(mask)
+    return list(found.values())
+
+
 # ------------------------------------------------------------------------------------------------------ rules, for the user
 
 
@@ -187,7 +239,8 @@ class by_path(Rule):  # noqa: N801
         default: for all others: a label or a bool, or another rule or function `(path, param)`.
 
     Raises:
-        ValueError: (when used) no pattern is found and there is no default; or a pattern is not a regular expression.
+        ValueError: (when used) no pattern is found and there is no default, a pattern is found in none of the paths, or an
+            optimizer was given no names; or a pattern is not a regular expression.
 
     >>> import torch, purestep as ps
     >>> rule = ps.by_path({r"^embed|^head": "rest", r"norm": "rest"}, default=ps.by_ndim({2: "hidden"}, default="rest"))

@@ -7,11 +7,13 @@ its field names, so that checkpoints are torch's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import numbers
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain as chained
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar, overload
@@ -20,23 +22,29 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
+from torch.utils import _pytree as pytree
 
 from purestep import sharded
 from purestep.begun import Begun, kind, options_of, reads, reads_whole, renewed
 from purestep.counters import Counters, together, traced
 from purestep.engine import Call, Executor, Mode, choose
-from purestep.links import Fields, Link, fields_of, fresh_state, fresh_whole_state, is_off
+from purestep.following import Following, Schedules, follows, kept, number
+from purestep.hyper import several
+from purestep.links import Fields, Link, Primitive, fields_of, fresh_state, fresh_whole_state, is_off, state_type
 from purestep.lists import alike, clones, overwrite
 from purestep.looks import Looks
-from purestep.masks import Label, Memo, Not, refuse_unused, route, select
+from purestep.masks import Label, Memo, Not, refuse_unmatched, refuse_unnamed, refuse_unused, route, select
+from purestep.maths import readable, where
 from purestep.packing import apart, joined, small
 from purestep.plain import plain
 from purestep.plan import Group, Plan, packed_links
+from purestep.shared import Place, Shared
 from purestep.solo import solo_of
 from purestep.sparse import Touched
-from purestep.transform import FROM_CLOSURE, Transform, chain, check_value, flattened, refuse_flat
+from purestep.transform import FROM_CLOSURE, Transform, chain, check_value, flattened, refuse_flat, whole
 from purestep.transforms.mask import masked
 from purestep.transforms.scale import maximize as ascend
 from purestep.tree import Spec, quote
@@ -44,16 +52,20 @@ from purestep.value import same
 
 F = TypeVar("F", bound=Callable[..., None])
 
-Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-SHARED: Any = "shared"
-"""The key in `state` of what a whole transform keeps for all parameters together."""
+def untraced(function: F) -> F:
+    """For a function that `torch.compile` is to call, not to trace."""
+    made: Any = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    return made
+
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 FLAGS = ("foreach", "capturable", "differentiable", "fused", "compile")
 
-KEPT = ("_recipe", "_options", "_first", "_flags", "_ready", "_routes", "_compile")
+KEPT = ("_recipe", "_options", "_first", "_flags", "_ready", "_routes", "_compile", "_lazy", "_lazy_paths")
 """What an optimizer is made of, but for parameters and state."""
 
 
@@ -71,7 +83,15 @@ class Optimizer(torch.optim.Optimizer):
 
     Everything that works on torch's optimizers works on it: parameter groups, closures, hooks, state dicts, learning rate
     schedulers, gradient scalers. A group's options are the transform's hyperparameters, under the names that
-    `transform.hyperparams` gives them. A transform that sees all parameters together sees those of all groups.
+    `transform.hyperparams` gives them. A transform that sees all parameters together sees those of all groups, and keeps what
+    belongs to all of them in `shared`.
+
+    An option that follows a schedule is shown as a number, that of the last step, and the schedule stays out of the state
+    dict. A number that is written there replaces the schedule from then on (as `ReduceLROnPlateau` does), and a schedule that
+    is written there is followed. A scheduler of `torch.optim.lr_scheduler`, which leaves ``initial_lr`` in the group,
+    multiplies instead: the step takes the schedule times ``group["lr"] / group["initial_lr"]``, and the group shows the
+    scheduler's number. So that there is something to multiply, a schedule that begins at 0 shows its second number before the
+    first step.
 
     Parameters may be spread over processes as torch's `DTensor` spreads them: by `torch.distributed.fsdp.fully_shard`, by
     tensor parallelism, beside plain ones. The numbers are those of whole parameters, also of norms, and all processes take the
@@ -86,7 +106,8 @@ class Optimizer(torch.optim.Optimizer):
     Args:
         params: an iterable of tensors, of `(name, tensor)` pairs, or of dicts, each a parameter group with options of its
             own. Names are the paths that masks are asked with; without names a path is the parameter's number.
-        transform: what to run.
+        transform: what to run. A subclass that makes its own `step` gives a dict of options instead, as to
+            `torch.optim.Optimizer`; it may also be called `defaults`.
         maximize: climb instead of descending.
         foreach: run all parameters at once (True) or one by one, with less memory (False). By default the fastest.
         capturable: keep the learning rates of the groups in tensors on the parameters' device, where a CUDA graph that has
@@ -119,11 +140,15 @@ class Optimizer(torch.optim.Optimizer):
     """Fields of a state that torch keeps without counting updates: where one was given, the next update is not the first."""
 
     _compile = False
+    _own_step = False  # whether the class makes its steps itself
+    _evaluating = False
+    _check_fused = False
 
+    @untraced
     def __init__(
         self,
         params: Params,
-        transform: Transform,
+        transform: Transform | dict[str, Any] | None = None,
         *,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -131,19 +156,40 @@ class Optimizer(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         compile: bool = False,
+        defaults: dict[str, Any] | None = None,
     ) -> None:
+        options = transform if isinstance(transform, dict) else defaults
+        if options is not None and not isinstance(transform, Transform) and type(self) is not Optimizer:
+            self._own_step = True
+            self._begin(params, without_step(), {}, {}, dict(options))
+            return
         if not isinstance(transform, Transform):
             raise TypeError(f"Optimizer takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.")
         flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "compile": compile}
         flags |= {"differentiable": differentiable, "fused": fused}
+        if maximize and "value_and_grad" in transform.plan.extras:
+            raise ValueError(
+                f"maximize=True turns gradients around, but {transform!r} evaluates the closure by itself. Give maximize=True "
+                "to the transform, if it takes it, or return minus the loss from the closure."
+            )
         self._begin(params, transform, {} if routed(transform) else transform.hyperparams, flags)
 
-    def _begin(self, params: Params, recipe: Any, options: Mapping[str, Any], flags: dict[str, Any]) -> None:
-        """`recipe` is the transform, or the factory that makes it from a group's options."""
+    def _begin(
+        self,
+        params: Params,
+        recipe: Any,
+        options: Mapping[str, Any],
+        flags: dict[str, Any],
+        defaults: Mapping[str, Any] = NOTHING,
+    ) -> None:
+        """`recipe` is the transform, or the factory that makes it from a group's options; `defaults` are a subclass's own."""
         if flags.get("fused") and flags.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if flags.get("fused") and flags.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
+        self._check_fused = bool(flags.get("fused"))
+        if self._check_fused:
+            self._step_supports_amp_scaling = True  # gradient scalers of torch's then leave unscaling and skipping to `step`
         self._compile = bool(flags.pop("compile", False))
         others = [name for name in ("foreach", "fused", "differentiable") if flags.get(name)]
         if self._compile and others:
@@ -159,17 +205,42 @@ class Optimizer(torch.optim.Optimizer):
         self._untouched: dict[Tensor, Begun] = {}  # parameters that have made no step, and how their state began
         self._begun_shared: dict[str, tuple[Tensor, int]] = {}  # what is shared as it began: its tensors and their versions
         self._aside: dict[Tensor, tuple[dict[str, Tensor], set[str]]] = {}  # see `_set_aside`
-        self._reads: dict[
-            Any, Any
-        ] = {}  # by declaration: whether, or which fields of, a first state depend on parameters' values
+        # by declaration: whether a first state depends on the values of parameters, or which of its fields do
+        self._reads: dict[Any, Any] = {}
+        self._schedules = Schedules()  # that options of the groups follow
+        self._place = self._new_place()
+        self._rehearsed: dict[int, Transform] = {}  # by group, the transform whose functions have been called before a step
+        self._recipes: set[Any] = set()  # of these transforms
+        # parameters without a shape yet, so without a label, with the numbers of the groups that their own was split into
+        self._lazy: dict[Tensor, range] = {}
+        self._lazy_paths: dict[Tensor, str] = {}  # of all parameters, in order, while there are such
+        masks = [m for link in recipe.links for m in link.masks] if isinstance(recipe, Transform) else []
+        if masks and not isinstance(params, Tensor):
+            given: Any = list(params)
+            groups = [g for g in given if isinstance(g, dict)] if is_groups(given) else [{"params": given}]
+            for g in groups:
+                if isinstance(g.get("params"), Iterator):
+                    g["params"] = list(g["params"])
+            if not any([name is not None for g in groups for name, _ in entries_of(g.get("params", ()))]):
+                refuse_unnamed(masks)
+            params = given
         if isinstance(recipe, Transform) and routed(recipe):
             params = self._split(list(params))
         else:
-            self._check({**options, **flags})
-        super().__init__(params, {**options, **flags, **self._constants})
+            self._first = {name: kept(x) for name, x in options.items()}
+            self._check({**self._first, **flags})
+        super().__init__(params, {**self._first, **flags, **self._constants, **defaults})
         self._ready = True
+        for group in self.param_groups:
+            self._schedules.take(group, self._names(group))
+        self._set_defaults()
+        refuse_unmatched(masks, list(self._paths().values()))
         self._refuse(self.param_groups)
         self._begin_state(self.param_groups)
+
+    def _new_place(self) -> Place:
+        """Where in the state the fields are that are kept for all parameters together."""
+        return Place()
 
     # -- groups
 
@@ -178,6 +249,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Only `strict` asks that numbers are within their ranges; a scheduler may leave them by a rounding error.
         """
+        group = self._schedules.options(group)
         if self._routes:
             transform = self._routed(group, strict)
             return chain(ascend(), transform) if group["maximize"] else transform
@@ -188,9 +260,16 @@ class Optimizer(torch.optim.Optimizer):
             transform = transform._replace(changes, strict)
         else:  # made of other parts: with these switches, and numbers that are known to be good, which are then replaced
             switches = {n: x for n, x in changes.items() if n not in transform.hyperparams}
-            transform = self._recipe(**{**self._first, **switches})
+            try:
+                transform = self._recipe(**options)
+            except ValueError as error:  # where a scheduler has left the range
+                try:
+                    transform = self._recipe(**{**self._first, **switches})
+                except ValueError:
+                    raise error from None
             transform = transform._replace({n: x for n, x in options.items() if n in transform.hyperparams}, strict)
-        return chain(ascend(), transform) if isinstance(self._recipe, Transform) and group["maximize"] else transform
+        climbs = isinstance(self._recipe, Transform) and "maximize" in self._flags and group["maximize"]
+        return chain(ascend(), transform) if climbs else transform
 
     @functools.cached_property
     def _base(self) -> Transform:
@@ -201,10 +280,10 @@ class Optimizer(torch.optim.Optimizer):
         """Refuse options that are out of their range; a tensor must be one number, and is read once, here."""
 
         def number(name: str, x: Any) -> Any:
-            if isinstance(x, (tuple, list)):
+            if several(x):
                 return tuple([number(f"{name}[{i}]", y) for i, y in enumerate(x)])
             if isinstance(x, Tensor) and x.numel() != 1:
-                raise ValueError(f"{name} must be one number, but got a tensor of shape {tuple(x.shape)}.")
+                raise ValueError(f"Tensor {name} must be 1-element, but got one of shape {tuple(x.shape)}.")
             return x.item() if isinstance(x, Tensor) else x
 
         read = {name: number(name, group[name]) for name in self._names(group)}
@@ -222,11 +301,22 @@ class Optimizer(torch.optim.Optimizer):
         together = bool(self._routes) and self._recipe.plan.whole
         for i, group in enumerate(self.param_groups):
             sources = self.param_groups if together else (group,)
-            options = [tuple(x) if type(x := g[name]) is list else x for g in sources for name in self._names(g)]
+            options = self._current(sources)
             old = made[i][0]
             if old is None or (not all(map(operator.is_, old, options)) and not all(map(unchanged, old, options))):
+                if any(map(follows, options)) or self._schedules:
+                    for g in sources:
+                        self._schedules.take(g, self._names(g))
+                    self._schedules.settle(sources)
+                    options = self._current(sources)
                 made[i] = (options, self._captured(i, group) if group.get("capturable") else self._transform(group))
         return [t for _, t in made]
+
+    def _current(self, groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+        """The options of these groups as the transform takes them."""
+        if self._schedules:
+            groups = map(self._schedules.options, groups)
+        return [tuple(x) if type(x := g[name]) is list else x for g in groups for name in self._names(g)]
 
     def _captured(self, i: int, group: Mapping[str, Any]) -> Transform:
         """A group's transform, with its learning rates in tensors that stay. No step that is captured writes to them."""
@@ -273,15 +363,34 @@ class Optimizer(torch.optim.Optimizer):
         groups = self._split([param_group]) if self._routes and isinstance(param_group, dict) else [param_group]
         before = len(self.param_groups)
         try:
+            self._set_defaults()  # with those of the labels that are new
             for group in groups:
                 if isinstance(group, dict):
+                    for name, x in {} if self._routes else self._first.items():
+                        if follows(x):
+                            group.setdefault(name, x)
                     self._check({**self.defaults, **group})
                 super().add_param_group(group)
             self._refuse(self.param_groups[before:])
         except Exception:
             del self.param_groups[before:]
             raise
+        for group in self.param_groups[before:]:
+            self._schedules.take(group, self._names(group))
         self._begin_state(self.param_groups[before:])
+
+    def _set_defaults(self) -> None:
+        """What a group has where it says nothing: numbers, as torch's tools expect them.
+
+        Of a partition these are the options that all its parts have: `OneCycleLR` asks here whether it may change momentum.
+        """
+        options = self._first
+        if self._routes:
+            first, *others = [route.first for route in self._routes.values()]
+            options = {name: x for name, x in first.items() if all([name in other for other in others])}
+            flags = {name: x for name, x in self.defaults.items() if name in self._flags or name in self._constants}
+            self.defaults = {**options, **flags}
+        self.defaults.update({name: Following(x).at(0) for name, x in options.items() if follows(x)})
 
     def _split(self, groups: list[Any]) -> list[Any]:
         """Groups of parameters as groups with one label each, and the options that go with it."""
@@ -296,14 +405,26 @@ class Optimizer(torch.optim.Optimizer):
         links = self._recipe.links
         memo: Memo = {}
         spec = spec_of(paths, [m for link in links for m in link.masks], any([name is not None for _, name, _ in entries]))
-        ways = [select(outer(link.masks), list(paths), spec, memo) for link in links]
-        if not self._ready:
+        lazy, ahead = {p for p in paths if is_lazy(p)}, ""
+        ways = [select(outer(link.masks), [None if p in lazy else p for p in paths], spec, memo) for link in links]
+        if not self._ready and not lazy:
             refuse_unused([m for link in links for m in link.masks], memo)
         active = dict(zip(paths, zip(*ways)))
-        labels = {p: self._route(active[p]) for _, _, p in entries}
+        labels = {p: self._route(active[p]) for _, _, p in entries if p not in lazy}
+        if lazy:
+            self._lazy_paths = paths
+            ahead = self._routes_ahead()
+            labels |= dict.fromkeys(lazy, ahead)  # until they have a shape
         made: list[dict[str, Any]] = []
         for g in groups:
             parts: dict[str, list[Any]] = {}
+            waiting = [p for own, _, p in entries if own is g and p in lazy]
+            if waiting:  # groups for all labels, so that a scheduler that is made before the first step drives them
+                ahead_of = list(self._routes) if "label" not in g else [str(g["label"])]
+                parts = {label: [] for label in ahead_of}
+                start = len(made) + (len(self.param_groups) if self._ready else 0)
+                self._lazy.update(dict.fromkeys(waiting, range(start, start + len(parts))))
+                labels |= dict.fromkeys(waiting, g.get("label", ahead))
             for own, name, p in entries:
                 if own is g:
                     parts.setdefault(labels[p], []).append(p if name is None else (name, p))
@@ -314,10 +435,71 @@ class Optimizer(torch.optim.Optimizer):
                 first = self._routes[label].first
                 others = {n for r in self._routes.values() for n in r.first} - set(first)
                 given = {n: x for n, x in g.items() if n not in others}
-                made.append({**first, **given, "label": label, "params": params})
+                names: dict[str, Any] = (
+                    {"param_names": []} if not params and any([name is not None for _, name, _ in entries]) else {}
+                )
+                made.append({**first, **given, "label": label, "params": params, **names})
             if not parts:
                 made.append(g)
         return made
+
+    def _routes_ahead(self) -> str:
+        """Make a route for each label that a parameter may yet get; the first of them."""
+        links = self._recipe.links
+        stacks = [[m for m in outer(link.masks) if isinstance(m, Label)] for link in links]
+        found = []
+        for top in {id(stack[-1].labels): stack[-1].labels for stack in stacks if stack}.values():
+            for label in top.known:
+                active = [
+                    all([m.label == (label if m.labels is top else m.labels.known[0]) for m in stack]) for stack in stacks
+                ]
+                found.append(self._route(tuple(active)))
+        return found[0]
+
+    def _decide(self) -> None:
+        """Give the parameters that have got a shape to the part of the transform that their label says, before the first step.
+
+        Raises:
+            ValueError: a label that no parameter has, a parameter that a transform cannot treat. Nothing has changed then.
+        """
+        ready = {p for p in self._lazy if not is_lazy(p)}
+        if not ready:
+            return
+        paths, links, memo = self._lazy_paths, self._recipe.links, Memo()
+        masks = [m for link in links for m in link.masks]
+        spec = spec_of(paths, masks, any(["param_names" in g for g in self.param_groups]))
+        known = [None if is_lazy(p) else p for p in paths]
+        ways = [select(outer(link.masks), known, spec, memo) for link in links]
+        if None not in known:
+            refuse_unused(masks, memo)
+        for p, active in zip(paths, zip(*ways)):
+            if p in ready:
+                self._place_in(p, self._route(active))
+        if None in known:
+            self._lazy = {p: kin for p, kin in self._lazy.items() if p not in ready}
+        else:
+            self._lazy, self._lazy_paths = {}, {}
+        self._made, self._looks = [], {}
+        self._refuse([{**g, "params": [p for p in g["params"] if p in ready]} for g in self.param_groups])
+
+    def _place_in(self, p: Tensor, label: str) -> None:
+        """Move a parameter to the group with this label, among those that its own was split into."""
+        groups, order = self.param_groups, {q: k for k, q in enumerate(self._lazy_paths)}
+        old = next(g for g in groups if any([q is p for q in g["params"]]))
+        new = next((groups[k] for k in self._lazy[p] if groups[k]["label"] == label), None)
+        if new is None:
+            first = self._routes[label].first
+            options = {n: x for n, x in old.items() if n in first or n in self.defaults}
+            new = {**first, **options, "label": label, "params": [], **({"param_names": []} if "param_names" in old else {})}
+            super().add_param_group(new)
+            self._schedules.take(new, first)
+        if new is old:
+            return
+        at = next(k for k, q in enumerate(old["params"]) if q is p)
+        to = len([q for q in new["params"] if order[q] < order[p]])
+        for name in ("params", "param_names") if "param_names" in old else ("params",):
+            new[name] = [*new[name][:to], old[name][at], *new[name][to:]]
+            old[name] = [*old[name][:at], *old[name][at + 1 :]]
 
     def _route(self, active: tuple[bool, ...]) -> str:
         """The label of the parameters on which these links of the transform act."""
@@ -347,14 +529,14 @@ class Optimizer(torch.optim.Optimizer):
         A transform that sees all parameters together is kept whole, with the options of all groups: their own for this
         group's, and for every other label those of its first group.
         """
-        mine = self._routes[group["label"]]
+        mine, group = self._routes[group["label"]], self._schedules.options(group)
         changes = {n: group[n] for n, x in mine.first.items() if not unchanged(x, group[n])}
         transform = mine.transform._replace(changes, strict)
         if not self._recipe.plan.whole:
             return transform
         every: dict[str, Any] = {}
         for g in [*reversed([g for g in self.param_groups if g["label"] != group["label"]]), group]:
-            own = self._routes[g["label"]]
+            own, g = self._routes[g["label"]], self._schedules.options(g)
             every |= {own.names[n]: g[n] for n in own.first}
         return self._recipe._replace(every, strict)
 
@@ -390,14 +572,15 @@ class Optimizer(torch.optim.Optimizer):
     def _remember(self, params: list[Tensor], transform: Transform) -> None:
         """Keep in mind how the state of these parameters began."""
         options = options_in(transform)
-        self._untouched.update((p, Begun.of(p, self.state.get(p, NOTHING), options)) for p in params)
-        shared = self.state.get(SHARED, NOTHING)
-        self._begun_shared.update((n, (x, x._version)) for n, x in shared.items() if isinstance(x, Tensor))
+        self._untouched.update((p, Begun.of(p, self._place.without(self.state.get(p, NOTHING)), options)) for p in params)
+        self._begun_shared.update((n, (x, x._version)) for n, x in self.shared.items() if isinstance(x, Tensor))
 
     def _forget(self) -> None:
         """Drop the state that was made for parameters which have left their groups before their first step."""
         there = {p for group in self.param_groups for p in group["params"]}
         gone = [p for p in self._untouched if p not in there]
+        if gone:
+            self._place.move(self.state, self.param_groups)
         for p in gone:
             del self._untouched[p]
             self.state.pop(p, None)
@@ -453,7 +636,7 @@ class Optimizer(torch.optim.Optimizer):
         value, params = link.transform, self._members(link, frozen)
         for name, leaf, x in zip(names, fields_of(value).leaves, fresh_whole_state(value, params)):
             if not leaf:
-                self.state[SHARED].setdefault(name, x)
+                self.shared.setdefault(name, x)
                 continue
             missing = [(p, y) for p, y in zip(params, x) if name not in self.state[p]]
             ys = [y for _, y in missing]
@@ -577,7 +760,8 @@ class Optimizer(torch.optim.Optimizer):
                 if leaf and name in own and name not in state:
                     state[name] = renewed(own[name], column[p]) if f in again else own[name]
             if not leaf and f in again and beginning:
-                shared = self.state.get(SHARED, {})
+                shared = self.shared
+                old: Any
                 old, version = self._begun_shared.get(name, (None, -1))
                 if old is not None and shared.get(name) is old and old._version == version:
                     shared[name] = renewed(old, fresh[f])
@@ -613,15 +797,136 @@ class Optimizer(torch.optim.Optimizer):
             return [True] * len(params)
         key = tuple(map(identity, masks))
         known = self._known.get(key, {})
-        new = {p for p in params if p not in known}
+        new = {p for p in params if p not in known and not is_lazy(p)}  # those have no shape yet that could be asked for
         if new:
             paths = self._paths()
             spec = spec_of(paths, masks, "param_names" in self.param_groups[0])
-            asked = new if self._routes else set(paths)  # a mask in one part is not asked about the others'
+            asked = (
+                new if self._routes else {p for p in paths if not is_lazy(p)}
+            )  # a mask in one part is not asked about the others'
             values = select(masks, [p if p in asked else None for p in paths], spec)
             kept = {p: yes for p, yes in known.items() if p in paths}  # what has left the groups is not kept alive
             known = self._known[key] = kept | {p: yes for p, yes in zip(paths, values) if p in asked}
-        return [known[p] for p in params]
+        return [known.get(p, False) for p in params]
+
+    @property
+    def shared(self) -> Shared:
+        """What transforms that see all parameters together keep beside the state of each parameter, by its names.
+
+        It can be written to. In `state` and in a state dict it is under the first parameter that is trained, each name with
+        ``shared.`` before it.
+
+        >>> import torch, purestep as ps
+        >>> from purestep import optim
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> opt = optim.Optimizer([p], ps.skip_if_nonfinite(ps.sgd(lr=0.1)))
+        >>> p.grad = torch.full((2,), float("nan"))
+        >>> opt.step()
+        >>> opt.shared["skipped"], opt.state[p]["shared.skipped"]
+        (tensor(1.), tensor(1.))
+        """
+        return self._place.of(self.state, self.param_groups)
+
+    # -- averages
+
+    def eval_params(self) -> dict[str, Tensor]:
+        """The parameters to evaluate a model with: what an algorithm's state says their average is, else the parameters.
+
+        A parameter that was never updated has no average, and is what it is. The tensors are not copies: they may change with
+        the next step.
+
+        Returns:
+            one tensor for each parameter, by its name, or by its number where the optimizer was not given names; in the order
+            of the groups.
+
+        >>> import torch, purestep as ps
+        >>> from purestep import optim
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> opt = optim.Optimizer(model.named_parameters(), ps.chain(ps.sgd(lr=1.0), ps.ema_params(0.5)))
+        >>> for _ in range(3):
+        ...     model.weight.grad = torch.ones(1, 1)
+        ...     opt.step()
+        >>> averages = opt.eval_params()
+        >>> (averages["weight"] - model.weight).item()
+        0.75
+        >>> y = torch.func.functional_call(model, averages, torch.ones(1))
+
+        See also `use_eval_params`, which puts them into the parameters for a while.
+        """
+        averages = self._averages()
+        paths = self._paths().items()
+        return {path: averages[p] if p in averages else p if is_lazy(p) else p.detach() for p, path in paths}
+
+    @torch.no_grad()
+    def _averages(self) -> dict[Tensor, Tensor]:
+        """The averages of the parameters that have one."""
+        found: dict[Tensor, Tensor] = {}
+        for group, transform in zip(self.param_groups, self._transforms()):
+            self._find_averages(found, group["params"], transform)
+        return found
+
+    def _find_averages(self, found: dict[Tensor, Tensor], params: list[Tensor], transform: Transform) -> None:
+        """Add the averages that are in the state of a transform; the first link that has one for a parameter decides."""
+        for link, names, off in zip(transform.links, transform.plan.keys, transform.plan.off):
+            kind: Any = state_type(link.transform)
+            if off or not (hasattr(kind, "evaluated") or hasattr(kind, "averaged")):
+                continue
+            info = fields_of(link.transform)
+            for p, yes in zip(params, self._selected(link.masks, params)):
+                own = self.state.get(p, NOTHING)
+                fields = [own.get(n) if leaf else self.shared.get(n) for n, leaf in zip(names, info.leaves)]
+                if p in found or not yes or any([x is None for x in fields]):
+                    continue
+                if hasattr(kind, "averaged"):
+                    inner = [None] if link.transform.declaration.inner else []
+                    (found[p],) = kind(*[[x] if leaf else x for x, leaf in zip(fields, info.leaves)], *inner).averaged()
+                    continue
+                state = kind(*fields)
+                new = state.step == 0
+                if not readable(new):
+                    found[p] = where(new, p.detach(), state.evaluated(p.detach()))
+                elif not new:
+                    found[p] = state.evaluated(p.detach())
+
+    @contextlib.contextmanager
+    def use_eval_params(self) -> Iterator[None]:
+        """For as long as a ``with`` lasts, the parameters have the values of `eval_params`; then they have their own again.
+
+        The tensors stay the same, and so does every bit of what they held, even after an exception. No step can be made inside.
+        What else a model keeps, such as the statistics of batch normalization, is not touched.
+
+        Raises:
+            RuntimeError: it is inside another one.
+
+        >>> import torch, purestep as ps
+        >>> from purestep import optim
+        >>> p = torch.nn.Parameter(torch.zeros(1))
+        >>> opt = optim.ASGD([p], lr=1.0, lambd=0.0, t0=0)
+        >>> for _ in range(3):
+        ...     p.grad = torch.ones(1)
+        ...     opt.step()
+        >>> with opt.use_eval_params():
+        ...     print(p.item())
+        -2.5
+        >>> p.item()
+        -3.0
+        """
+        if self._evaluating:
+            raise RuntimeError("use_eval_params is inside another one: the parameters are the averages already.")
+        averages = self._averages()
+        with torch.no_grad():
+            before = [p.clone() for p in averages]
+        self._evaluating = True
+        try:
+            with torch.no_grad():
+                for p, x in averages.items():
+                    p.copy_(x)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, x in zip(averages, before):
+                    p.copy_(x)
+            self._evaluating = False
 
     # -- the step
 
@@ -666,10 +971,28 @@ class Optimizer(torch.optim.Optimizer):
         Returns:
             the closure's loss, if there is a closure.
         """
+        if self._lazy:
+            self._decide()
+        if self._evaluating:
+            raise RuntimeError("No step can be made inside use_eval_params: the parameters are averages. Leave it first.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
+            self._step_scaled(closure, loss)
+        else:
+            self._step(closure, loss)
+        return loss
+
+    def _step(self, closure: Any, loss: Any) -> None:
+        """One update from the gradients that are there."""
+        if self._check_fused:
+            for group in self.param_groups:
+                for p in group["params"] if group.get("fused") else ():
+                    if p.grad is not None:
+                        _device_dtype_check_for_fused(p)
+            self._check_fused = False
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(bool(self.defaults.get("differentiable")))
         try:
@@ -677,12 +1000,105 @@ class Optimizer(torch.optim.Optimizer):
             if groups[0][1].plan.whole:
                 self._advance(groups, self._extras(groups[0][1].plan, closure, loss), loss)
             else:
-                for group in groups:
-                    if not self._again(*group):
-                        self._advance([group])
+                if len(groups) > 1:
+                    self._rehearse(groups)
+                for pair in groups:
+                    if not self._again(*pair):
+                        self._advance([pair])
         finally:
             torch._C._set_grad_enabled(grad)
-        return loss
+        if self._schedules and not torch.compiler.is_compiling():
+            self._show(groups)
+
+    def _step_scaled(self, closure: Any, loss: Any) -> None:
+        """A step as a gradient scaler asks for it, as torch's fused kernels do it; on a device nothing is waited for.
+
+        Gradients are divided by `grad_scale`, and where `found_inf` is not 0 nothing is changed.
+        """
+        found: Any = getattr(self, "found_inf", None)
+        scale: Any = getattr(self, "grad_scale", None)
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if closure is not None and any([t.plan.extras & {"value_and_grad"} for t in self._transforms()]):
+            raise RuntimeError(
+                f"{type(self).__name__} evaluates its closure more than once, so its gradients cannot be unscaled for it. Let "
+                "the closure return an unscaled loss and gradients, and do without a gradient scaler."
+            )
+        read = found is None or readable(found)
+        if found is not None and read and found.item():
+            return
+        if scale is not None:
+            with torch.no_grad():
+                for p in params:
+                    p.grad.div_(scale.to(p.grad.device).reshape(()))
+        if read:
+            self._step(closure, loss)
+            return
+        flag = torch.as_tensor(found).reshape(()) != 0
+        for group, transform in zip(self.param_groups, self._transforms()):  # what there is to go back to
+            mine = [p for p in group["params"] if p.grad is not None]
+            with torch.no_grad():
+                self._touch(mine, transform)
+                self._fill(mine, transform)
+        states = [
+            (p, dict(self.state[p])) for p in [q for group in self.param_groups for q in group["params"]] if p in self.state
+        ]
+        before = [(p, p.detach().clone()) for p in params]
+        kept = [(p, {name: x.clone() for name, x in own.items() if isinstance(x, Tensor)}) for p, own in states]
+        self._step(closure, loss)
+        with torch.no_grad():
+            for p, x in before:
+                p.copy_(torch.where(flag.to(p.device), x, p))
+            for p, own in kept:
+                for name, x in own.items():
+                    new = self.state[p].get(name)
+                    if isinstance(new, Tensor):
+                        new.copy_(torch.where(flag.to(x.device), x, new))
+
+    def _rehearse(self, groups: list[tuple[dict[str, Any], Transform]]) -> None:
+        """Call what a step calls of a user's, before any group has changed: where it raises, all are left as they are."""
+        if torch.compiler.is_compiling():
+            return
+        for k, (group, transform) in enumerate(groups):
+            for name, x in self._schedules.of(group).items():
+                count = self._updates(group, transform, option := x.option(group, name))
+                if follows(option):
+                    number(option, int(count) if count is not None and readable(torch.as_tensor(count)) else x.steps)
+            if self._rehearsed.get(k) is transform or self._executor(group) == "leaf":
+                continue
+            self._rehearsed[k] = transform
+            recipe = tuple([pytree.tree_structure(link.transform) for link in transform.links])
+            if recipe not in self._recipes and can_begin(transform):
+                transform.program(donate=True)
+            self._recipes.add(recipe)
+
+    def _show(self, groups: list[tuple[dict[str, Any], Transform]], exactly: bool = False) -> None:
+        """Show in the groups the numbers that schedules had at the last step.
+
+        A counter on a device is waited for only if they are to be shown `exactly`; else the steps are counted here.
+        """
+        for group, transform in groups:
+
+            def count(schedule: Any, group: dict[str, Any] = group, transform: Transform = transform) -> int | None:
+                x = self._updates(group, transform, schedule)
+                if isinstance(x, Tensor) and not (readable(x) or (exactly and not x.is_meta)):
+                    return None
+                return None if x is None else int(x)
+
+            self._schedules.show(group, count)
+
+    def _updates(self, group: dict[str, Any], transform: Transform, schedule: Any) -> Any:
+        """How many updates the part of a transform that follows this schedule has made, of the first parameter that moved."""
+        wanted = {id(x) for x in (schedule if isinstance(schedule, tuple) else (schedule,)) if follows(x)}
+        for link, names, info in zip(transform.links, transform.plan.keys, transform.plan.fields):
+            given = link.transform.arguments.values()
+            if info.step < 0 or not wanted & {id(y) for x in given for y in (x if isinstance(x, tuple) else (x,))}:
+                continue
+            key = names[info.step]
+            if not info.leaves[info.step]:
+                return self.shared.get(key)
+            states = [(p, s) for p in group["params"] if (s := self.state.get(p, NOTHING)) and key in s]
+            return next(chained([s[key] for p, s in states if p.grad is not None], [s[key] for _, s in states]), None)
+        return None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or set them to zero; see `torch.optim.Optimizer.zero_grad`."""
@@ -799,8 +1215,8 @@ class Optimizer(torch.optim.Optimizer):
         )  # fmt: skip
         try:
             out, after = call.run(together_)
-        except BaseException:
-            if "value_and_grad" in extras:
+        except BaseException as error:
+            if "value_and_grad" in extras and not self._keep_progress(error, together_[0].plan):
                 overwrite(params, given)
             raise
         if touched is not None:
@@ -831,7 +1247,7 @@ class Optimizer(torch.optim.Optimizer):
                 if not leaf:  # a counter that shares no memory with the other fields stays the tensor that it is
                     if new is not old:
                         alone = scalar and sum([in_memory_of(x, old) for x in olds]) == 1
-                        self._settle(self.state[SHARED], name, old if alone else None, new, pairs)
+                        self._settle(self.shared, name, old if alone else None, new, pairs)
                 elif scalar and not any([x is None and y is not None for x, y in zip(old, new)]):
                     self._counters.write(old, known, new)
                 elif not all(map(operator.is_, known, new)):
@@ -840,12 +1256,25 @@ class Optimizer(torch.optim.Optimizer):
                             self._settle(state, name, x, y, pairs)
         overwrite_all(pairs)
 
-    def _settle(self, state: dict[str, Any], name: str, old: Any, new: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def _settle(
+        self, state: MutableMapping[str, Any], name: str, old: Any, new: Any, pairs: list[tuple[Tensor, Tensor]]
+    ) -> None:
         """Keep a new value: in the old tensor, if it fits there and nothing is recorded; such pairs are collected."""
         if fits_in(old, new):
             pairs.append((old, new))
         else:
             state[name] = new
+
+    def _keep_progress(self, error: Any, plan: Plan) -> bool:
+        """Keep the state that a closure's exception brings with it, for the parameters where the closure was evaluated."""
+        progress: Any = getattr(error, "progress", ())
+        fields = list(progress)
+        if not fields or type(progress) is not state_type(plan.links[-1].transform):
+            return False
+        del error.progress
+        for name, x in zip(plan.keys[-1], fields):
+            self.shared[name] = x
+        return True
 
     def _executor(self, group: Mapping[str, Any]) -> Executor | None:
         """What the flags ask of the engine."""
@@ -870,13 +1299,19 @@ class Optimizer(torch.optim.Optimizer):
             if not names:
                 columns.append([])
             elif link.transform.declaration.whole:
-                own, leaves = self.state[SHARED], groups[0].plan.fields[k].leaves
+                own, leaves = self.shared, groups[0].plan.fields[k].leaves
                 on = list(zip(states, self._selected(link.masks, params)))
                 columns.append([[s[n] if yes else None for s, yes in on] if leaf else own[n] for n, leaf in zip(names, leaves)])
             elif any([g.plan.optional[k] for g in groups]):
                 columns.append([[s.get(n) for s in states] for n in names])
             else:
-                columns.append([[s[n] for s in states] for n in names])
+                found = [[s[n] for s in states] for n in names]
+                if any([type(None) in set(map(type, column)) for column in found]):  # as good as missing
+                    for s in states:
+                        for name in [n for n in names if s[n] is None]:
+                            del s[name]
+                    raise KeyError
+                columns.append(found)
         return columns
 
     # -- checkpoints
@@ -884,9 +1319,29 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as `torch.optim.Optimizer.state_dict` gives it: of every parameter, from construction on."""
         self._forget()
+        if self._lazy:
+            self._decide()
         if self._untouched and not traced():
             self._renew()
-        return super().state_dict()
+        if self._schedules:
+            self._show(list(zip(self.param_groups, self._transforms())), exactly=True)
+        self._place.move(self.state, self.param_groups)
+        hooks = self._optimizer_state_dict_post_hooks
+        first: Any = type(self)._finish  # before the hooks of others
+        try:
+            self._optimizer_state_dict_post_hooks = OrderedDict([(-1, first), *hooks.items()])
+            return super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+
+    def _finish(self, saved: dict[str, Any]) -> None:
+        """What is to be done to a state dict before its hooks see it."""
+        if saved["state"] and not self._own_step:
+            # torch's distributed checkpoints expect that all trained parameters have some state, or none has
+            params = [p for group in self.param_groups for p in group["params"]]
+            numbers = [k for group in saved["param_groups"] for k in group["params"]]
+            for k in [k for k, p in zip(numbers, params) if p.requires_grad]:
+                saved["state"].setdefault(k, {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, purestep's or torch's; see `torch.optim.Optimizer.load_state_dict`.
@@ -897,6 +1352,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups or the shapes in it are not this optimizer's; nothing is changed then.
         """
+        if self._lazy:
+            self._decide()
         before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         state_dict = state_dict.copy()
         for hook in before.values():
@@ -906,33 +1363,40 @@ class Optimizer(torch.optim.Optimizer):
             k: {n: x for n, x in v.items() if x is not None and x != {}} if isinstance(v, dict) else v
             for k, v in state_dict.get("state", {}).items()
         }
+        shared = self._place.take(state_dict["state"])
         if self._routes and len(state_dict.get("param_groups", [])) == len(self.param_groups):
             state_dict["param_groups"] = [
                 {"label": g["label"], **old} for old, g in zip(state_dict["param_groups"], self.param_groups)
             ]
         self._check_state(state_dict)
+        self._check_shared(shared)
+        everything = dict(self.__dict__)  # what is loaded replaces it, and writes on none of it
         begun = {p: (b.options, b.own(self.state.get(p, NOTHING))) for p, b in self._untouched.items()}
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run
             self._optimizer_load_state_dict_post_hooks = OrderedDict()  # they will
             super().load_state_dict(state_dict)
+            self._keep_precision(state_dict, shared)
+            for old, group, transform in zip(state_dict["param_groups"], self.param_groups, self._transforms()):
+                self._lay_out(group, transform, anew=True)
+                if any([link.span for link in transform.links]):
+                    continue  # within another transform, what has made no step may have seen gradients
+                for key, p in zip(old["params"], group["params"]):
+                    if is_zero(self.state.get(p, NOTHING).get("step")):
+                        self._remember([p], transform)
+                        options, own = begun.get(p, ({}, {}))
+                        if options and same(own, state_dict["state"].get(key, {})):  # a hook has put it among what is loaded
+                            self._untouched[p] = self._untouched[p]._replace(options=options)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(everything)
+            raise
         finally:
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = before, after
-        self._keep_precision(state_dict)
-        for old, group, transform in zip(state_dict["param_groups"], self.param_groups, self._transforms()):
-            self._lay_out(group, transform, anew=True)
-            if any([link.span for link in transform.links]):
-                continue  # within another transform, what has made no step may have seen gradients
-            for key, p in zip(old["params"], group["params"]):
-                if is_zero(self.state.get(p, NOTHING).get("step")):
-                    self._remember([p], transform)
-                    options, own = begun.get(p, ({}, {}))
-                    if options and same(own, state_dict["state"].get(key, {})):  # a hook has put it among what is loaded
-                        self._untouched[p] = self._untouched[p]._replace(options=options)
         for report in after.values():
             report(self)
 
-    def _keep_precision(self, state_dict: dict[str, Any]) -> None:
+    def _keep_precision(self, state_dict: dict[str, Any], shared: dict[str, Any]) -> None:
         """Counters, codes, and the float32 state of half-precision parameters, as they were saved; torch has just cast them."""
         for old, group, transform in zip(state_dict["param_groups"], self.param_groups, self._transforms()):
             own = scalars_of(transform) | encoded_in(transform)
@@ -940,11 +1404,14 @@ class Optimizer(torch.optim.Optimizer):
                 half = p.dtype in (torch.bfloat16, torch.float16)
                 for name, x in state_dict["state"].get(key, {}).items():
                     if isinstance(x, Tensor) and (name in own or (half and x.dtype == torch.float32)):
-                        self.state[p][name] = x.to(p.device)
-        shared, first = self.state.get(SHARED, {}), next(iter(self._paths()), None)
-        for name, x in shared.items():
-            if isinstance(x, Tensor) and first is not None:
-                shared[name] = x.to(first.device)
+                        self.state[p][name] = x.to(p.device, copy=True)
+        if shared:
+            self.shared.update(self._restored(shared))
+
+    def _restored(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """What a loaded state has for all parameters together, as it was saved, in memory of its own."""
+        device = self._place.first(self.param_groups).device
+        return {name: pytree.tree_map_only(Tensor, lambda x: x.to(device, copy=True), x) for name, x in shared.items()}
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get("param_groups", [])
@@ -965,48 +1432,75 @@ class Optimizer(torch.optim.Optimizer):
             transform = self._transform({**self._fallback(), **old})
             names = group.get("param_names", old["params"])
             links = [
-                (link.transform, keys, not (off or link.masks))
+                (link, keys, self._selected(link.masks, group["params"]))
                 for link, keys, off in zip(transform.links, transform.plan.keys, transform.plan.off)
-                if keys and not link.transform.declaration.whole
+                if keys and not off
             ]
-            for key, p, path in zip(old["params"], group["params"], names):
+            for k, (key, p, path) in enumerate(zip(old["params"], group["params"], names)):
                 state = state_dict["state"].get(key, {})
-                fields = (
-                    []
-                    if is_lazy(p)
-                    else [
-                        (name, value.declaration.name, needed and (like or encoded) and new is not None, new)
-                        for value, keys, needed in links
-                        for info in [fields_of(value)]
-                        for name, like, encoded, scalar, new in zip(
-                            keys, info.like, info.encoded, info.scalars, fresh_state(value, like_meta(p))
-                        )
-                        if not scalar
-                    ]
-                )
-                for name, owner, needed, new in fields:
-                    x = state.get(name)
-                    if x is None and needed and state:
-                        raise ValueError(
-                            f"The loaded state has no {name!r} for {path!r}, which {owner} needs: it is another algorithm's."
-                        )
-                    if isinstance(x, Tensor) and (new is None or x.shape != new.shape):
-                        raise ValueError(
-                            f"The loaded state has {name!r} of shape {tuple(x.shape)} for {path!r}, but {owner} needs "
-                            f"{'none' if new is None else tuple(new.shape)} for a parameter of shape {tuple(p.shape)}. Load a "
-                            "checkpoint of the same model, with its parameters in the same order."
-                        )
+                if not isinstance(state, dict):
+                    raise ValueError(f"The loaded state of {path!r} must be a dict of its fields by name, but is {state!r}.")
+                for link, keys, on in links:
+                    if on[k] and not is_lazy(p) and state:
+                        self._check_fields(link.transform, keys, state, p, path)
+
+    def _check_fields(self, value: Primitive, keys: tuple[str, ...], state: dict[str, Any], p: Tensor, path: str) -> None:
+        """Refuse what is loaded for one parameter if it is not what a transform has for it."""
+        info, owner = fields_of(value), value.declaration.name
+        whole = value.declaration.whole
+        own = self.state.get(p, NOTHING)
+        fresh = [own.get(name) for name in keys] if whole else fresh_state(value, like_meta(p))
+        for name, like, encoded, scalar, leaf, new in zip(keys, info.like, info.encoded, info.scalars, info.leaves, fresh):
+            x = state.get(name)
+            if not leaf:
+                continue
+            if x is None:
+                if (like or encoded) and new is not None:
+                    raise ValueError(
+                        f"The loaded state has no {name!r} for {path!r}, which {owner} needs: it is another algorithm's."
+                    )
+                continue
+            if scalar:
+                check_number(x, f"The loaded state's {name!r} for {path!r}", owner, p)
+            elif isinstance(new, Tensor) or not whole:
+                check_tensor(x, new, f"The loaded state has {name!r}", f"for {path!r}", owner, p)
+
+    def _check_shared(self, shared: Mapping[str, Any]) -> None:
+        """Refuse what is loaded for all parameters together if it is not what is there."""
+        if not shared:
+            return
+        p = self._place.first(self.param_groups)
+        for name, new in self.shared.items():
+            x = shared.get(name)
+            if x is None:
+                continue
+            if isinstance(new, Tensor) and not new.dim():
+                check_number(x, f"The loaded state's {name!r}", "the transform that keeps it", p)
+            elif isinstance(new, Tensor):
+                check_tensor(x, new, f"The loaded state has {name!r}", "for all parameters", "the transform that keeps it", p)
+            elif isinstance(new, tuple) and not (
+                isinstance(x, (tuple, list)) and all([isinstance(y, (Tensor, int, float)) for y in pytree.tree_leaves(x)])
+            ):
+                raise ValueError(f"The loaded state's {name!r} must be several tensors, but is {x!r}.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
             **{name: self.__dict__[name] for name in (*KEPT, "_begun_shared")},
             "_untouched": {p: x._replace(fields=x.made(self.state.get(p, NOTHING))) for p, x in self._untouched.items()},
+            "_schedules": self._schedules.by_place(self.param_groups),
+            "_own_step": self._own_step,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_lazy", {})  # of older pickles
+        before = state.get("_schedules", self._schedules.by_place(self.param_groups) if "_schedules" in self.__dict__ else [])
         super().__setstate__(state)
+        self._schedules = Schedules.resumed(self.param_groups, before)
+        for group in self.param_groups:
+            self._schedules.take(group, [name for name in self._names(group) if name in group])
         self._made, self._looks, self._known, self._aside, self._reads = [], {}, {}, {}, {}
+        self._rehearsed, self._recipes, self._place = {}, set(), self._new_place()
         self._counters = Counters()
         self._rates = self.__dict__.get("_rates", {})  # a graph reads them, whatever is loaded
         self._untouched = {p: x.again() for p, x in state.get("_untouched", {}).items()}
@@ -1046,13 +1540,23 @@ class Optimizer(torch.optim.Optimizer):
                         state[name] = x
 
 
+@whole()
+def without_step(gs: list[Tensor], s: Any, params: list[Tensor]) -> tuple[list[Tensor], Any]:
+    """What an optimizer runs whose class is to have its own `step`."""
+    raise NotImplementedError(
+        "This optimizer was made of a dict of options, so its class must have its own step. To run a transform, give it one: "
+        "Optimizer(params, purestep.adamw(lr=3e-4))."
+    )
+
+
 def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
     """Make an `__init__` run a factory: its arguments are the factory's, with `params` before them and torch's flags after."""
     wanted = tuple(inspect.signature(factory).parameters)
 
     def decorate(init: F) -> F:
-        signature = inspect.signature(init)
+        signature = mirrored(inspect.signature(init), getattr(torch.optim, init.__qualname__.partition(".")[0], None))
 
+        @untraced
         @functools.wraps(init)
         def begin(self: Optimizer, *args: Any, **kwargs: Any) -> None:
             bound = signature.bind(self, *args, **kwargs)
@@ -1061,9 +1565,18 @@ def over(factory: Callable[..., Transform]) -> Callable[[F], F]:
             flags = {name: given[name] for name in FLAGS if name in given}
             self._begin(given["params"], factory, {name: given[name] for name in wanted if name in given}, flags)
 
+        begin.__signature__ = signature  # type: ignore[attr-defined]
         return begin  # type: ignore[return-value]
 
     return decorate
+
+
+def mirrored(signature: inspect.Signature, theirs: Any) -> inspect.Signature:
+    """The signature of a class without the options that its model in the installed torch is too old to have."""
+    if theirs is None:
+        return signature
+    known = {"self", "compile", *inspect.signature(theirs).parameters}
+    return signature.replace(parameters=[p for p in signature.parameters.values() if p.name in known])
 
 
 def routed(transform: Transform) -> bool:
@@ -1148,6 +1661,41 @@ def overwrite_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
         x.copy_(y)
 
 
+def check_number(x: Any, subject: str, owner: str, p: Tensor) -> None:
+    """Refuse a loaded counter that is not one number that can be read."""
+    if isinstance(x, Tensor):
+        good = x.numel() == 1 and not x.dim() and not x.is_complex() and (p.is_meta or not x.is_meta)
+        found = f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype} on {x.device}"
+    else:
+        good, found = isinstance(x, numbers.Real) and not isinstance(x, bool), repr(x)
+    if not good:
+        raise ValueError(f"{subject} must be one real number, as {owner} needs it, but is {found}.")
+
+
+def check_tensor(x: Any, new: Tensor | None, subject: str, where: str, owner: str, p: Tensor) -> None:
+    """Refuse a loaded field that is not a tensor of the shape that it has here, or has no values."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{subject} {where} that is no tensor but {x!r}, but {owner} needs a tensor.")
+    if new is None or x.shape != new.shape:
+        raise ValueError(
+            f"{subject} of shape {tuple(x.shape)} {where}, but {owner} needs "
+            f"{'none' if new is None else tuple(new.shape)} for a parameter of shape {tuple(p.shape)}. Load a "
+            "checkpoint of the same model, with its parameters in the same order."
+        )
+    if x.is_meta and not p.is_meta:
+        raise ValueError(f"{subject} {where} on the meta device, where it has no values. Load it with them.")
+
+
+def can_begin(transform: Transform) -> bool:
+    """Whether the states of a transform can be made for a matrix that has no values."""
+    try:
+        for link in transform.links:
+            fresh_state(link.transform, torch.empty(64, 64, device="meta"))
+    except Exception:  # of a function of a user's, which may look at values
+        return False
+    return True
+
+
 def scalars_of(transform: Transform) -> set[str]:
     """The names of the fields that hold one number per parameter."""
     return names_of(transform, operator.attrgetter("scalars"))
@@ -1215,6 +1763,7 @@ def value_and_grad(
         overwrite(params, at)
         with torch.enable_grad():
             loss = value_and_grad()
+        overwrite(at, [p.detach() for p in params])  # a closure may have changed them, by clamping for instance
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         if not plain(found, params):
             found = sharded.alike(found, params, (), "number {}".format)

@@ -215,16 +215,26 @@ class Segment:
         self.hypers = arguments_of(values)
         self.kernel: Kernel | None = None
         self.first = 0
-        self.head = self.tail = self
+        self.split: tuple[Segment, Segment] | None = None  # before the kernel, and the kernel's own; None if the kernel is all
         for kernel in KERNELS:
             k = tail(kernel, self.declarations)
             n = 0 if k is None else max(k - scaled, 0)
             if k is not None and (k == 0 or kernel.tails) and suits(values[n:]):
                 self.kernel = kernel
                 if k:
-                    self.head, self.tail = Segment(positions[:n], values[:n], scaled), Segment(positions[n:], values[n:])
+                    self.split = Segment(positions[:n], values[:n], scaled), Segment(positions[n:], values[n:])
                 self.first = k
                 break
+
+    @property
+    def head(self) -> Segment:
+        """What runs before the kernel."""
+        return self if self.split is None else self.split[0]
+
+    @property
+    def tail(self) -> Segment:
+        """What the kernel computes."""
+        return self if self.split is None else self.split[1]
 
     def joins(self, params: list[Tensor]) -> bool:
         """Whether these may as well be one vector: of a state that has all its fields."""

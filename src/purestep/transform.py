@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 
@@ -34,7 +35,7 @@ from purestep.links import (
 )
 from purestep.lists import pick, put
 from purestep.looks import Looks
-from purestep.masks import Memo, Not, refuse_unused, route, select
+from purestep.masks import Memo, Not, refuse_unmatched, refuse_unused, route, select
 from purestep.plain import PLAIN, plain
 from purestep.plan import Group, Plan, detail
 from purestep.program import program
@@ -124,7 +125,10 @@ class Transform:
                 if scalar:
                     columns[f] = share(columns[f], leaves)
             states.append(self._tree(link, columns, spec))
-        refuse_unused([m for link in self.links for m in link.masks], memo)
+        masks = [m for link in self.links for m in link.masks]
+        refuse_unused(masks, memo)
+        if masks:
+            refuse_unmatched(masks, spec.paths())
         return self._join(states)
 
     def update(
@@ -403,12 +407,23 @@ def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
 class Single(Primitive, Transform):
     """A transform that is its own only link."""
 
-    __slots__ = ("_plan", "links")
+    __slots__ = ("_links", "_plan")
+    _links: tuple[Link, ...] | None
 
     def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
         super().__init__(declaration, arguments)
-        object.__setattr__(self, "links", (Link(self),))
+        object.__setattr__(self, "_links", None)
         object.__setattr__(self, "_plan", None)
+
+    @property
+    def links(self) -> tuple[Link, ...]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The only one: with a twin of this transform, for a plan that held the transform itself would be held by it."""
+        if self._links is not None:
+            return self._links
+        made = (Link(type(self)(self.declaration, self.arguments)),)
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_links", made)
+        return made
 
 
 class Leafwise(Single):
@@ -1052,7 +1067,15 @@ def apply_updates(params: PyTree, updates: PyTree) -> Any:
 def eval_params(state: Any, params: PyTree) -> Any:
     """The parameters to evaluate a model with, where an algorithm's state says what their average is; else `params`.
 
-    A pure reader: nothing is switched or swapped. A parameter that was never updated is returned as it is.
+    A pure reader: nothing is switched or swapped. A parameter that was never updated is returned as it is. An optimizer of
+    `purestep.optim` has a method of this name.
+
+    Args:
+        state: what `init_state` or the last update returned.
+        params: the parameters.
+
+    Raises:
+        TypeError: `state` is not the state of a transform.
 
     >>> import torch, purestep as ps
     >>> opt, p = ps.asgd(lr=0.1, lambd=0.0, t0=0), torch.tensor([0.0])
@@ -1068,7 +1091,12 @@ def eval_params(state: Any, params: PyTree) -> Any:
         for s in state.values():
             params = eval_params(s, params)
         return params
-    leaves, spec = tree.flatten(params)
+    if not (isinstance(state, tuple) and hasattr(state, "_fields")):
+        raise TypeError(
+            f"eval_params takes the state of a transform, which init_state makes, but got {type(state).__name__}. For an "
+            "optimizer of purestep.optim call its method: optimizer.eval_params()."
+        )
+    state, leaves, spec = typing.cast("Any", state), *tree.flatten(params)
     if hasattr(state, "evaluated"):
         each = map(type(state)._make, zip(*[tree.flatten_like(c, spec, "state") for c in state]))
         found = [p if x.step is None else maths.where(x.step == 0, p, x.evaluated(p)) for p, x in zip(leaves, each)]

@@ -109,3 +109,10 @@ class Adagrad(Optimizer):
         initial_accumulator_value: Hyper = 0.0, eps: Hyper = 1e-10, foreach: bool | None = None, *, maximize: bool = False,
         differentiable: bool = False, fused: bool | None = None, compile: bool = False,
     ) -> None: ...  # fmt: skip
+
+    def share_memory(self) -> None:
+        """Move the state into shared memory, for training by several processes."""
+        for p in [p for group in self.param_groups for p in group["params"]]:
+            for x in self.state[p].values():
+                if isinstance(x, Tensor):
+                    x.share_memory_()  # type: ignore[no-untyped-call]

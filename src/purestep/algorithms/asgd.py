@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, zeros_like
+from torch import Tensor
 
 from purestep.hyper import Hyper, NonNegative
 from purestep.maths import Scalar, counter, filled, lerp, maximum
@@ -25,7 +25,7 @@ class AsgdState(NamedTuple):
     @classmethod
     def init(cls, p: Tensor, lr: float) -> AsgdState:
         """Before the first update."""
-        return cls(counter(p), filled(counter(p), lr), counter(p) + 1, zeros_like(p))
+        return cls(counter(p), filled(counter(p), lr), counter(p) + 1, p.clone())
 
     def evaluated(self, p: Tensor) -> Tensor:
         """The average of the parameters; see `purestep.eval_params`."""
@@ -91,7 +91,8 @@ def asgd(
     .. math:: p_t = p_{t-1} + \mathrm{asgd}(g_t + \lambda_2\,p_{t-1})
 
     with :math:`\mathrm{asgd}` as in `scale_by_asgd`. The numbers are those of `torch.optim.ASGD`. The average is read with
-    ``eval_params(state, params)`` (with the stateful optimizer it is ``optimizer.state[p]["ax"]``).
+    ``eval_params(state, params)`` (with the stateful optimizer with its method `eval_params`, or as
+    ``optimizer.state[p]["ax"]``).
 
     Args:
         lr: the learning rate :math:`\eta_0 \ge 0`.

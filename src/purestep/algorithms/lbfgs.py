@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
@@ -25,9 +24,10 @@ from purestep import sharded
 from purestep.engine import choose
 from purestep.hyper import Extra, Hyper, NonNegative, Steps
 from purestep.maths import counter, maximum, minimum, precise, root, some, transforming, where
-from purestep.optimizer import SHARED, Optimizer, Params, over
+from purestep.optimizer import NOTHING, Optimizer, Params, check_number, over
 from purestep.packing import joined, offset
 from purestep.plain import plain
+from purestep.shared import Place
 from purestep.transform import whole
 
 Number: TypeAlias = Any  # a float, or a 0-d tensor
@@ -125,6 +125,7 @@ def lbfgs(
     history_size: Steps = 100,
     line_search_fn: str | None = None,
     *,
+    maximize: bool = False,
     value_and_grad: Extra,
 ) -> tuple[list[Tensor], LBFGSState]:
     r"""Limited-memory BFGS: quasi-Newton steps, for a loss without noise. Each update makes many of them.
@@ -165,6 +166,7 @@ def lbfgs(
         history_size: how many pairs are kept; the state grows up to twice as many vectors. With 0 the steps are those of
             Barzilai & Borwein.
         line_search_fn: ``"strong_wolfe"``, or None for no line search.
+        maximize: climb instead of descending: what is minimized is minus the loss, in the state as well.
 
     Raises:
         RuntimeError: an unknown `line_search_fn`.
@@ -192,7 +194,7 @@ def lbfgs(
 
     def evaluate(x: list[Tensor]) -> tuple[Tensor, Tensor]:
         loss, grads = value_and_grad(x)
-        return loss, flat(grads)
+        return (-loss, -flat(grads)) if maximize else (loss, flat(grads))
 
     loss, g = evaluate(ps)
     if g.shape != s.d.shape:
@@ -233,26 +235,35 @@ def lbfgs(
         iterations=0,
         evaluations=1,
     )
+
+    def stored(x: Number, like: Tensor) -> Tensor:
+        return x.to(like.dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device)
+
+    def state(m: Machine) -> LBFGSState:
+        y, steps, ro, scale = m.history
+        if ro and readable:
+            ro = torch.tensor(ro, dtype=g.dtype, device=g.device).unbind()  # at once: there may be a hundred
+        return LBFGSState(
+            stored(s.func_evals + m.evaluations, s.func_evals), stored(m.total, s.n_iter), m.d, stored(m.t, s.t),
+            y, steps, tuple([stored(x, g) for x in ro]), stored(scale, g), m.g, stored(m.start.f, s.prev_loss),
+        )  # fmt: skip
+
     if some(m.going):
         m = begin(m, number(loss), g, m.going, rules)
     for _ in range(most if rules.wolfe else min(max_iter, max(most, 2)) - 1):  # more there cannot be
         if not some(m.going):
             break
         trial = move(m.x, where(m.going, m.t, 0.0), m.d)
-        loss, g = evaluate(trial)
+        if readable:
+            try:
+                loss, g = evaluate(trial)
+            except BaseException as error:
+                error.progress = state(m)  # type: ignore[attr-defined]  # with this an optimizer can go on from the trial
+                raise
+        else:
+            loss, g = evaluate(trial)
         m = advance(m, trial, number(loss), g, rules)
-
-    def stored(x: Number, like: Tensor) -> Tensor:
-        return x.to(like.dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device)
-
-    y, steps, ro, scale = m.history
-    if ro and readable:
-        ro = torch.tensor(ro, dtype=g.dtype, device=g.device).unbind()  # at once: there may be a hundred
-    state = LBFGSState(
-        stored(s.func_evals + m.evaluations, s.func_evals), stored(m.total, s.n_iter), m.d, stored(m.t, s.t),
-        y, steps, tuple([stored(x, g) for x in ro]), stored(scale, g), m.g, stored(m.start.f, s.prev_loss),
-    )  # fmt: skip
-    return list(m.x), state
+    return list(m.x), state(m)
 
 
 def check_line_search(name: str | None) -> None:
@@ -320,7 +331,6 @@ def newton(g: Tensor, h: History, number: Callable[[Any], Number]) -> Tensor:
 
 def advance(m: Machine, trial: list[Tensor], f: Number, g: Tensor, rules: Rules) -> Machine:
     """Go on, with the loss and gradient at the trial point."""
-    tried = m.t
     m = m._replace(evaluations=where(m.going, m.evaluations + 1, m.evaluations))
     if rules.wolfe:
         m, found = search(m, Point(m.t, f, rules.number(g.dot(m.d))), g, rules)
@@ -336,8 +346,8 @@ def advance(m: Machine, trial: list[Tensor], f: Number, g: Tensor, rules: Rules)
         | (m.reach * abs(t) <= rules.tolerance_change)
         | (abs(f - m.start.f) < rules.tolerance_change)
     )
-    if rules.wolfe and (isinstance(t, Tensor) or t != tried):
-        trial = move(m.x, t, m.d)  # the best is not the last
+    if rules.wolfe:
+        trial = move(m.x, t, m.d)  # the best may not be the last; and what the function did to its argument does not count here
     m = m._replace(x=select(found, trial, m.x), t=where(found, t, m.t), going=m.going & no(found & stop))
     again = found & m.going
     return begin(m, f, g, again, rules) if some(again) else m
@@ -508,10 +518,17 @@ class LBFGS(Optimizer):
     @over(lbfgs)
     def __init__(
         self, params: Params, lr: Hyper = 1, max_iter: int = 20, max_eval: int | None = None, tolerance_grad: float = 1e-7,
-        tolerance_change: float = 1e-9, history_size: int = 100, line_search_fn: str | None = None,
+        tolerance_change: float = 1e-9, history_size: int = 100, line_search_fn: str | None = None, *, maximize: bool = False,
     ) -> None: ...  # fmt: skip
 
-    def _begin(self, params: Params, recipe: Any, options: Mapping[str, Any], flags: dict[str, Any]) -> None:
+    def _begin(
+        self,
+        params: Params,
+        recipe: Any,
+        options: Mapping[str, Any],
+        flags: dict[str, Any],
+        defaults: Mapping[str, Any] = NOTHING,
+    ) -> None:
         check_line_search(options["line_search_fn"])
         if options["max_eval"] is None:
             options = {**options, "max_eval": options["max_iter"] * 5 // 4}  # a number, as in torch's groups
@@ -529,58 +546,72 @@ class LBFGS(Optimizer):
 
     # torch keeps the state of all parameters under the first one, and begins it with the first evaluation
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state, as torch's: under the number of the first parameter, with numbers as Python's."""
-        hooks = self._optimizer_state_dict_post_hooks
-        first: Any = LBFGS._as_torch  # the others are shown torch's layout
-        try:
-            self._optimizer_state_dict_post_hooks = OrderedDict([(-1, first), *hooks.items()])
-            return super().state_dict()
-        finally:
-            self._optimizer_state_dict_post_hooks = hooks
-
-    def _as_torch(self, saved: dict[str, Any]) -> None:
-        own = saved["state"].get(SHARED, {})
-        state = {k: x for k, x in saved["state"].items() if k != SHARED and not (isinstance(x, dict) and not x)}
-        if own.get("func_evals"):
-            began = {name: list(x) if isinstance(x, tuple) else x for name, x in own.items()}
-            began |= {name: int(own[name]) for name in ("func_evals", "n_iter")}
-            if began["n_iter"]:
-                began |= {name: own[name].item() for name in ("t", "prev_loss")}
-                began["prev_flat_grad"] = own["prev_flat_grad"].clone()  # torch will overwrite it
-                began["al"] = [None] * self.param_groups[0]["history_size"]  # torch's scratch space
-            else:
-                began = {name: began[name] for name in ("func_evals", "n_iter")}
-            first = saved["param_groups"][0]["params"][0]
-            state = {first: {**began, **state.pop(first, {})}, **state}
-        saved["state"] = state
-
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        super()._check_state(state_dict)
-        for group in state_dict.get("param_groups", [])[:1]:
-            d = state_dict["state"].get(group["params"][0], {}).get("d")
-            sizes = [(p.numel() * (1 + p.is_complex()), p.requires_grad) for p in self.param_groups[0]["params"]]
-            needed = {sum([n for n, _ in sizes]), sum([n for n, learned in sizes if learned])}
-            if isinstance(d, Tensor) and d.numel() not in needed:
-                raise ValueError(
-                    f"The loaded state has 'd' of shape {tuple(d.shape)}, but lbfgs needs shape {(max(needed),)}, that of all "
-                    "parameters as one vector. Load a checkpoint of the same model."
-                )
+    def _begin_state(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            self.state[group["params"][0]]  # an entry: torch's distributed checkpoints would take a step to have one
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        params = self.param_groups[0]["params"]
-        under = self.state.get(params[0], {})
-        if "func_evals" not in under:
+        self._begin_state(self.param_groups)
+
+    def _finish(self, saved: dict[str, Any]) -> None:
+        saved["state"] = {k: x for k, x in saved["state"].items() if not (isinstance(x, dict) and not x)}
+        first = saved["param_groups"][0]["params"][0]
+        state = saved["state"].get(first, {})
+        if "func_evals" not in state:
             return
+        own = {name: x for name, x in state.items() if name not in LBFGSState._fields}
+        began: dict[str, Any] = {}
+        if not state["func_evals"]:
+            pass
+        elif not state["n_iter"]:
+            began = {name: int(state[name]) for name in ("func_evals", "n_iter")}
+        else:
+            began = {n: list(x) if isinstance(x, tuple) else x for n, x in state.items() if n in LBFGSState._fields}
+            began |= {name: int(state[name]) for name in ("func_evals", "n_iter")}
+            began |= {name: state[name].item() for name in ("t", "prev_loss")}
+            began["prev_flat_grad"] = state["prev_flat_grad"].clone()  # torch will overwrite it
+            began["al"] = [None] * self.param_groups[0]["history_size"]  # torch's scratch space
+        saved["state"][first] = {**began, **own}
+        if not saved["state"][first]:
+            del saved["state"][first]
+
+    def _new_place(self) -> Place:
+        return Place("", frozenset(LBFGSState._fields))
+
+    def _check_shared(self, shared: Mapping[str, Any]) -> None:
+        if not shared:
+            return
+        params = self.param_groups[0]["params"]
+        lost = [name for name in LBFGSState._fields if name not in shared]
+        if lost and (shared.get("n_iter") or "n_iter" not in shared):
+            raise ValueError(f"The loaded state has no {lost[0]!r}, which lbfgs needs: it is another algorithm's.")
+        sizes = [(p.numel() * (1 + p.is_complex()), p.requires_grad) for p in params]
+        needed = {sum([n for n, _ in sizes]), sum([n for n, learned in sizes if learned])}
+        for name in [name for name in LBFGSState._fields if name in shared]:
+            several, whose = name in ("old_dirs", "old_stps", "ro"), f"The loaded state's {name!r}"
+            if several and not isinstance(shared[name], (list, tuple)):
+                raise ValueError(f"{whose} must be a list, as lbfgs needs it, but is {shared[name]!r}.")
+            for x in shared[name] if several else (shared[name],):
+                if name not in ("d", "prev_flat_grad", "old_dirs", "old_stps"):
+                    check_number(x.reshape(()) if isinstance(x, Tensor) and x.numel() == 1 else x, whose, "lbfgs", params[0])
+                elif not isinstance(x, Tensor) or x.dim() != 1 or x.numel() not in needed:
+                    found = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"that is no tensor but {x!r}"
+                    raise ValueError(
+                        f"The loaded state has {name!r} {found}, but lbfgs needs shape {(max(needed),)}, that of all "
+                        "parameters as one vector. Load a checkpoint of the same model."
+                    )
+
+    def _restored(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        params = self.param_groups[0]["params"]
+        self.state[params[0]].pop("al", None)
         fresh = LBFGSState.init(params)._asdict()
         likes = {"old_dirs": fresh["d"], "old_stps": fresh["d"], "ro": fresh["H_diag"]}
 
         def like(x: Any, y: Tensor) -> Tensor:
-            return torch.as_tensor(x, dtype=y.dtype, device=y.device).clone()  # torch will overwrite its own
+            return torch.as_tensor(x, dtype=y.dtype, device=y.device).reshape(y.shape).clone()  # torch will overwrite its own
 
-        for name in (*fresh, "al"):
-            x = under.pop(name, None)
-            if x is not None and name in fresh:
+        for name, x in shared.items():
+            if name in fresh:
                 fresh[name] = tuple([like(y, likes[name]) for y in x]) if name in likes else like(x, fresh[name])
-        self.state[SHARED] = fresh
+        return fresh

@@ -74,7 +74,10 @@ def adjustment(rows: int, columns: int, adjust_lr_fn: str | None) -> float:
         return math.sqrt(max(1.0, rows / columns))
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
-    raise ValueError(f"muon: adjust_lr_fn must be None, 'original' or 'match_rms_adamw', but got {adjust_lr_fn!r}.")
+    if adjust_lr_fn == "spectral_unclamped":
+        return math.sqrt(rows / columns)
+    known = "None, 'original', 'match_rms_adamw' or 'spectral_unclamped'"
+    raise ValueError(f"muon: adjust_lr_fn must be {known}, but got {adjust_lr_fn!r}.")
 
 
 @leafwise(MuonState, requires=matrix, name="scale_by_muon")
@@ -106,7 +109,8 @@ def scale_by_muon(
         X_k &= a X_{k-1} + \bigl(b A_k + c A_k^2\bigr) X_{k-1}, \qquad A_k = X_{k-1} X_{k-1}^\top \\
         u_t &= \gamma\,X_K, \qquad
             \gamma = \begin{cases} \sqrt{\max(1, m/n)} & \text{original} \\
-            0.2 \sqrt{\max(m, n)} & \text{match\_rms\_adamw} \end{cases}
+            0.2 \sqrt{\max(m, n)} & \text{match\_rms\_adamw} \\
+            \sqrt{m/n} & \text{spectral\_unclamped} \end{cases}
 
     for an :math:`m \times n` matrix (the transpose is iterated if :math:`m > n`). The iteration pushes every singular value
     into about [0.7, 1.2], and no further: its coefficients are chosen for speed at 0, not for convergence.
@@ -122,7 +126,8 @@ def scale_by_muon(
         ns_steps: :math:`K`, less than 100.
         adjust_lr_fn: the scale :math:`\gamma`: ``"original"`` (or None) keeps the effect of a step on a layer's output the
             same for all shapes; ``"match_rms_adamw"`` gives updates the size of AdamW's, so that its `lr` and `weight_decay`
-            can be used.
+            can be used; ``"spectral_unclamped"`` gives them the spectral norm of Bernstein's condition, less than 1 where
+            there are more columns than rows.
 
     Raises:
         ValueError: a value out of its range, an unknown `adjust_lr_fn`, or (from `init_state`) a parameter that is not a
@@ -176,7 +181,8 @@ def muon(
         ns_coefficients: of the Newton–Schulz iteration.
         eps: the smallest norm that is divided by; at least 0.
         ns_steps: how many steps of the iteration; less than 100.
-        adjust_lr_fn: how the update depends on the shape: ``"original"`` (or None) or ``"match_rms_adamw"``.
+        adjust_lr_fn: how the update depends on the shape: ``"original"`` (or None), ``"match_rms_adamw"`` or
+            ``"spectral_unclamped"``.
 
     Raises:
         ValueError: a value out of its range, an unknown `adjust_lr_fn`, or (from `init_state`) a parameter that is not a

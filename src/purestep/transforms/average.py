@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, zeros_like
+from torch import Tensor
 
 from purestep.hyper import Period, Steps, UnitInterval
 from purestep.maths import Scalar, counter, lerp, maximum, where
@@ -20,7 +20,7 @@ class EmaParamsState(NamedTuple):
     @classmethod
     def init(cls, p: Tensor) -> EmaParamsState:
         """Before the first update."""
-        return cls(counter(p), zeros_like(p))
+        return cls(counter(p), p.clone())
 
     def evaluated(self, p: Tensor) -> Tensor:
         """The average of the parameters; see `purestep.eval_params`."""
@@ -34,8 +34,9 @@ def ema_params(u: Tensor, s: EmaParamsState, p: Tensor, decay: UnitInterval = 0.
     .. math:: a_t = \beta_t\,a_{t-1} + (1 - \beta_t)\,(p_{t-1} + u_t), \qquad a_1 = p_0 + u_1
 
     It stands at the end of a chain, where :math:`p_{t-1} + u_t` are the new parameters. The average is read with
-    `purestep.eval_params` (with the stateful optimizer it is ``optimizer.state[p]["ema"]``): no mode is switched, and no
-    parameter is swapped. A decay that begins small is a schedule, ``lambda step: ps.minimum(0.999, (1 + step) / (10 + step))``.
+    `purestep.eval_params` (with the stateful optimizer with its method `eval_params`, or as ``optimizer.state[p]["ema"]``):
+    no mode is switched, and no parameter is swapped. A decay that begins small is a schedule,
+    ``lambda step: ps.minimum(0.999, (1 + step) / (10 + step))``.
 
     The numbers are those of `torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn(decay)``, updated after every
     step: the average begins with the parameters after the first update.
@@ -68,7 +69,7 @@ class AverageParamsState(NamedTuple):
     @classmethod
     def init(cls, p: Tensor) -> AverageParamsState:
         """Before the first update."""
-        return cls(counter(p), counter(p), zeros_like(p))
+        return cls(counter(p), counter(p), p.clone())
 
     def evaluated(self, p: Tensor) -> Tensor:
         """The average of the parameters; see `purestep.eval_params`."""
@@ -85,8 +86,8 @@ def average_params(
 
     at the updates :math:`t = t_0 + c, t_0 + 2c, \dots`; before the first of them :math:`a` is the parameters. It stands at the
     end of a chain, where :math:`p_{t-1} + u_t` are the new parameters. The average is read with `purestep.eval_params` (with
-    the stateful optimizer it is ``optimizer.state[p]["average"]``): no mode is switched, and no parameter is swapped.
-    Batch normalization needs new statistics for it, as `torch.optim.swa_utils.update_bn` makes them.
+    the stateful optimizer with its method `eval_params`, or as ``optimizer.state[p]["average"]``): no mode is switched, and
+    no parameter is swapped. Batch normalization needs new statistics for it, as `torch.optim.swa_utils.update_bn` makes them.
 
     The numbers are those of `torch.optim.swa_utils.AveragedModel`, updated at these steps.
 

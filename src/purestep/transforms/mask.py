@@ -102,8 +102,8 @@ def partition(transforms: Mapping[str, Transform], labels: Callable[[str, Tensor
 
     Under `purestep.optim.Optimizer` the parameter groups are made from the labels: one for each, with its transform's
     learning rate and all other hyperparameters as options, and the label as ``group["label"]``; so schedulers drive every
-    part, and there is one state dict. Parameters that are added later are labelled too. (`OneCycleLR` and `CyclicLR` need
-    ``cycle_momentum=False``, because not every part has the same kind of momentum.)
+    part, and there is one state dict. Parameters that are added later are labelled too. (`OneCycleLR` and `CyclicLR` cycle the
+    momentum where all parts call it by one name, ``momentum`` or ``betas``; else they need ``cycle_momentum=False``.)
 
     Args:
         transforms: label -> transform.

@@ -87,7 +87,7 @@ def mechanic(
 
     with :math:`\beta_k = 1 - 0.1^k` for :math:`k = 1 \dots n`. Norms and the inner product are those of all parameters
     together. A schedule inside is kept, and should have the maximum 1. The factor that was found is ``state.s.sum()``
-    (``optimizer.state["shared"]["s"].sum()`` with the stateful optimizer).
+    (``optimizer.shared["s"].sum()`` with the stateful optimizer).
 
     It stands at the end of a chain, around all of it that moves parameters. Nothing else may move them: :math:`\Delta_t` is
     :math:`(p_{t-1} - p_0) / (\sigma_t + \epsilon)`, which needs no memory but for :math:`p_0`. With parameters in float32 or

@@ -46,7 +46,7 @@ def skip_if_nonfinite(
     All parameters are skipped together; under `torch.func.vmap` each member of the batch on its own. An accelerator is not
     waited for. Gradients that are None do not count. `SkipState.skipped` counts what was skipped, and
     `SkipState.in_a_row` how many gradients in a row were not finite: a loop may look at them from time to time (with the
-    stateful optimizer they are ``optimizer.state["shared"]["skipped"]`` and ``["in_a_row"]``).
+    stateful optimizer they are ``optimizer.shared["skipped"]`` and ``["in_a_row"]``).
 
     Around `accumulate` each of the gradients that it adds up is looked at, within it only their sum.
 
@@ -178,9 +178,9 @@ def lookahead(
         \phi &\leftarrow \phi + \alpha\,(\theta_k - \phi), \qquad \theta_0 \leftarrow \phi
 
     `params` are the fast weights :math:`\theta`, the slow ones :math:`\phi` are in the state. Evaluate the slow ones: read them
-    with `purestep.eval_params` (with the stateful optimizer it is ``optimizer.state[p]["slow"]``). The state of the inner
-    transform is kept when the weights meet, as in the paper's algorithm. It stands at the end of a chain, around all of it
-    that moves parameters.
+    with `purestep.eval_params` (with the stateful optimizer with its method `eval_params`, or as
+    ``optimizer.state[p]["slow"]``). The state of the inner transform is kept when the weights meet, as in the paper's
+    algorithm. It stands at the end of a chain, around all of it that moves parameters.
 
     Args:
         transform: a whole optimizer, with its learning rate.

@@ -1,5 +1,7 @@
 """`torch.optim`, by changing one import line: `from purestep import optim`."""
 
+import sys
+
 from torch.optim import lr_scheduler as lr_scheduler
 from torch.optim import swa_utils as swa_utils
 from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
@@ -20,3 +22,7 @@ from purestep.algorithms.rprop import Rprop as Rprop
 from purestep.algorithms.sgd import SGD as SGD
 from purestep.algorithms.sparse_adam import SparseAdam as SparseAdam
 from purestep.optimizer import Optimizer as Optimizer
+
+# torch's own modules, also for `from purestep.optim.lr_scheduler import ...`; the files of these names are for type checkers
+sys.modules[f"{__name__}.lr_scheduler"] = lr_scheduler
+sys.modules[f"{__name__}.swa_utils"] = swa_utils

@@ -1,0 +1,237 @@
+"""What `load_state_dict` refuses has changed nothing, and what it takes is the optimizer's own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import purestep as ps
+from purestep import optim
+
+MAKERS: dict[str, Any] = {
+    "SGD": lambda params: optim.SGD(params, lr=0.1, momentum=0.9),
+    "AdamW": lambda params: optim.AdamW(params, lr=0.1),
+    "Adagrad": lambda params: optim.Adagrad(params, lr=0.1),
+    "ASGD": lambda params: optim.ASGD(params, lr=0.1),
+    "chain": lambda params: optim.Optimizer(params, ps.chain(ps.clip_by_global_norm(1.0), ps.adamw(0.1))),
+    "skip": lambda params: optim.Optimizer(params, ps.skip_if_nonfinite(ps.adamw(0.1))),
+    "lookahead": lambda params: optim.Optimizer(params, ps.lookahead(ps.adamw(0.1), 3)),
+    "partition": lambda params: optim.Optimizer(
+        params, ps.partition({"a": ps.adamw(0.1), "b": ps.sgd(0.1, momentum=0.9)}, ps.by_ndim({2: "a"}, default="b"))
+    ),
+    "scheduled": lambda params: optim.AdamW(params, lr=ps.schedules.linear(0.1, 0.0, total_steps=9)),
+}
+each = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def begin(make: Any, steps: int = 2) -> tuple[list[nn.Parameter], Any]:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3))]
+    optimizer = make(params)
+    for i in range(steps):
+        for p in params:
+            p.grad = torch.full_like(p, 1.0 + i)
+        optimizer.step()
+    return params, optimizer
+
+
+class Everything:
+    """All that an optimizer is, to be compared later: values, and which objects they are in."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.group = optimizer, optimizer.param_groups[0]
+        self.states = [(p, s, dict(s)) for p, s in optimizer.state.items()]
+        self.groups = [{k: list(v) if k == "params" else v for k, v in g.items()} for g in optimizer.param_groups]
+        self.values = copy.deepcopy([[x for x in s.values() if isinstance(x, Tensor)] for _, s, _ in self.states])
+
+    def check(self) -> None:
+        optimizer = self.optimizer
+        assert optimizer.param_groups[0] is self.group
+        assert [{k: list(v) if k == "params" else v for k, v in g.items()} for g in optimizer.param_groups] == self.groups
+        assert list(optimizer.state) == [p for p, _, _ in self.states]
+        for (p, state, fields), values in zip(self.states, self.values):
+            assert optimizer.state[p] is state
+            assert state.keys() == fields.keys()
+            assert all(state[name] is x for name, x in fields.items())
+            for x, y in zip([x for x in fields.values() if isinstance(x, Tensor)], values):
+                assert torch.equal(x, y)
+
+
+NO_NUMBER: dict[str, Any] = {
+    "string": "2", "list": [2.0], "vector": torch.ones(2), "one in a vector": torch.ones(1),
+    "meta": torch.ones((), device="meta"), "bool": True, "complex": 2j,
+}  # fmt: skip
+NO_TENSOR: dict[str, Any] = {
+    "string": "?", "list": [2.0], "number": 1.0, "shape": torch.ones(7), "meta": torch.ones(3, 2, device="meta"), "dict": {"a": 1},
+}  # fmt: skip
+
+
+def spoil(saved: dict[str, Any], x: Any, like_parameter: bool) -> bool:
+    """Put `x` into every field of the last parameter that is like it (or is one number); whether there is one."""
+    found = False
+    for key, state in saved["state"].items():
+        for name, own in state.items():
+            if isinstance(own, Tensor) and key == 0 and not name.startswith("shared.") and (own.dim() == 2) is like_parameter:
+                state[name], found = x, True
+    for group in saved["param_groups"]:
+        group["lr"] = 0.25  # would be seen
+    return found
+
+
+@each
+@pytest.mark.parametrize("x", NO_NUMBER.values(), ids=NO_NUMBER)
+def test_what_is_no_counter_is_refused_and_nothing_has_changed(make: Any, x: Any) -> None:
+    _, optimizer = begin(make)
+    saved = copy.deepcopy(optimizer.state_dict())
+    if not spoil(saved, x, like_parameter=False):
+        pytest.skip("keeps no number for a parameter")
+    before = Everything(optimizer)
+    with pytest.raises(ValueError, match="must be one real number"):
+        optimizer.load_state_dict(saved)
+    before.check()
+    optimizer.step()
+
+
+@each
+@pytest.mark.parametrize("x", NO_TENSOR.values(), ids=NO_TENSOR)
+def test_what_is_no_moment_is_refused_and_nothing_has_changed(make: Any, x: Any) -> None:
+    _, optimizer = begin(make)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert spoil(saved, x, like_parameter=True)
+    before = Everything(optimizer)
+    with pytest.raises(ValueError, match=r"no tensor|of shape|no values"):
+        optimizer.load_state_dict(saved)
+    before.check()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("x", NO_NUMBER.values(), ids=NO_NUMBER)
+def test_what_is_no_number_for_all_parameters_is_refused(x: Any) -> None:
+    _, optimizer = begin(MAKERS["skip"])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["shared.skipped"] = x
+    before = Everything(optimizer)
+    with pytest.raises(ValueError, match="'skipped' must be one real number"):
+        optimizer.load_state_dict(saved)
+    before.check()
+
+
+@each
+def test_a_state_that_is_no_dict_and_other_groups_are_refused(make: Any) -> None:
+    _, optimizer = begin(make)
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = Everything(optimizer)
+    saved["state"][0] = torch.ones(3)
+    with pytest.raises(ValueError, match="must be a dict"):
+        optimizer.load_state_dict(saved)
+    before.check()
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = Everything(optimizer)
+    saved["param_groups"][0]["params"] = [0, 1, 2]
+    with pytest.raises(ValueError, match="match the size"):
+        optimizer.load_state_dict(saved)
+    before.check()
+
+
+@each
+def test_an_error_while_loading_changes_nothing(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is: here something that cannot be moved to the parameter's device."""
+    _, optimizer = begin(make)
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = Everything(optimizer)
+    monkeypatch.setattr(type(optimizer), "_keep_precision", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.load_state_dict(saved)
+    before.check()
+    monkeypatch.undo()
+    optimizer.step()
+
+
+LBFGS_FAULTS: dict[str, tuple[str, Any]] = {
+    "H_diag, a string": ("H_diag", "?"),
+    "H_diag, a list": ("H_diag", [1.0]),
+    "prev_flat_grad, a dict": ("prev_flat_grad", {}),
+    "prev_flat_grad, a string": ("prev_flat_grad", "?"),
+    "d, a matrix": ("d", torch.ones(3, 3)),
+    "d, shorter": ("d", torch.ones(4)),
+    "old_dirs, a tensor": ("old_dirs", torch.ones(9)),
+    "old_dirs, shorter": ("old_dirs", [torch.ones(4)]),
+    "old_stps, no tensors": ("old_stps", ["?"]),
+    "ro, no numbers": ("ro", [None]),
+    "n_iter, a vector": ("n_iter", torch.ones(2)),
+    "t, a string": ("t", "1"),
+}
+
+
+def bowl(params: list[nn.Parameter], optimizer: Any) -> Any:
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss: Any = sum((p.square() * torch.arange(1.0, 1 + p.numel()).view(p.shape)).sum() for p in params)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize(("name", "x"), LBFGS_FAULTS.values(), ids=LBFGS_FAULTS)
+def test_lbfgs_refuses_what_it_cannot_go_on_with(name: str, x: Any) -> None:
+    params, _ = begin(MAKERS["SGD"])
+    optimizer = optim.LBFGS(params, lr=0.1, max_iter=2)
+    closure = bowl(params, optimizer)
+    optimizer.step(closure)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][name] = x
+    before = Everything(optimizer)
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        optimizer.load_state_dict(saved)
+    before.check()
+    optimizer.step(closure)
+
+
+# ------------------------------------------------------------------------------------------------------------- whose memory
+
+
+def memory(x: Any) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(x) if isinstance(t, Tensor)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adagrad"])
+def test_what_torch_clones_is_cloned(name: str, dtype: torch.dtype) -> None:
+    """A state of float32 for parameters of another dtype: torch casts it, so it is new memory there."""
+    params = [nn.Parameter(torch.ones(3, 2, dtype=dtype)), nn.Parameter(torch.ones(3, dtype=dtype))]
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    theirs = getattr(torch.optim, name)(params, lr=0.1, **options)
+    ours = getattr(optim, name)(params, lr=0.1, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    theirs.step()
+    saved = copy.deepcopy(theirs.state_dict())
+    for state in saved["state"].values():
+        for key in state:
+            if key != "step":
+                state[key] = state[key].float()
+    theirs.load_state_dict(saved)
+    ours.load_state_dict(saved)
+    borrowed = memory(dict(theirs.state)) & memory(saved["state"])
+    assert memory(dict(ours.state)) & memory(saved["state"]) <= borrowed
+    before = copy.deepcopy(saved)
+    counters = [state.pop("step", None) for state in (*saved["state"].values(), *before["state"].values())]
+    ours.step()
+    assert len({float(x) for x in counters if x is not None}) <= 1  # the saved counters are not ours to write to
+    if dtype != torch.float32:
+        torch.testing.assert_close(saved["state"], before["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["skip", "lookahead"])
+def test_two_optimizers_share_nothing_of_what_they_loaded_for_all_parameters(name: str) -> None:
+    _, optimizer = begin(MAKERS[name])
+    saved = optimizer.state_dict()
+    (_, one), (_, two) = begin(MAKERS[name], 0), begin(MAKERS[name], 0)
+    one.load_state_dict(saved)
+    two.load_state_dict(saved)
+    assert not memory(dict(one.shared)) & (memory(dict(two.shared)) | memory(dict(optimizer.shared)))

@@ -82,7 +82,7 @@ def probes(p: Tensor) -> list[Tensor]:
 def renewed(old: Any, new: Any) -> Any:
     """`new`, in the memory of `old` where it fits."""
     same = isinstance(old, Tensor) and isinstance(new, Tensor) and type(old) is type(new)
-    if not same or old.requires_grad or layout(old) != layout(new):
+    if not same or old.requires_grad or new.requires_grad or layout(old) != layout(new):
         return new
     old.copy_(new)
     return old

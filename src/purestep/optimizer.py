@@ -618,7 +618,7 @@ class Optimizer(torch.optim.Optimizer):
                     if resumed and name == "step":
                         x += 1  # a checkpoint of torch's that does not count steps, but has made some
                     state[name] = x
-                    if scalar:
+                    if scalar and not x.requires_grad:
                         counters.setdefault((name, x.dtype, x.device), []).append((state, x))
                     elif like:
                         columns.setdefault((k, name), []).append((state, x))
@@ -737,6 +737,7 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 again = old.kind != kind(p) or self._begins_from(value, p)
                 again |= not same(old.options.get(names[0]), options.get(names[0]))
+                again |= torch.is_grad_enabled() and bool(options.get(names[0]))  # options that a derivative is taken of
                 fields = dict(zip(names, fresh_state(value, p))) if again else own
                 for name in names:
                     if name not in given and fields.get(name) is not None:
@@ -1247,12 +1248,15 @@ class Optimizer(torch.optim.Optimizer):
         """Write the new state into the tensors of the old one; only what does not fit there takes its place."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for names, info, olds, used, news in zip(plan.keys, plan.fields, before, given, after):
-            for name, leaf, scalar, old, known, new in zip(names, info.leaves, info.scalars, olds, used, news):
-                if not leaf:  # a counter that shares no memory with the other fields stays the tensor that it is
+            for name, leaf, scalar, like, old, known, new in zip(names, info.leaves, info.scalars, info.like, olds, used, news):
+                if not leaf:  # a tensor that shares no memory with other fields, old or new, stays the tensor that it is
                     if new is not old:
-                        alone = scalar and sum([in_memory_of(x, old) for x in olds]) == 1
+                        around = [
+                            x for x in (*pytree.tree_leaves(olds), *pytree.tree_leaves(news)) if x is not old and x is not new
+                        ]
+                        alone = (scalar or like) and not any([in_memory_of(x, old) for x in around])
                         self._settle(self.shared, name, old if alone else None, new, pairs)
-                elif scalar and not any([x is None and y is not None for x, y in zip(old, new)]):
+                elif scalar and not any([(x is None and y is not None) or recorded(y) for x, y in zip(old, new)]):
                     self._counters.write(old, known, new)
                 elif not all(map(operator.is_, known, new)):
                     for state, x, y in zip(states, old, new):
@@ -1646,6 +1650,11 @@ def fits_in(old: Any, new: Any) -> bool:
     if not isinstance(old, Tensor) or not isinstance(new, Tensor) or torch.is_grad_enabled():
         return False
     return old.shape == new.shape and old.dtype == new.dtype and old.device == new.device and type(old) is type(new)
+
+
+def recorded(x: Any) -> bool:
+    """Whether autograd follows this value."""
+    return isinstance(x, Tensor) and x.requires_grad
 
 
 def in_memory_of(x: Any, y: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.optim import lr_scheduler
 
@@ -712,3 +713,33 @@ def test_signatures_are_those_of_the_installed_torch() -> None:
         with pytest.raises(TypeError, match="maximize"):
             optim.LBFGS([nn.Parameter(torch.ones(2))], maximize=True)
         assert "maximize" not in optim.LBFGS([nn.Parameter(torch.ones(2))]).param_groups[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------- compiled
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_compiled_step_under_a_scheduler_makes_as_many_graphs_as_torchs(name: str, as_tensor: bool) -> None:
+    """Two: one for the number that it first sees, one for all others. From the second step on: the first one makes state."""
+    counts, values = [], []
+    for namespace in (torch.optim, optim):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+        flags: Any = {"capturable": True} if as_tensor and name != "SGD" and namespace is torch.optim else {}
+        if flags:
+            pytest.skip("torch takes such a tensor on accelerators only")
+        lr = torch.tensor(0.1) if as_tensor else 0.1
+        optimizer = getattr(namespace, name)(params, lr=lr, foreach=True, **({"momentum": 0.9} if name == "SGD" else {}))
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+        step = torch.compile(optimizer.step, backend=counter)
+        for i in range(6):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 + i)
+            step() if i else optimizer.step()
+            scheduler.step()
+        counts.append(counter.frame_count)
+        values.append([p.detach() for p in params])
+    torch.testing.assert_close(*values)
+    assert counts[1] <= counts[0] <= 2

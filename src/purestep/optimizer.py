@@ -295,6 +295,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _transforms(self) -> list[Transform]:
         """Each group's transform; made anew only where an option has changed."""
+        if torch.compiler.is_compiling():  # what was made before would be a guard, and a new number a new graph
+            return [
+                self._captured(i, g) if g.get("capturable") else self._transform(g) for i, g in enumerate(self.param_groups)
+            ]
         made = self._made
         if len(made) != len(self.param_groups):
             made[:] = [(None, chain())] * len(self.param_groups)

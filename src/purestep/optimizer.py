@@ -766,9 +766,8 @@ class Optimizer(torch.optim.Optimizer):
                     state[name] = renewed(own[name], column[p]) if f in again else own[name]
             if not leaf and f in again and beginning:
                 shared = self.shared
-                old: Any
                 old, version = self._begun_shared.get(name, (None, -1))
-                if old is not None and shared.get(name) is old and old._version == version:
+                if isinstance(old, Tensor) and shared.get(name) is old and old._version == version:
                     shared[name] = renewed(old, fresh[f])
 
     def _fields_from(self, value: Any, p: Tensor) -> set[int]:

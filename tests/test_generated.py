@@ -335,7 +335,7 @@ def test_all_executors_agree(recipe: Recipe, on: Setting) -> None:
 @given(recipe=TRANSFORMS, on=SETTINGS)
 def test_an_optimizer_takes_the_same_steps(recipe: Recipe, on: Setting) -> None:
     opt = tried(recipe, on)
-    if opt is None or on.tree == "nested" or (on.tree == "list" and "partition" in recipe.text):
+    if opt is None or on.tree == "nested":
         return
     expected, _ = run(opt, on, STEPS, executor="leaf")
     for flags in ({}, {"foreach": True}, {"foreach": False}):

@@ -65,7 +65,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 FLAGS = ("foreach", "capturable", "differentiable", "fused", "compile")
 
-KEPT = ("_recipe", "_options", "_first", "_flags", "_ready", "_routes", "_compile", "_lazy", "_lazy_paths")
+KEPT = ("_recipe", "_options", "_first", "_flags", "_ready", "_routes", "_compile", "_lazy", "_lazy_paths", "_numbers")
 """What an optimizer is made of, but for parameters and state."""
 
 
@@ -138,6 +138,9 @@ class Optimizer(torch.optim.Optimizer):
 
     _uncounted: ClassVar[frozenset[str]] = frozenset()
     """Fields of a state that torch keeps without counting updates: where one was given, the next update is not the first."""
+
+    _numbers: dict[Tensor, int] = {}  # noqa: RUF012  (replaced, never written to)
+    """Of parameters without names in a partition: their places in the order in which they were given."""
 
     _compile = False
     _own_step = False  # whether the class makes its steps itself
@@ -409,6 +412,7 @@ class Optimizer(torch.optim.Optimizer):
         links = self._recipe.links
         memo: Memo = {}
         spec = spec_of(paths, [m for link in links for m in link.masks], any([name is not None for _, name, _ in entries]))
+        self._numbers = self._numbers | {p: int(paths[p]) for _, name, p in entries if name is None}
         lazy, ahead = {p for p in paths if is_lazy(p)}, ""
         ways = [select(outer(link.masks), [None if p in lazy else p for p in paths], spec, memo) for link in links]
         if not self._ready and not lazy:
@@ -789,11 +793,21 @@ class Optimizer(torch.optim.Optimizer):
         return found
 
     def _paths(self) -> dict[Tensor, str]:
+        """The path of each parameter: its name or, without names, its number in the order in which parameters were given."""
         paths: dict[Tensor, str] = {}
+        unnamed: list[Tensor] = []
         for group in self.param_groups:
-            for i, p in enumerate(group["params"]):
-                paths[p] = group["param_names"][i] if "param_names" in group else str(len(paths))
-        return paths
+            if "param_names" in group:
+                paths.update(zip(group["params"], group["param_names"]))
+            else:
+                unnamed += group["params"]
+        if not self._numbers:  # only a partition, which parts the groups anew, changes the order
+            return paths | {p: str(k) for k, p in enumerate(dict.fromkeys(unnamed), start=len(paths))}
+        numbers = {p: self._numbers[p] for p in unnamed if p in self._numbers}  # others have left the groups
+        free = iter(set(range(len(unnamed) + len(self._numbers))) - set(numbers.values()))
+        numbers |= {p: next(free) for p in unnamed if p not in numbers}
+        self._numbers = numbers
+        return paths | {p: str(n) for p, n in sorted(numbers.items(), key=operator.itemgetter(1))}
 
     def _selected(self, masks: tuple[Any, ...], params: list[Tensor]) -> list[bool]:
         """Which of some parameters these masks select. They are asked once about each."""

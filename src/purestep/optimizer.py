@@ -770,9 +770,9 @@ class Optimizer(torch.optim.Optimizer):
                     state[name] = renewed(own[name], column[p]) if f in again else own[name]
             if not leaf and f in again and beginning:
                 shared = self.shared
-                old, version = self._begun_shared.get(name, (None, -1))
-                if isinstance(old, Tensor) and shared.get(name) is old and old._version == version:
-                    shared[name] = renewed(old, fresh[f])
+                first = self._begun_shared.get(name)
+                if first is not None and shared.get(name) is first[0] and first[0]._version == first[1]:
+                    shared[name] = renewed(first[0], fresh[f])
 
     def _fields_from(self, value: Any, p: Tensor) -> set[int]:
         """Which fields of a whole transform's first state depend on the values of the parameters, by their number."""

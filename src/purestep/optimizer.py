@@ -1507,7 +1507,7 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            **{name: self.__dict__[name] for name in (*KEPT, "_begun_shared")},
+            **{name: getattr(self, name) for name in (*KEPT, "_begun_shared")},
             "_untouched": {p: x._replace(fields=x.made(self.state.get(p, NOTHING))) for p, x in self._untouched.items()},
             "_schedules": self._schedules.by_place(self.param_groups),
             "_own_step": self._own_step,

@@ -770,10 +770,9 @@ class Optimizer(torch.optim.Optimizer):
                     state[name] = renewed(own[name], column[p]) if f in again else own[name]
             if not leaf and f in again and beginning:
                 shared = self.shared
-                old: Any
-                old, version = self._begun_shared.get(name, (None, -1))
-                if old is not None and shared.get(name) is old and old._version == version:
-                    shared[name] = renewed(old, fresh[f])
+                first = self._begun_shared.get(name)
+                if first is not None and shared.get(name) is first[0] and first[0]._version == first[1]:
+                    shared[name] = renewed(first[0], fresh[f])
 
     def _fields_from(self, value: Any, p: Tensor) -> set[int]:
         """Which fields of a whole transform's first state depend on the values of the parameters, by their number."""
@@ -1508,7 +1507,7 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            **{name: self.__dict__[name] for name in (*KEPT, "_begun_shared")},
+            **{name: getattr(self, name) for name in (*KEPT, "_begun_shared")},
             "_untouched": {p: x._replace(fields=x.made(self.state.get(p, NOTHING))) for p, x in self._untouched.items()},
             "_schedules": self._schedules.by_place(self.param_groups),
             "_own_step": self._own_step,

@@ -196,7 +196,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(momentum=st.sampled_from([0.0, 0.5, 0.9]))
     def change_the_momentum(self, momentum: float) -> None:
-        if self.name != "SGD" and not self.options.get("momentum"):  # torch's RMSprop makes its buffer at the first step alone
+        if self.name != "SGD" and not self.options.get("momentum") and self.stepped:  # torch's RMSprop makes no buffer then
             return
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -455,3 +455,23 @@ def test_an_option_of_another_part_is_left_out() -> None:
     parts = ps.partition({"m": ps.adamw(), "r": ps.sgd(momentum=0.9)}, ps.by_ndim({2: "m"}, default="r"))
     optimizer = optim.Optimizer([{"params": [w], "momentum": 0.5}, {"params": [b]}], parts)
     assert ["momentum" in g for g in optimizer.param_groups] == [False, True]
+
+
+@pytest.mark.parametrize("labels", ["function", "tree"])
+def test_parameters_without_names_are_known_by_their_first_places(labels: str) -> None:
+    """The groups of a partition put them in another order; afterwards, too, the paths are the numbers they were given in."""
+    rule: Any = (lambda path, p: "b" if path in ("1", "3") else "a") if labels == "function" else ["a", "b", "a", "b", "a"]
+    opt = ps.partition({"a": ps.scale(-0.1), "b": ps.chain(ps.add_noise(0.1, 0.5, seed=1), ps.sgd(0.1, momentum=0.9))}, rule)
+    params: Any = [torch.zeros(k + 1) for k in range(5)]
+    state = opt.init_state(params)
+    own = [torch.nn.Parameter(p.clone()) for p in params]
+    optimizer = optim.Optimizer(own, opt)
+    for step in range(3):
+        grads = [None if k == step else torch.ones(k + 1) for k in range(5)]
+        params, state = opt.step(grads, state, params)
+        for p, g in zip(own, grads):
+            p.grad = g
+        optimizer.step()
+        if step == 1:
+            optimizer, own = copy.deepcopy((optimizer, own))
+        torch.testing.assert_close([p.detach() for p in own], params)

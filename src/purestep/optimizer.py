@@ -1461,9 +1461,11 @@ class Optimizer(torch.optim.Optimizer):
                 state = state_dict["state"].get(key, {})
                 if not isinstance(state, dict):
                     raise ValueError(f"The loaded state of {path!r} must be a dict of its fields by name, but is {state!r}.")
-                for link, keys, on in links:
-                    if on[k] and not is_lazy(p) and state:
-                        self._check_fields(link.transform, keys, state, p, path)
+                acting = [(link.transform, keys) for link, keys, on in links if on[k] and not is_lazy(p) and state]
+                here = [any([state.get(name) is not None for name in keys if name != "step"]) for _, keys in acting]
+                for (value, keys), found in zip(acting, here):
+                    if found or value.declaration.off is None or not any(here):  # what was switched on later begins anew
+                        self._check_fields(value, keys, state, p, path)
 
     def _check_fields(self, value: Primitive, keys: tuple[str, ...], state: dict[str, Any], p: Tensor, path: str) -> None:
         """Refuse what is loaded for one parameter if it is not what a transform has for it."""

@@ -9,6 +9,10 @@ This is where a call decides how its leaf functions are run. The mode is chosen 
   of a chain spells one.
 * ``traced``: the same program while `torch.compile`, `make_fx` or `torch.export` looks on; numbers stay tensors.
 
+What the functions of a chain bring in by themselves (a schedule, a whole transform, an extra argument) may have a history that
+no input has. Where autograd looks on, a call of mode ``program`` looks at what comes out of them, and goes on in mode ``leaf``
+from the first of them that requires grad.
+
 Parameters are sorted into *buckets*, which differ in what a program cannot take as an input: dtype, device, masks, the
 number of updates so far. Almost always there is one bucket, and finding that out is all it costs.
 """
@@ -93,6 +97,7 @@ class Call:
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
         self.level = Level.now() if mode == "leaf" and executor is None else None  # of vmap, if it can be stepped out of
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
+        self.scheduled: dict[tuple[int, int], tuple[Any, Any]] = {}  # a counter and what a schedule gives there, by identity
         self.made: dict[Any, Tensor] = {}  # numbers as counters
         self.writes: list[tuple[int, int, Sequence[int] | None, Any]] = []  # link, field, rows, new value
 
@@ -108,7 +113,8 @@ class Call:
                     self.scale()
                     self.whole(groups, n)
                 elif self.moved:
-                    if self.donate and not self.copies and not all(map(operator.is_, self.grads, self.params)):
+                    new = not self.copies and not all(map(operator.is_, self.grads, self.params))
+                    if self.donate and new and not maths.recorded(self.grads + self.params):
                         self.grads = overwrite(self.params, self.grads)
                 elif stage.stop > stage.start or self.apply:
                     self.leafwise(groups, n, self.apply and stage is last)
@@ -116,6 +122,14 @@ class Call:
             if self.writes:
                 self.settle()
         return self.grads, self.states
+
+    def looking(self) -> bool:
+        """Whether something may still turn up that requires grad."""
+        return self.mode == "program" and torch.is_grad_enabled()
+
+    def record(self) -> None:
+        """From here on everything is recorded by autograd, so nothing is written in place."""
+        self.mode, self.donate = "leaf", False
 
     def scale(self) -> None:
         """Multiply the gradients by the number that they are still to be multiplied by."""
@@ -150,6 +164,8 @@ class Call:
             given.append(inner.state(self.states[i + 1 : stage.stop]))
         state = EmptyState() if d.state is None else d.state(*given)
         new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **arguments)
+        if self.looking() and (requires_grad(new) or requires_grad(after)):
+            self.record()
         if inner is not None:
             check_nested(d, after, stage.stop - i - 1)
             self.states[i + 1 : stage.stop] = inner.put(self.states[i + 1 : stage.stop], after.inner)
@@ -212,8 +228,11 @@ class Call:
         if self.executor == "fused" and apply:
             for group in groups:
                 demand_kernel(group.plan.segment(group.plan.stages[n].positions), self.params)
-        if isinstance(self.factor, Tensor) and not alike([p.device for p in self.params]):
-            self.scale()
+        if stage.scheduled and self.looking():
+            self.evaluate(groups, n)
+        if self.factor is not None and (self.mode == "leaf" or isinstance(self.factor, Tensor)):
+            if self.mode == "leaf" or not alike([p.device for p in self.params]):
+                self.scale()
         scaled = self.factor is not None
         uniform = len(groups) == 1 and self.uniform(stage)
         segment = groups[0].plan.segment(stage.positions, scaled) if uniform else None
@@ -227,6 +246,16 @@ class Call:
                         out[k] = u
             self.grads = out
         self.factor = None
+
+    def evaluate(self, groups: Sequence[Group], n: int) -> None:
+        """Call the schedules of the `n`-th stage: this must be known before anything is written in place."""
+        for plan, rows in groups:
+            for i in plan.stages[n].scheduled:
+                on, value = self.selected(plan.links[i]), plan.links[i].transform
+                column = self.states[i][plan.fields[i].step]
+                for count in {id(column[k]): column[k] for k in rows if on is None or on[k]}.values():
+                    for name in value.declaration.hypers:
+                        self.lower(value.arguments[name], count)
 
     def uniform(self, stage: Stage) -> bool:
         """Whether all parameters can be taken together."""
@@ -365,11 +394,12 @@ class Call:
                 old = [c[k] for c in columns]
                 given = [x.to(wide) if like and x is not None else x for x, like in zip(old, info.like)]
                 u, state = leaf_update(value, info, u, given, p)
+                write = self.write and not (torch.is_grad_enabled() and requires_grad((u, *state)))
                 for column, x, y, like in zip(new, state, old, info.like):
-                    column.append(x if x is None or not like else y.copy_(x) if self.write else x.to(y.dtype))
+                    column.append(x if x is None or not like else y.copy_(x) if write else x.to(y.dtype))
             if apply:
                 u = p + u
-                if self.write:
+                if self.write and not (torch.is_grad_enabled() and u.requires_grad):
                     u = params[k].copy_(u)
             elif any([u is c[-1] for new in news for c in new]):
                 u = u.clone()  # the updates are handed out; the state's memory may be given away at the next step
@@ -726,10 +756,18 @@ class Call:
         if isinstance(x, tuple):
             return tuple([self.lower(y, count) for y in x])
         if isinstance(x, Schedule):
-            step = 0 if count is None else self.number(count)
-            return self.lower(x(int(step) if isinstance(step, float) else step), count)
+            key = id(x), id(count)
+            if key not in self.scheduled:
+                step = 0 if count is None else self.number(count)
+                value = x(int(step) if isinstance(step, float) else step)
+                if not self.looking():
+                    return self.lower(value, count)
+                self.scheduled[key] = count, value
+            return self.lower(self.scheduled[key][1], count)
         if isinstance(x, Tensor):
             single(x)
+            if x.requires_grad and self.looking():
+                self.record()
             return x.item() if self.mode == "program" and x.is_cpu else x.reshape(()) if x.dim() else x
         return x
 
@@ -802,7 +840,10 @@ class Inner:
             apply=apply, donate=donate and call.donate, alone=call.alone and rows is None, executor=call.executor,
             extras={name: call.extra(name, rows) for name in call.extras},
         )  # fmt: skip
-        return made.run(self._groups)
+        result = made.run(self._groups)
+        if made.mode != call.mode:
+            call.record()
+        return result
 
     def when(
         self, flag: Any, gs: list[Tensor], state: Any, params: list[Tensor], otherwise: list[Tensor] | None = None
@@ -894,6 +935,15 @@ def check_nested(d: Any, after: Any, count: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
+
+
+def requires_grad(x: Any) -> bool:
+    """Whether autograd follows any of the tensors in what a function has returned."""
+    if isinstance(x, Tensor):
+        return x.requires_grad
+    if isinstance(x, (list, tuple)):
+        return any([y.requires_grad if isinstance(y, Tensor) else requires_grad(y) for y in x if y is not None])
+    return isinstance(x, dict) and any(map(requires_grad, x.values()))
 
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})

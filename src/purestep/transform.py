@@ -242,7 +242,7 @@ class Transform:
         )  # fmt: skip
         out, news = call.run(groups)
         if touched is not None:
-            out, news = touched.scatter(out, news, apply, donate)
+            out, news = touched.scatter(out, news, apply, call.donate)
         elif known is None and eager and mode == "program" and all([isinstance(x, Tensor) for x in everything]):
             looks.learn(everything)
         if rows is not None:

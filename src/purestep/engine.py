@@ -10,8 +10,8 @@ This is where a call decides how its leaf functions are run. The mode is chosen 
 * ``traced``: the same program while `torch.compile`, `make_fx` or `torch.export` looks on; numbers stay tensors.
 
 What the functions of a chain bring in by themselves (a schedule, a whole transform, an extra argument) may have a history that
-no input has. Where autograd looks on, a call of mode ``program`` looks at what comes out of them, and goes on in mode ``leaf``
-from the first of them that requires grad.
+no input has. Where autograd looks on, a call of another mode looks at what comes out of them, and goes on in mode ``leaf`` from
+the first of them that requires grad.
 
 Parameters are sorted into *buckets*, which differ in what a program cannot take as an input: dtype, device, masks, the
 number of updates so far. Almost always there is one bucket, and finding that out is all it costs.
@@ -97,7 +97,7 @@ class Call:
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
         self.level = Level.now() if mode == "leaf" and executor is None else None  # of vmap, if it can be stepped out of
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
-        self.scheduled: dict[tuple[int, int], tuple[Any, Any]] = {}  # a counter and what a schedule gives there, by identity
+        self.scheduled: dict[Any, tuple[Any, Any]] = {}  # a counter and what a schedule gives there, by identity
         self.made: dict[Any, Tensor] = {}  # numbers as counters
         self.writes: list[tuple[int, int, Sequence[int] | None, Any]] = []  # link, field, rows, new value
 
@@ -125,7 +125,7 @@ class Call:
 
     def looking(self) -> bool:
         """Whether something may still turn up that requires grad."""
-        return self.mode == "program" and torch.is_grad_enabled()
+        return self.mode != "leaf" and torch.is_grad_enabled()
 
     def record(self) -> None:
         """From here on everything is recorded by autograd, so nothing is written in place."""
@@ -253,7 +253,10 @@ class Call:
             for i in plan.stages[n].scheduled:
                 on, value = self.selected(plan.links[i]), plan.links[i].transform
                 column = self.states[i][plan.fields[i].step]
-                for count in {id(column[k]): column[k] for k in rows if on is None or on[k]}.values():
+                counts = [column[k] for k in rows if on is None or on[k]]
+                if not torch.compiler.is_compiling():
+                    counts = list({id(x): x for x in counts}.values())
+                for count in counts:
                     for name in value.declaration.hypers:
                         self.lower(value.arguments[name], count)
 
@@ -751,19 +754,23 @@ class Call:
         with torch._C._DisableFuncTorch():
             return all([isinstance(x, Tensor) and torch.equal(x, first) for x in others])
 
+    def value(self, x: Schedule, count: Tensor | None) -> Any:
+        """What a schedule gives at this counter."""
+        key = None if torch.compiler.is_compiling() else (id(x), id(count))
+        found = self.scheduled.get(key)
+        if found is None:
+            step = 0 if count is None else self.number(count)
+            found = count, x(int(step) if isinstance(step, float) else step)
+            if key is not None and self.looking():
+                self.scheduled[key] = found
+        return found[1]
+
     def lower(self, x: Any, count: Tensor | None) -> Any:
         """A hyperparameter as a program takes it; `count` is the counter that schedules are called with."""
         if isinstance(x, tuple):
             return tuple([self.lower(y, count) for y in x])
         if isinstance(x, Schedule):
-            key = id(x), id(count)
-            if key not in self.scheduled:
-                step = 0 if count is None else self.number(count)
-                value = x(int(step) if isinstance(step, float) else step)
-                if not self.looking():
-                    return self.lower(value, count)
-                self.scheduled[key] = count, value
-            return self.lower(self.scheduled[key][1], count)
+            return self.lower(self.value(x, count), count)
         if isinstance(x, Tensor):
             single(x)
             if x.requires_grad and self.looking():
@@ -964,11 +971,9 @@ def choose(executor: Executor | None, *tensors: Iterable[Any]) -> Mode:
     """How leaf functions are run in this call."""
     if executor == "leaf" or maths.transforming():
         return "leaf"
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return "traced"
     if torch.is_grad_enabled() and any([any([t is not None and t.requires_grad for t in x]) for x in tensors]):
         return "leaf"
-    return "program"
+    return "traced" if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 else "program"
 
 
 def leaf_update(value: Primitive, info: Fields, g: Tensor, columns: list[Any], p: Tensor) -> tuple[Tensor, list[Any]]:

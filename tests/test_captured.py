@@ -217,7 +217,7 @@ def test_a_learned_rate_under_the_wrapper() -> None:
         w = torch.tensor(0.7, requires_grad=True)
         p = torch.nn.Parameter(torch.ones(3))
         optimizer = ps.optim.Optimizer(
-            [p.clone() if differentiable else p], ps.sgd(lr=lambda t: w * 1.0), differentiable=differentiable
+            [p.clone() if differentiable else p], ps.sgd(lr=lambda t, w=w: w * 1.0), differentiable=differentiable
         )
         (q,) = optimizer.param_groups[0]["params"]
         q.grad = torch.full((3,), 2.0)
@@ -266,3 +266,168 @@ def test_what_functions_close_over_in_a_compiled_step(name: str) -> None:
     wanted, found = [torch.autograd.grad(x, w)[0] for x in (eager, compiled)]
     torch.testing.assert_close(found, wanted)
     assert wanted != 0
+
+
+# ------------------------------------------------------------------------------------- in a loss, handed to torch.func
+
+
+def after(x: Tensor, y: Tensor) -> Tensor:
+    return (x**2 * y**3).sum()
+
+
+LINEAR = torch.nn.Linear(2, 1, device="meta")
+
+BODIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "directly": after,
+    "grad": lambda p, t: torch.func.grad(after)(p, t).pow(2).sum(),
+    "grad by it": lambda p, t: torch.func.grad(after, 1)(p, t).pow(2).sum(),
+    "vmap": lambda p, t: torch.func.vmap(lambda x, y: (x * y * y).sin())(p, t).sum(),
+    "vmap of grad": lambda p, t: torch.func.vmap(torch.func.grad(after, 1))(p, t).pow(2).sum(),
+    "grad of vmap": lambda p, t: (torch.func.grad(lambda t: torch.func.vmap(after)(p, t).sum())(t) * p).sum(),
+    "grad of grad": lambda p, t: torch.func.grad(lambda y: torch.func.grad(after)(p, y).sum())(t).pow(2).sum(),
+    "vjp": lambda p, t: torch.func.vjp(lambda x, y: x * y * y, p, t)[1](p)[1].pow(2).sum(),
+    "cotangent": lambda p, t: torch.func.vjp(lambda x: x**3, p)[1](t)[0].sum(),
+    "jacrev": lambda p, t: torch.func.jacrev(lambda x, y: x**2 * y**3, 1)(p, t).pow(2).sum(),
+    "jacfwd": lambda p, t: torch.func.jacfwd(lambda x, y: x**2 * y**3, 1)(p, t).pow(2).sum(),
+    "jvp": lambda p, t: torch.func.jvp(lambda x, y: x**2 * y**3, (p, t), (t, p))[1].pow(2).sum(),
+    "hessian": lambda p, t: torch.func.hessian(lambda y: after(p, y))(t).pow(2).sum(),
+    "functional_call": lambda p, t: torch.func.grad(
+        lambda q: torch.func.functional_call(LINEAR, q, (p[None],)).pow(2).sum()
+    )({"weight": t[None], "bias": t[:1]})["weight"].pow(2).sum(),
+}  # fmt: skip
+
+
+SOUGHT = {"grad by it", "vmap of grad", "grad of vmap", "grad of grad", "vjp", "jacrev"}
+"""Those that take a derivative in reverse by what is closed over: of these, reverse over reverse does not know the tensor again."""
+
+
+def run_with(body: str, every: int | None, t: Tensor) -> Tensor:
+    """A number that training leads to, on a loss that closes over `t`."""
+    start = torch.tensor([0.5, 0.7], dtype=torch.float64)
+    found = ps.meta.unroll(
+        ps.sgd(0.05, momentum=0.5), lambda p: BODIES[body](p, t) + (p**2).sum(), start, 4, checkpoint_every=every
+    )
+    return found.params.sin().sum() + found.losses[-1]
+
+
+def derivatives(value: Callable[[Tensor], Tensor], sought: bool = False) -> dict[str, Any]:
+    """First and second derivatives of a function of two numbers, in every way there is; if `sought`, one of them is refused."""
+    t = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    leaf = t.clone().requires_grad_()
+    (first,) = torch.autograd.grad(value(leaf), leaf, create_graph=True)
+    other = t.clone().requires_grad_()
+    return {
+        "backward": first.detach(),
+        "twice": torch.autograd.grad(first.sum(), leaf)[0],
+        "computed": torch.autograd.grad(value(other * 1.5), other)[0],
+        "grad": torch.func.grad(value)(t),
+        "jvp": torch.func.jvp(value, (t,), (torch.flip(t, (0,)),))[1],
+        "vmap": torch.func.vmap(torch.func.grad(value))(torch.stack([t, 0.5 * t])),
+        "forward over reverse": torch.func.jacfwd(torch.func.jacrev(value))(t),
+        "reverse over reverse": refused(value, t) if sought else torch.func.jacrev(torch.func.jacrev(value))(t),
+    }
+
+
+def refused(value: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """What is refused, as it is once the remedy has been taken."""
+    with pytest.raises(
+        RuntimeError, match=r"torch.func takes derivatives by a tensor .* closes over.*Hand x \* 1 to torch.func"
+    ):
+        torch.func.jacrev(torch.func.jacrev(value))(t)
+    held = {name: BODIES[name] for name in SOUGHT}
+    try:
+        BODIES.update({name: lambda p, t, body=body: body(p, t * 1) for name, body in held.items()})
+        return torch.func.jacrev(torch.func.jacrev(value))(t)
+    finally:
+        BODIES.update(held)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_what_a_loss_hands_to_torch_func(body: str) -> None:
+    """With checkpoints as without."""
+    wanted = derivatives(lambda t: run_with(body, None, t))
+    assert all([x.abs().sum() > 0 for x in wanted.values()])
+    torch.testing.assert_close(derivatives(lambda t: run_with(body, 2, t), body in SOUGHT), wanted)
+
+
+@pytest.mark.parametrize("name", ["grad", "grad by it", "vmap", "jacrev", "jvp"])
+@pytest.mark.parametrize("kind", ["implicit", "custom_root", "custom_fixed_point"])
+def test_what_an_optimality_hands_to_torch_func(kind: str, name: str) -> None:
+    """As where it is an argument: x = a(t) / 4, or what is written as a root or a fixed point of that."""
+
+    def target(t: Tensor) -> Tensor:
+        return BODIES[name](torch.tensor([0.5, 0.7], dtype=torch.float64), t) * torch.tensor([0.1, 0.2], dtype=torch.float64)
+
+    def value(t: Tensor, closed: bool) -> Tensor:
+        def at(x: Any, *given: Tensor) -> Tensor:
+            return target(given[0] if given else t)
+
+        def solver(x: Tensor, *given: Tensor) -> Tensor:
+            return at(x, *given) / 4
+
+        stationarity = torch.func.grad(lambda x, *given: ((2 * x - at(x, *given) / 2) ** 2).sum())
+        solve = {
+            "implicit": lambda: ps.meta.implicit(solver, stationarity),
+            "custom_root": lambda: ps.meta.custom_root(lambda x, *given: 4 * x - at(x, *given))(solver),
+            "custom_fixed_point": lambda: ps.meta.custom_fixed_point(lambda x, *given: (at(x, *given) / 4 + x) / 2)(solver),
+        }[kind]()
+        return solve(torch.zeros(2, dtype=torch.float64), *(() if closed else (t,))).sin().sum()
+
+    wanted = derivatives(lambda t: target(t).div(4).sin().sum())
+    torch.testing.assert_close(derivatives(lambda t: value(t, False)), wanted)
+    torch.testing.assert_close(derivatives(lambda t: value(t, True), name in SOUGHT), wanted)
+
+
+def test_parameters_of_a_module_in_functional_call() -> None:
+    """A module that a loss closes over, called with its own parameters as arguments of a transform."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 1, dtype=torch.float64)
+
+    def loss(p: Tensor) -> Tensor:
+        return (
+            torch.func.functional_call(net, dict(net.named_parameters()), (p,)).sum()
+            + torch.func.grad(lambda q: torch.func.functional_call(net, q, (p,)).pow(2).sum())(dict(net.named_parameters()))[
+                "weight"
+            ]
+            .pow(2)
+            .sum()
+        )
+
+    def slopes(every: int | None) -> Any:
+        p = torch.tensor([0.5, 0.7], dtype=torch.float64)
+        found = ps.meta.unroll(ps.sgd(0.01), loss, p, 4, checkpoint_every=every)
+        return torch.autograd.grad(found.params.sum(), list(net.parameters()))
+
+    wanted = slopes(None)
+    assert all([x.abs().sum() > 0 for x in wanted])
+    torch.testing.assert_close(slopes(2), wanted)
+
+
+def test_infinite_numbers_that_are_closed_over() -> None:
+    """What is exchanged keeps every bit, also where the difference of the two is no number."""
+
+    def value(t: Tensor, every: int | None) -> Tensor:
+        def loss(p: Tensor) -> Tensor:
+            return torch.func.grad(lambda x, y: (x * y.clamp(-2, 2) ** 2).sum(), 1)(p, t).sum() * p.sum()
+
+        return ps.meta.unroll(ps.sgd(0.01), loss, torch.ones(3, dtype=torch.float64), 2, checkpoint_every=every).params.sum()
+
+    t = torch.tensor([float("inf"), 1.0, -0.0], dtype=torch.float64)
+    wanted, found = [torch.func.grad_and_value(value)(t, every) for every in (None, 1)]
+    assert wanted[1].isfinite()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_what_nobody_can_see_is_refused() -> None:
+    """Never a derivative of 0: a tensor that no operation was seen to meet is named."""
+    t = torch.tensor([1.0, 2.0], requires_grad=True)
+
+    def unseen(p: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            u = t * 2
+        return (p * u).sum()
+
+    with pytest.raises(RuntimeError, match=r"The loss.* closes over a tensor of shape \(2,\).*Hand it over as an argument"):
+        ps.meta.unroll(ps.sgd(0.1), unseen, torch.ones(2), 2, checkpoint_every=1)
+    with pytest.raises(RuntimeError, match=r"The optimality function closes over a tensor of shape \(2,\)"):
+        ps.meta.custom_root(lambda x: x - torch.func.grad(unseen)(x))(lambda x: x)(torch.ones(2))

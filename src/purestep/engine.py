@@ -230,9 +230,8 @@ class Call:
                 demand_kernel(group.plan.segment(group.plan.stages[n].positions), self.params)
         if stage.scheduled and self.looking():
             self.evaluate(groups, n)
-        if self.factor is not None and (self.mode == "leaf" or isinstance(self.factor, Tensor)):
-            if self.mode == "leaf" or not alike([p.device for p in self.params]):
-                self.scale()
+        if self.mode == "leaf" or (isinstance(self.factor, Tensor) and not alike([p.device for p in self.params])):
+            self.scale()
         scaled = self.factor is not None
         uniform = len(groups) == 1 and self.uniform(stage)
         segment = groups[0].plan.segment(stage.positions, scaled) if uniform else None

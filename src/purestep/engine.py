@@ -54,6 +54,7 @@ from purestep.program import call, program, runner
 from purestep.value import Schedule
 
 Executor: TypeAlias = Literal["leaf", "foreach", "fused", "compiled"]
+EXECUTORS: tuple[Executor, ...] = ("leaf", "foreach", "fused", "compiled")
 Mode: TypeAlias = Literal["leaf", "program", "traced"]
 
 
@@ -113,6 +114,8 @@ class Call:
                     self.scale()
                     self.whole(groups, n)
                 elif self.moved:
+                    if self.executor == "fused" and plan.stages[-2].inner is None:
+                        demand_kernel(plan.segment(()), self.params)
                     new = not self.copies and not all(map(operator.is_, self.grads, self.params))
                     if self.donate and new and not maths.recorded(self.grads + self.params):
                         self.grads = overwrite(self.params, self.grads)

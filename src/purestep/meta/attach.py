@@ -251,9 +251,9 @@ class exchanged(TorchFunctionMode):  # noqa: N801
             sought = real and any([y.requires_grad for y, _ in zip(layers(x), levels)])
             if sought and zero is None:
                 raise RuntimeError(
-                    "torch.func takes derivatives by a tensor that the function it is called in closes over, and the level that "
-                    "this tensor is from has been left (reverse over reverse). Hand x * 1 to torch.func in its place, or make it "
-                    "an argument of the function."
+                    "torch.func takes derivatives by a tensor that the function it is called in closes over, and the level of "
+                    "this tensor has been left (reverse over reverse). Hand x * 1 to torch.func in its place, or make it an "
+                    "argument of the function."
                 )
             made = zero if sought else new
             for level in reversed(levels):

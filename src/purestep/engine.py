@@ -12,6 +12,10 @@ This is where a call decides how its leaf functions are run. The mode is chosen 
 All but the first is for plain tensors (see `purestep.plain`). Others are run by themselves, `Call.apart`: sharded ones on the
 parts that this process has where that is right, any other one by one, in the operations of a program of one tensor.
 
+What the functions of a chain bring in by themselves (a schedule, a whole transform, an extra argument) may have a history that
+no input has. Where autograd looks on, a call of another mode looks at what comes out of them, and goes on in mode ``leaf`` from
+the first of them that requires grad.
+
 Parameters are sorted into *buckets*, which differ in what a program cannot take as an input: dtype, device, whether they are
 plain, masks, the number of updates so far. Almost always there is one bucket, and finding that out is all it costs.
 """
@@ -54,6 +58,7 @@ from purestep.program import call, program, runner
 from purestep.value import Schedule
 
 Executor: TypeAlias = Literal["leaf", "foreach", "fused", "compiled"]
+EXECUTORS: tuple[Executor, ...] = ("leaf", "foreach", "fused", "compiled")
 Mode: TypeAlias = Literal["leaf", "program", "traced"]
 
 
@@ -101,6 +106,7 @@ class Call:
         self.write = donate and executor == "leaf" and not maths.recorded(grads + params)  # leaf by leaf, in place
         self.level = Level.now() if mode == "leaf" and executor is None else None  # of vmap, if it can be stepped out of
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
+        self.scheduled: dict[Any, tuple[Any, Any]] = {}  # a counter and what a schedule gives there, by identity
         self.made: dict[Any, Tensor] = {}  # numbers as counters
         self.writes: list[tuple[int, int, Sequence[int] | None, Any]] = []  # link, field, rows, new value
 
@@ -116,7 +122,10 @@ class Call:
                     self.scale()
                     self.whole(groups, n)
                 elif self.moved:
-                    if self.donate and not self.copies and not all(map(operator.is_, self.grads, self.params)):
+                    if self.executor == "fused" and plan.stages[-2].inner is None:
+                        demand_kernel(plan.segment(()), self.params)
+                    new = not self.copies and not all(map(operator.is_, self.grads, self.params))
+                    if self.donate and new and not maths.recorded(self.grads + self.params):
                         self.grads = overwrite(self.params, self.grads)
                 elif stage.stop > stage.start or self.apply:
                     self.leafwise(groups, n, self.apply and stage is last)
@@ -124,6 +133,14 @@ class Call:
             if self.writes:
                 self.settle()
         return self.grads, self.states
+
+    def looking(self) -> bool:
+        """Whether something may still turn up that requires grad."""
+        return self.mode != "leaf" and torch.is_grad_enabled()
+
+    def record(self) -> None:
+        """From here on everything is recorded by autograd, so nothing is written in place."""
+        self.mode, self.donate = "leaf", False
 
     def scale(self) -> None:
         """Multiply the gradients by the number that they are still to be multiplied by."""
@@ -158,6 +175,8 @@ class Call:
             given.append(inner.state(self.states[i + 1 : stage.stop]))
         state = EmptyState() if d.state is None else d.state(*given)
         new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **arguments)
+        if self.looking() and (requires_grad(new) or requires_grad(after)):
+            self.record()
         if inner is not None:
             check_nested(d, after, stage.stop - i - 1)
             self.states[i + 1 : stage.stop] = inner.put(self.states[i + 1 : stage.stop], after.inner)
@@ -222,8 +241,10 @@ class Call:
         if self.executor == "fused" and apply:
             for group in groups:
                 demand_kernel(group.plan.segment(group.plan.stages[n].positions), self.params)
+        if stage.scheduled and self.looking():
+            self.evaluate(groups, n)
         self.odd = None if self.plain else self.unusual(stage)
-        if isinstance(self.factor, Tensor) and not alike([p.device for p in self.params]):
+        if self.mode == "leaf" or (isinstance(self.factor, Tensor) and not alike([p.device for p in self.params])):
             self.scale()
         if self.odd is not None:
             self.scale()
@@ -247,6 +268,19 @@ class Call:
         if plain(*lists, optional=True):
             return None
         return [not plain(row, optional=True) for row in zip(*lists)]
+
+    def evaluate(self, groups: Sequence[Group], n: int) -> None:
+        """Call the schedules of the `n`-th stage: this must be known before anything is written in place."""
+        for plan, rows in groups:
+            for i in plan.stages[n].scheduled:
+                on, value = self.selected(plan.links[i]), plan.links[i].transform
+                column = self.states[i][plan.fields[i].step]
+                counts = [column[k] for k in rows if on is None or on[k]]
+                if not torch.compiler.is_compiling():
+                    counts = list({id(x): x for x in counts}.values())
+                for count in counts:
+                    for name in value.declaration.hypers:
+                        self.lower(value.arguments[name], count)
 
     def uniform(self, stage: Stage) -> bool:
         """Whether all parameters can be taken together."""
@@ -530,11 +564,12 @@ class Call:
                 was = [u, p, *given]
                 u, state = leaf_update(value, info, u, given, p)
                 *state, u = apart([*state, u], was)  # what is given away is written to below, and the rest is someone else's
+                write = self.write and not (torch.is_grad_enabled() and requires_grad((u, *state)))
                 for column, x, y, like in zip(new, state, old, info.like):
-                    column.append(x if x is None or not like else y.copy_(x) if self.write else x.to(y.dtype))
+                    column.append(x if x is None or not like else y.copy_(x) if write else x.to(y.dtype))
             if apply:
                 u = p + u
-                if self.write:
+                if self.write and not (torch.is_grad_enabled() and u.requires_grad):
                     u = params[k].copy_(u)
             out.append(u if u.dtype == dtype else u.to(dtype))
         return out, news
@@ -884,15 +919,27 @@ class Call:
         with torch._C._DisableFuncTorch():
             return all([isinstance(x, Tensor) and torch.equal(x, first) for x in others])
 
+    def value(self, x: Schedule, count: Tensor | None) -> Any:
+        """What a schedule gives at this counter."""
+        key = None if torch.compiler.is_compiling() else (id(x), id(count))
+        found = self.scheduled.get(key)
+        if found is None:
+            step = 0 if count is None else self.number(count)
+            found = count, x(int(step) if isinstance(step, float) else step)
+            if key is not None and self.looking():
+                self.scheduled[key] = found
+        return found[1]
+
     def lower(self, x: Any, count: Tensor | None) -> Any:
         """A hyperparameter as a program takes it; `count` is the counter that schedules are called with."""
         if isinstance(x, tuple):
             return tuple([self.lower(y, count) for y in x])
         if isinstance(x, Schedule):
-            step = 0 if count is None else self.number(count)
-            return self.lower(x(int(step) if isinstance(step, float) else step), count)
+            return self.lower(self.value(x, count), count)
         if isinstance(x, Tensor):
             single(x)
+            if x.requires_grad and self.looking():
+                self.record()
             return x.item() if self.mode == "program" and x.is_cpu else x.reshape(()) if x.dim() else x
         return x
 
@@ -965,7 +1012,10 @@ class Inner:
             apply=apply, donate=donate and call.donate, alone=call.alone and rows is None, executor=call.executor,
             plain=call.plain, extras={name: call.extra(name, rows) for name in call.extras},
         )  # fmt: skip
-        return made.run(self._groups)
+        result = made.run(self._groups)
+        if made.mode != call.mode:
+            call.record()
+        return result
 
     def when(
         self, flag: Any, gs: list[Tensor], state: Any, params: list[Tensor], otherwise: list[Tensor] | None = None
@@ -1062,6 +1112,15 @@ def check_nested(d: Any, after: Any, count: int) -> None:
 # --------------------------------------------------------------------------------------------------------------- helpers
 
 
+def requires_grad(x: Any) -> bool:
+    """Whether autograd follows any of the tensors in what a function has returned."""
+    if isinstance(x, Tensor):
+        return x.requires_grad
+    if isinstance(x, (list, tuple)):
+        return any([y.requires_grad if isinstance(y, Tensor) else requires_grad(y) for y in x if y is not None])
+    return isinstance(x, dict) and any(map(requires_grad, x.values()))
+
+
 def agree(counters: list[Any]) -> bool:
     """Whether all counters are the same number, as far as can be seen without reading any."""
     first = counters[0]
@@ -1077,11 +1136,9 @@ def choose(executor: Executor | None, *tensors: Iterable[Any]) -> Mode:
     """How leaf functions are run in this call."""
     if executor == "leaf" or maths.transforming():
         return "leaf"
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return "traced"
     if torch.is_grad_enabled() and any([any([t is not None and t.requires_grad for t in x]) for x in tensors]):
         return "leaf"
-    return "program"
+    return "traced" if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 else "program"
 
 
 def leaf_update(value: Primitive, info: Fields, g: Tensor, columns: list[Any], p: Tensor) -> tuple[Tensor, list[Any]]:

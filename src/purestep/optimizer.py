@@ -1238,7 +1238,7 @@ class Optimizer(torch.optim.Optimizer):
                 overwrite(params, given)
             raise
         if touched is not None:
-            out, after = touched.scatter(out, after, True, not torch.is_grad_enabled())
+            out, after = touched.scatter(out, after, True, call.donate)
         if torch.is_grad_enabled():
             for p, x in zip(params, out):
                 if x is not p:

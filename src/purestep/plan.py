@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from purestep import maths
 from purestep.blocks import SHORT
-from purestep.links import SCALED, Link, LinkDeclaration, Primitive, fields_of, is_off
+from purestep.links import SCALED, Link, LinkDeclaration, Primitive, fields_of, is_off, scheduled
 from purestep.looks import Looks
 from purestep.masks import Label
 from purestep.program import Program, program
@@ -147,6 +147,7 @@ class Stage:
         on = [i for i in range(start, stop) if not plan.off[i]]
         self.masked = any([plan.links[i].masks for i in on])
         self.positions = tuple(on)
+        self.scheduled = [i for i in on if not whole and scheduled(plan.links[i].transform)]
         self.columns = [(i, f) for i in on for f, scalar in enumerate(plan.fields[i].scalars) if not scalar]
         self.scalars = [(i, f) for i in on for f, scalar in enumerate(plan.fields[i].scalars) if scalar]
 

@@ -61,7 +61,7 @@ class Touched:
         index = tuple(g.indices())
         own = [[c[k] if leaf else None for c, leaf in zip(s, f.leaves)] for s, f in zip(self.states, self.plan.fields)]
         self.rows[k] = Row(index, p, own)
-        self.grads[k], self.params[k] = g.values(), p.detach()[index]
+        self.grads[k], self.params[k] = g.values(), p[index]
         for columns, fields in zip(self.states, self.plan.fields):
             for f in fields.tensors:
                 if columns[f][k] is not None:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
 from purestep import maths, sharded, tree
-from purestep.engine import Call, Executor, Inner, choose
+from purestep.engine import EXECUTORS, Call, Executor, Inner, choose
 from purestep.links import (
     Fields,
     Link,
@@ -156,17 +156,23 @@ class Transform:
                 `torch.compile` it changes nothing.
             executor: how the leaf functions are run. By default the fastest way that fits; ``"leaf"`` runs them one
                 parameter at a time, so that an error appears on its author's line; ``"foreach"`` runs all parameters at
-                once; ``"fused"`` insists on one of torch's fused kernels.
+                once; ``"fused"`` insists on one of torch's fused kernels, which only `step` can use.
             **extras: what some transforms ask for at each update, such as ``value_and_grad=``, a function from parameters to
                 `(value, gradients)`, for `lbfgs`.
 
         Raises:
             ValueError: the structure, shape, dtype or device of a gradient or state is not its parameter's; the error
-                names the first path.
+                names the first path. There is no such executor.
             TypeError: the state belongs to another transform, a parameter cannot be optimized, or an extra argument is
                 missing or unknown.
         """
-        return self._advance(grads, state, params, False, donate, executor_of(compile, executor), extras)
+        executor = executor_of(compile, executor)
+        if executor == "fused":
+            raise ValueError(
+                "executor='fused' insists on one of torch's fused kernels, which write parameters: update makes updates alone. "
+                "Use step(..., executor='fused'), or leave executor out."
+            )
+        return self._advance(grads, state, params, False, donate, executor, extras)
 
     def step(
         self,
@@ -253,8 +259,8 @@ class Transform:
         )  # fmt: skip
         out, news = call.run(groups)
         if touched is not None:
-            out, news = touched.scatter(out, news, apply, donate)
-        elif known is None and usual and mode == "program" and all([isinstance(x, Tensor) for x in everything]):
+            out, news = touched.scatter(out, news, apply, call.donate)
+        elif known is None and usual and call.mode == "program" and all([isinstance(x, Tensor) for x in everything]):
             looks.learn(everything)
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)
@@ -846,6 +852,8 @@ def distinct(plan: Plan, states: list[Any]) -> list[Any]:
 
 def executor_of(compile: bool, executor: Executor | None) -> Executor | None:
     """How the leaf functions are asked to be run."""
+    if executor is not None and executor not in EXECUTORS:
+        raise ValueError(f"executor must be None or one of {_either(EXECUTORS)}, but is {executor!r}.")
     if not compile:
         return executor
     if executor not in (None, "compiled"):

@@ -352,7 +352,9 @@ for name, function, many in (
 ):
     for options in many:
         more = {"weight_decay": 0.0} if name == "soap" else {}
-        singular = "the inverse fourth root of a nearly singular matrix: what rounding does to it depends on the processor's LAPACK"
+        singular = (
+            "the inverse fourth root of a nearly singular matrix: what rounding does to it depends on the processor's LAPACK"
+        )
         skips = {"float32": singular} if name == "shampoo" and options["update_freq"] == 1 else {}
         run(name, {**options, **more}, function.__doc__ or "", function(**options), **skips)
 

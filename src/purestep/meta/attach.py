@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,19 +117,56 @@ def within(arguments: Any) -> Iterator[Tensor]:
             yield x
         elif isinstance(x, (tuple, list)):
             yield from within(x)
+        elif isinstance(x, dict):
+            yield from within(x.values())
+
+
+class Level(NamedTuple):
+    """A level of `torch.func` that a tensor is wrapped for."""
+
+    number: int
+    dim: int  # that of the batch, or below 0
+
+    def wrap(self, x: Tensor) -> Tensor:
+        """A tensor as it is handed to a function on this level."""
+        made: Tensor = functorch._wrap_for_grad(x, self.number)
+        if self.dim >= 0:
+            made = functorch._add_batch_dim(x, self.dim, self.number)
+        return made
+
+
+def unwrapped(x: Tensor, base: int) -> tuple[Tensor, list[Level]]:
+    """A tensor without the levels above `base`, and these, the outermost first."""
+    levels: list[Level] = []
+    while functorch.is_functorch_wrapped_tensor(x) and functorch.maybe_get_level(x) > base:
+        levels.append(Level(functorch.maybe_get_level(x), functorch.maybe_get_bdim(x)))
+        x = functorch.get_unwrapped(x)
+    return x, levels
+
+
+def current_level() -> int:
+    """The number of the innermost level of `torch.func`, 0 if there is none."""
+    level = functorch.maybe_current_level()
+    return 0 if level is None else int(level)
 
 
 class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
-    """Notes the tensors that operations meet, that are followed, and that are none of `given`."""
+    """Notes the tensors that operations meet, that are followed, and that are none of `given`.
+
+    A transform of `torch.func` hands its arguments on in a wrapper: what counts is the tensor that was there before it began.
+    """
 
     def __init__(self, given: Any) -> None:
         super().__init__()
         self.given = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
         self.known = {id(x) for x in self.given}
         self.met: dict[int, TensorWeakRef] = {}
+        self.base = current_level()
+        self.start = torch._C._autograd._get_sequence_nr()  # of the next operation that is recorded
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in within((*args, *kwargs.values()) if kwargs else args):
+        for y in within((*args, *kwargs.values()) if kwargs else args):
+            x, _ = unwrapped(y, self.base)
             if id(x) not in self.known and (id(x) not in self.met or self.met[id(x)]() is not x) and maths.followed(x):
                 self.met[id(x)] = TensorWeakRef(x)
         return func(*args, **kwargs or {})
@@ -140,22 +177,104 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
         alive = [ref() for ref in self.met.values()]
         return [x for x in alive if x is not None and id(x) not in own]
 
+    def refuse_unseen(self, results: Any, what: str) -> None:
+        """Refuse results that depend on a tensor that no operation was seen to meet: its derivative would be lost.
+
+        Raises:
+            RuntimeError: there is one.
+        """
+        met = [layer for ref in self.met.values() for x in [ref()] if x is not None for layer in layers(x)]
+        leaves, nodes = {id(x) for x in met}, {x.grad_fn for x in met}
+        seen: set[Any] = {None}
+        rest = [y.grad_fn for x in pytree.tree_leaves(results) if isinstance(x, Tensor) for y in layers(x)]
+        while rest:
+            node: Any = rest.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)  # of a tensor that was not computed; the others are older if they were there
+            if leaf is None and node._sequence_nr() >= self.start:
+                rest += [n for n, _ in node.next_functions]
+            elif (node not in nodes) if leaf is None else (id(leaf) not in leaves):
+                of = "" if leaf is None else f" of shape {tuple(leaf.shape)}"
+                raise RuntimeError(
+                    f"{what} closes over a tensor{of} and hands it to what does not tell torch's function modes, such as "
+                    "an extension in C++, so its derivative would be lost. Hand it over as an argument, or in its place "
+                    "what an ordinary operation makes of it, such as x * 1."
+                )
+
+
+def layers(x: Tensor) -> list[Tensor]:
+    """A tensor, and what it is wrapped around."""
+    found = [x]
+    while functorch.is_functorch_wrapped_tensor(found[-1]):
+        found.append(functorch.get_unwrapped(found[-1]))
+    return found
+
 
 class exchanged(TorchFunctionMode):  # noqa: N801
-    """Operations that would meet one of `olds` are given the one of `news` that takes its place."""
+    """Operations that would meet one of `olds` are given the one of `news` that takes its place.
+
+    One that a transform of `torch.func` takes derivatives with respect to cannot be exchanged, as it will ask for that very
+    tensor: the difference of the two, which is 0 but has derivatives, is added to it.
+    """
 
     def __init__(self, olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
         super().__init__()
         self.olds = list(olds)  # alive, so that no other tensor can have their identity
-        self.places = {id(old): new for old, new in zip(olds, news)}
+        self.places = {id(old): (new, difference(old, new)) for old, new in zip(olds, news)}
+        self.base = current_level()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*self.put(args), **dict(zip(kwargs, self.put(tuple(kwargs.values())))) if kwargs else {})
+        kwargs = kwargs or {}
+        if func is Tensor.requires_grad_:
+            args = self.put(args, False)
+        elif func is torch.autograd.grad:
+            named = dict(zip(("outputs", "inputs", "grad_outputs"), args)) | kwargs
+            args = args[3:]
+            kwargs = {name: self.put(x, name != "inputs") for name, x in named.items()}
+            return func(kwargs.pop("outputs"), kwargs.pop("inputs"), kwargs.pop("grad_outputs", None), *args, **kwargs)
+        else:
+            args, kwargs = self.put(args), self.put(kwargs)
+        return func(*args, **kwargs)
 
-    def put(self, x: Any) -> Any:
-        """The same arguments, with others in these places."""
+    def put(self, x: Any, history: bool = True) -> Any:
+        """The same arguments, with others in these places; without `history` not of those that derivatives are asked by."""
         if isinstance(x, Tensor):
-            return self.places.get(id(x), x)
+            inside, levels = unwrapped(x, self.base)
+            if id(inside) not in self.places:
+                return x
+            new, zero = self.places[id(inside)]
+            if levels and not history:
+                return x
+            real = inside.is_floating_point() or inside.is_complex()
+            sought = real and any([y.requires_grad for y, _ in zip(layers(x), levels)])
+            if sought and zero is None:
+                raise RuntimeError(
+                    "torch.func takes derivatives by a tensor that the function it is called in closes over, and the level of "
+                    "this tensor has been left (reverse over reverse). Hand x * 1 to torch.func in its place, or make it an "
+                    "argument of the function."
+                )
+            made = zero if sought else new
+            for level in reversed(levels):
+                made = level.wrap(made)
+            return x + made if sought else made
         if type(x) in (tuple, list):
-            return type(x)([self.put(y) for y in x])
+            return type(x)([self.put(y, history) for y in x])
+        if type(x) is dict:
+            return {k: self.put(y, history) for k, y in x.items()}
         return x
+
+
+def difference(old: Tensor, new: Tensor) -> Tensor | None:
+    """New less old, of two tensors with the same values: minus zero, which changes nothing that it is added to.
+
+    None for whole numbers, and for a tensor on a level of `torch.func` that has been left.
+    """
+    if not (old.is_floating_point() or old.is_complex()):
+        return None
+    try:
+        zero = old - new
+    except RuntimeError:
+        return None
+    return torch.where(zero == zero, -zero, -0.0)  # where they are infinite it was NaN

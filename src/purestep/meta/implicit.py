@@ -171,7 +171,9 @@ def rooted(x: PyTree, args: tuple[PyTree, ...], optimality: Callable[..., PyTree
 
     with watched((leaves, given)) as watch:
         result = residual(leaves, given)
-    inside = watch.found(result)
+    watch.refuse_unseen(result, "The optimality function")
+    del result  # and with it what was recorded on the way
+    inside = watch.found(leaves)
     count = len(places)
 
     def full(x: list[Tensor], theta: list[Tensor]) -> list[Tensor]:

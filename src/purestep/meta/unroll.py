@@ -260,10 +260,12 @@ def recomputed(steps: Steps, opt: Transform, state: Any, params: PyTree, batches
 
     fixed = detach(given.each)
     surroundings = Surroundings(fixed)
-    with torch.no_grad(), watched(fixed) as watch:
+    with watched(fixed) as watch:
         result = again(fixed)
-    inside = watch.found(result)
+    watch.refuse_unseen(result, "The loss, or the transform,")
     ends, end_spec = pytree.tree_flatten(detach(result))
+    del result  # and with it what was recorded on the way
+    inside = watch.found(ends)
     places = [k for k, x in enumerate(ends) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
     values = Distinct([ends[k] for k in places])
     count = len(given.each)

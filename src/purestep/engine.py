@@ -1156,20 +1156,17 @@ def leaf_update(value: Primitive, info: Fields, g: Tensor, columns: list[Any], p
 
 def apart(results: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     """What a leaf function returns, each tensor in memory that it shares with no other, nor with what was given."""
-    held = {memory(x) for x in given if isinstance(x, Tensor)}
+    held = {maths.memory(x) for x in given if isinstance(x, Tensor)}
     found: list[Any] = []
     for x in results:
         if isinstance(x, Tensor):
-            if memory(x) in held or 0 in x.stride():
+            if not plain([maths.bottom(x)[0]]):
+                x = x.clone()  # nobody knows where it is
+            elif maths.memory(x) in held or 0 in x.stride():
                 x = x.clone(memory_format=torch.contiguous_format)
-            held.add(memory(x))
+            held.add(maths.memory(x))
         found.append(x)
     return found
-
-
-def memory(x: Tensor) -> Any:
-    """What is the same for tensors in the same memory; while `torch.compile` traces, for the same tensor."""
-    return id(x) if torch.compiler.is_compiling() else maths.bottom(x)[0].untyped_storage()._cdata
 
 
 def lifted(x: Tensor) -> Tensor:

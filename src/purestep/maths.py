@@ -317,6 +317,14 @@ def bottom(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
     return x, tuple(levels)
 
 
+def memory(x: Any) -> int:
+    """What is the same for tensors in the same memory; of what is not plain, or is traced by `torch.compile`, the object."""
+    if not isinstance(x, Tensor):
+        return id(x)
+    x = bottom(x)[0]
+    return id(x) if torch.compiler.is_compiling() or not plain([x]) else x.untyped_storage()._cdata
+
+
 def some(flag: Any) -> bool:
     """Whether a flag holds for any member of the batch, or that may be: what a loop over many steps asks before the next.
 

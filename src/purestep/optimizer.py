@@ -27,7 +27,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HO
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
 from torch.utils import _pytree as pytree
 
-from purestep import sharded
+from purestep import maths, sharded
 from purestep.begun import Begun, kind, options_of, reads, reads_whole, renewed
 from purestep.counters import Counters, together, traced
 from purestep.engine import Call, Executor, Mode, choose
@@ -1267,7 +1267,7 @@ class Optimizer(torch.optim.Optimizer):
                         around = [
                             x for x in (*pytree.tree_leaves(olds), *pytree.tree_leaves(news)) if x is not old and x is not new
                         ]
-                        alone = (scalar or like) and not any([in_memory_of(x, old) for x in around])
+                        alone = (scalar or like) and maths.memory(old) not in set(map(maths.memory, around))
                         self._settle(self.shared, name, old if alone else None, new, pairs)
                 elif scalar and not any([(x is None and y is not None) or recorded(y) for x, y in zip(old, new)]):
                     self._counters.write(old, known, new)
@@ -1672,19 +1672,13 @@ def recorded(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-def in_memory_of(x: Any, y: Any) -> bool:
-    """Whether two tensors share a storage."""
-    both = isinstance(x, Tensor) and isinstance(y, Tensor)
-    return both and x.untyped_storage()._cdata == y.untyped_storage()._cdata
-
-
 def overwrite_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Write the second of each pair into the first; a source that may lie in memory which is written to is copied before."""
     if not pairs:
         return
     if len(pairs) > 1:
-        written = {x.untyped_storage()._cdata for x, _ in pairs if plain([x])}
-        pairs = [(x, y.clone() if not plain([y]) or y.untyped_storage()._cdata in written else y) for x, y in pairs]
+        written = {maths.memory(x) for x, _ in pairs}
+        pairs = [(x, y.clone() if not plain([y]) or maths.memory(y) in written else y) for x, y in pairs]
     for x, y in pairs:
         x.copy_(y)
 

@@ -36,7 +36,7 @@ from purestep.links import (
 from purestep.lists import pick, put
 from purestep.looks import Looks
 from purestep.masks import Memo, Not, refuse_unmatched, refuse_unused, route, select
-from purestep.plain import PLAIN, plain
+from purestep.plain import plain
 from purestep.plan import Group, Plan, detail
 from purestep.program import program
 from purestep.solo import solo_of
@@ -768,7 +768,7 @@ def unshared(
         made = [copied(new, old, leaves, gradients) if leaf else new for new, old, leaf in lists]
         out = copied(out, leaves, gradients)
     else:
-        mark = memory if views else id  # results may be views of inputs, or not
+        mark = maths.memory if views else id  # results may be views of inputs, or not
         held = set(map(mark, leaves)) | set(map(mark, gradients))
         for _, old, leaf in lists:
             held.update(map(mark, old) if leaf else (mark(old),))
@@ -788,11 +788,6 @@ def unshared(
         out = out if held.isdisjoint(map(mark, out)) else [*map(copy, out)]
     found = iter(made)
     return out, [[next(found) for _ in own] for own in news]
-
-
-def memory(x: Any) -> int:
-    """What a tensor shares with its views; of a subclass, whose memory may be elsewhere, the tensor itself."""
-    return x.untyped_storage()._cdata if type(x) in PLAIN else id(x)
 
 
 def copied(new: list[Any], *olds: list[Any]) -> list[Any]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import purestep as ps
+from tests.cases import CASES
+from tests.problems import PROBLEMS
 
 PARAMS = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0]])}
 
@@ -121,3 +126,66 @@ def test_an_implicit_derivative_that_is_not_there_is_warned_of() -> None:
     a = torch.ones(2, requires_grad=True)
     with pytest.warns(ps.meta.ConvergenceWarning, match="solve_cg did not converge"):
         flat(torch.zeros(2), a).sum().backward()
+
+
+# ----------------------------------------------------------------------------------------------------------- saved states
+
+
+class UserState(NamedTuple):
+    """A state of a user's."""
+
+    step: ps.Scalar
+    last: Tensor
+
+    @classmethod
+    def init(cls, p: Tensor) -> UserState:
+        return cls(ps.counter(p), torch.zeros_like(p))
+
+
+@ps.leafwise(UserState)
+def users(g: Tensor, s: UserState, p: Tensor) -> tuple[Tensor, UserState]:
+    return g + s.last, UserState(s.step + 1, g * 1)
+
+
+class UserWholeState(NamedTuple):
+    """Another."""
+
+    count: Tensor
+    inner: Any
+
+    @classmethod
+    def init(cls, params: list[Tensor], inner: Any) -> UserWholeState:
+        return cls(torch.zeros(()), inner)
+
+
+@ps.nested(UserWholeState)
+def users_around(gs: list[Tensor], s: UserWholeState, params: list[Tensor], transform: ps.Inner) -> Any:
+    us, inner = transform.update(gs, s.inner, params)
+    return us, UserWholeState(s.count + 1, inner)
+
+
+TRANSFORMS = {
+    **{case.name: case.transform for case in CASES},
+    "users": users,
+    "users_around": lambda: users_around(ps.adam(lambda t: 0.1)),
+    "scheduled": lambda: ps.chain(ps.clip_by_global_norm(lambda t: 1.0), ps.sgd(lambda t: 0.1)),
+    "partition": lambda: ps.partition({"x": ps.adam(0.1), "y": ps.sgd(0.1)}, lambda path, p: "x" if p.ndim > 1 else "y"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_saved_state_is_loaded_by_default(name: str, tmp_path: Path) -> None:
+    """`torch.load` makes nothing but what it knows, which is every state."""
+    case = next((c for c in CASES if c.name == name), None)
+    params, _ = PROBLEMS["mlp"](torch.float32) if case is None else case.problem()
+    params = {k: p for k, p in params.items() if case is None or case.treats(p)}
+    opt = TRANSFORMS[name]()
+    state = opt.init_state(params)
+    torch.save(state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert type(loaded) is type(state)
+    olds, news = [pytree.tree_flatten_with_path(x)[0] for x in (state, loaded)]
+    assert len(olds) == len(news)
+    for (place, old), (other, new) in zip(olds, news):
+        assert place == other
+        assert torch.equal(old, new) if isinstance(old, Tensor) else old == new

@@ -87,8 +87,13 @@ class LinkDeclaration(Declaration):
         self.passes = passes  # a nested transform that returns the updates of its inner transform as they came
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()
+        if state is not None and "<locals>" not in state.__qualname__:  # a local class cannot be saved
+            torch.serialization.add_safe_globals([state])  # it holds what its annotations say: torch.load may make it
         if state is not None and not whole:
             self.init_names = tuple(inspect.signature(state.init).parameters)[1:]
+
+
+torch.serialization.add_safe_globals([EmptyState, ScheduleState])
 
 
 def inspect_state(state: Any, whole: bool) -> Fields:

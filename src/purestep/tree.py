@@ -10,7 +10,9 @@ Flat dicts, lists and tuples of tensors, which is what almost every call is give
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +37,7 @@ class Spec(NamedTuple):
         """One dotted path per leaf: `'layer1.weight'`, `'0.bias'`; a bare tensor's is `''`."""
         if self.general is None:
             return [str(key) for key in self.keys]
-        holes = pytree.tree_unflatten(range(self.size), self.general)
-        return [dotted(path) for path, _ in pytree.tree_flatten_with_path(holes)[0]]
+        return paths_of(pytree.tree_unflatten(range(self.size), self.general))
 
 
 BARE = Spec(Tensor, ("",), None)
@@ -90,19 +91,67 @@ def flatten_like(tree: Any, spec: Spec, name: str, other: str = "params") -> lis
         leaves, found = pytree.tree_flatten(tree)
         if found == general:
             return leaves
-        try:
-            return list(general.flatten_up_to(tree))  # the same keys in another order, or objects where leaves should be
-        except ValueError:
-            pass
+        with suppress(ValueError):  # the same keys in another order, or objects where leaves should be
+            return list(general.flatten_up_to(tree))
+        with suppress(ValueError):
+            return filled(tree, general)
     elif isinstance(tree, Mapping) and kind is dict and set(tree) == set(keys):
         return [tree[key] for key in keys]
     raise ValueError(difference(tree, spec, name, other))
 
 
+BUILT_IN = frozenset({dict, list, tuple, OrderedDict, defaultdict, deque})
+
+
+def children(node: Any) -> list[tuple[Any, Any]] | None:
+    """The keys and the children of a container, which are numbered where it was registered without keys; None for a leaf."""
+    known = pytree.SUPPORTED_NODES.get(pytree._get_node_type(node))
+    if known is None:
+        return None
+    if known.flatten_with_keys_fn is not None:
+        return list(known.flatten_with_keys_fn(node)[0])
+    return [(pytree.SequenceKey(k), child) for k, child in enumerate(known.flatten_fn(node)[0])]
+
+
+def paths_of(tree: Any) -> list[str]:
+    """One dotted path per leaf."""
+
+    def below(node: Any, path: tuple[Any, ...]) -> list[str]:
+        found = children(node)
+        return [dotted(path)] if found is None else [x for key, child in found for x in below(child, (*path, key))]
+
+    return below(tree, ())
+
+
+def filled(tree: Any, spec: pytree.TreeSpec) -> list[Any]:
+    """The leaves of `tree` in the order of `spec`, and None where a container has left one out, as dataclasses that are
+    registered with torch do with what is None.
+
+    Raises:
+        ValueError: if there is more that is different.
+    """
+    if spec.is_leaf():
+        return [tree]
+    found = children(tree)
+    if found is None or pytree._get_node_type(tree) is not spec.type:
+        raise ValueError
+    known = pytree.SUPPORTED_NODES[spec.type]
+    whole = known.unflatten_fn(range(spec.num_children), spec.context)
+    keys = [key for key, _ in children(whole) or ()]
+    given = dict(found)
+    drops = spec.type not in BUILT_IN and not hasattr(spec.type, "_fields") and known.flatten_with_keys_fn is not None
+    if len(keys) != spec.num_children or given.keys() - set(keys) or (len(given) < len(keys) and not drops):
+        raise ValueError
+    result: list[Any] = []
+    for key, child in zip(keys, spec.children()):
+        result += filled(given[key], child) if key in given else [None] * child.num_leaves
+    return result
+
+
 def difference(tree: Any, spec: Spec, name: str, other: str) -> str:
     """One sentence: where `tree` departs from `spec`."""
     expected = spec.paths()
-    found = [dotted(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    found = paths_of(tree)
     for path in expected:
         if path not in found:
             return f"{name} must have the structure of {other}, but they have no leaf at {quote(path)}."

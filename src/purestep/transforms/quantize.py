@@ -257,6 +257,9 @@ def remade(plain: Any, bits: Bits, min_size: int, values: tuple[Any, ...]) -> An
     return form_of(plain, bits, min_size).kind(*values)
 
 
+torch.serialization.add_safe_globals([remade])
+
+
 # ------------------------------------------------------------------------------------------------------------- the links
 
 

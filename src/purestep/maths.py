@@ -318,11 +318,12 @@ def bottom(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
 
 
 def memory(x: Any) -> int:
-    """What is the same for tensors in the same memory; of what is not plain, or is traced by `torch.compile`, the object."""
+    """What is the same for tensors in the same memory; the object, of what is not plain or strided, or traced by `torch.compile`."""
     if not isinstance(x, Tensor):
         return id(x)
     x = bottom(x)[0]
-    return id(x) if torch.compiler.is_compiling() or not plain([x]) else x.untyped_storage()._cdata
+    known = not torch.compiler.is_compiling() and plain([x]) and x.layout is torch.strided
+    return x.untyped_storage()._cdata if known else id(x)
 
 
 def some(flag: Any) -> bool:

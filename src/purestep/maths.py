@@ -318,7 +318,7 @@ def bottom(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
 
 
 def memory(x: Any) -> int:
-    """What is the same for tensors in the same memory; the object, of what is not plain or strided, or traced by `torch.compile`."""
+    """What is the same for tensors in the same memory; of what is not plain, or traced by `torch.compile`, the object."""
     if not isinstance(x, Tensor):
         return id(x)
     x = bottom(x)[0]

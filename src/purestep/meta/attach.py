@@ -255,7 +255,7 @@ class exchanged(TorchFunctionMode):  # noqa: N801
                     "this tensor has been left (reverse over reverse). Hand x * 1 to torch.func in its place, or make it an "
                     "argument of the function."
                 )
-            made = zero if sought else new
+            made: Any = zero if sought else new
             for level in reversed(levels):
                 made = level.wrap(made)
             return x + made if sought else made

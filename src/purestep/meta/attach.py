@@ -162,7 +162,8 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
         self.known = {id(x) for x in self.given}
         self.met: dict[int, TensorWeakRef] = {}
         self.base = current_level()
-        self.start = torch._C._autograd._get_sequence_nr()  # of the next operation that is recorded
+        # of the next operation that is recorded:
+        self.start = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for y in within((*args, *kwargs.values()) if kwargs else args):

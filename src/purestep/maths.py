@@ -322,7 +322,11 @@ def memory(x: Any) -> int:
     if not isinstance(x, Tensor):
         return id(x)
     x = bottom(x)[0]
-    return id(x) if torch.compiler.is_compiling() or not plain([x]) else x.untyped_storage()._cdata
+    return (
+        id(x)
+        if torch.compiler.is_compiling() or x.layout is not torch.strided or not plain([x])
+        else x.untyped_storage()._cdata
+    )
 
 
 def some(flag: Any) -> bool:

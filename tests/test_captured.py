@@ -50,6 +50,16 @@ def learned(w: Tensor, **options: Any) -> ps.Transform:
     return network()
 
 
+def leafwise(w: Tensor) -> ps.Transform:
+    """A leaf function that closes over `w`."""
+
+    @ps.leafwise()
+    def scaled(g: Tensor, p: Tensor) -> Tensor:
+        return w * g
+
+    return scaled()
+
+
 def hidden(w: Tensor) -> ps.Transform:
     """A whole transform that lets the updates through, and keeps something that depends on `w` for the next time."""
 
@@ -96,6 +106,7 @@ CAPTURED: dict[str, Callable[[Tensor], Any]] = {
         {"x": ps.adamw(0.1, eps=1e-3), "y": ps.sgd(lambda t: w * 0.1, momentum=0.9)}, ps.by_path({"a": "x"}, default="y")
     ),
     "value": lambda w: ps.polyak_sgd(),
+    "leaf": lambda w: ps.chain(ps.clip_by_global_norm(1.0), leafwise(w), ps.trace(0.9), ps.scale(-0.1)),
 }
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {

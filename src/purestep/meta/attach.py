@@ -162,7 +162,8 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
         self.known = {id(x) for x in self.given}
         self.met: dict[int, TensorWeakRef] = {}
         self.base = current_level()
-        self.start = torch._C._autograd._get_sequence_nr()  # of the next operation that is recorded
+        # of the next operation that is recorded:
+        self.start = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for y in within((*args, *kwargs.values()) if kwargs else args):
@@ -255,7 +256,7 @@ class exchanged(TorchFunctionMode):  # noqa: N801
                     "this tensor has been left (reverse over reverse). Hand x * 1 to torch.func in its place, or make it an "
                     "argument of the function."
                 )
-            made = zero if sought else new
+            made: Any = zero if sought else new
             for level in reversed(levels):
                 made = level.wrap(made)
             return x + made if sought else made

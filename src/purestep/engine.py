@@ -681,7 +681,7 @@ class Call:
             [[x.dtype for x in xs].count(dtype) == len(shapes) and [x.shape for x in xs] == shapes for xs in lists]
         ):
             return None
-        scratch = borrow(params)
+        scratch = borrow(params, shapes)
         try:
             return self.on_scratch(segment, scratch, grads, params, fields, columns, apply, recipe.reads_params)
         finally:

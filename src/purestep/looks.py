@@ -7,11 +7,13 @@ To ask 800 tensors for their types, dtypes, shapes and strides takes a good part
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
+
+from purestep.counters import ordinary, spans
 
 MISSES = 4
 """To learn what tensors look like costs as much as to look at them; what has changed so many times is not learnt again."""
@@ -37,11 +39,27 @@ class Look(NamedTuple):
 class Looks:
     """What the tensors of one call after the other look like."""
 
-    __slots__ = ("last", "misses")
+    __slots__ = ("last", "misses", "spans")
 
     def __init__(self) -> None:
         self.last: Look | None = None
         self.misses = 0
+        self.spans: dict[int, tuple[list[int], Tensor]] = {}
+
+    def span(self, k: int, counters: Sequence[Any]) -> Tensor | None:
+        """The `k`-th list of counters as one vector, if they follow each other in memory; remembered by their addresses."""
+        try:
+            addresses = list(map(Tensor.data_ptr, counters))
+        except TypeError:  # there is something else among them
+            return None
+        known = self.spans.get(k)
+        if known is not None and known[0] == addresses and counters[0].dtype is known[1].dtype:
+            return known[1]
+        vectors = spans(counters) if ordinary(counters) and not counters[0].requires_grad else []
+        if len(vectors) != 1:
+            return None
+        self.spans[k] = addresses, vectors[0]
+        return vectors[0]
 
     def fit(self, tensors: Sequence[object]) -> Look | None:
         """What was learnt last, if these look like that."""

@@ -30,16 +30,15 @@ POOL = 4
 _free: OrderedDict[Any, Scratch] = OrderedDict()
 
 
-def borrow(like: Sequence[Tensor]) -> Scratch:
+def borrow(like: Sequence[Tensor], shapes: list[torch.Size]) -> Scratch:
     """Buffers for tensors of these shapes and this dtype; to be given back with `give_back`."""
-    shapes = [x.shape for x in like]
-    found = _free.pop((like[0].dtype, len(shapes), hash(tuple(shapes))), None)
+    found = _free.pop((like[0].dtype, len(shapes), shapes[0], shapes[-1]), None)
     return found if found is not None and found.shapes == shapes else Scratch(like)
 
 
 def give_back(scratch: Scratch) -> None:
     """Keep these buffers for the next step, and let go of those that were not used for the longest time."""
-    _free[scratch.dtype, len(scratch.shapes), hash(tuple(scratch.shapes))] = scratch
+    _free[scratch.dtype, len(scratch.shapes), scratch.shapes[0], scratch.shapes[-1]] = scratch
     with contextlib.suppress(KeyError):  # another thread may have taken the last one
         for _ in range(len(_free) - POOL):
             _free.popitem(last=False)

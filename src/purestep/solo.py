@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.counters import ordinary, spans
 from purestep.engine import Call, Executor, choose, one
 from purestep.looks import Looks
 from purestep.plain import PLAIN, plain
@@ -65,19 +64,18 @@ class Solo(NamedTuple):
             return False
         columns: list[list[Any]] = [[s.get(key) for s in states] for key in self.keys]
         counters: list[list[Any]] = [[s.get(key) for s in states] for key, _, _ in self.counters]
-        everything = [*params, *grads, *flat.from_iterable(columns), *flat.from_iterable(counters)]
+        everything = [*params, *grads, *flat.from_iterable(columns)]
         if looks.fit(everything) is None:
             if not (plain(everything) and self.takes(params, grads, columns, [])):
                 return False
-            if not all([ordinary(c) and not c[0].requires_grad for c in counters]):
-                return False
             looks.learn(everything)
-        vectors = [spans(c) for c in counters]
-        counts = [x[0].tolist() for x in vectors]
-        if not all([len(x) == 1 and n.count(n[0]) == len(n) for x, n in zip(vectors, counts)]):
+        found = [looks.span(k, c) for k, c in enumerate(counters)]
+        vectors = [x for x in found if x is not None]
+        counts = [x.tolist() for x in vectors]
+        if len(vectors) < len(counters) or not all([n.count(n[0]) == len(n) for n in counts]):
             return False
         if self.kernel is not None and executor != "foreach" and self.kernel.computes(params[0]):
-            for vector in {key: vector for (key, _, _), (vector,) in zip(self.counters, vectors)}.values():
+            for vector in {key: vector for (key, _, _), vector in zip(self.counters, vectors)}.values():
                 vector.add_(1)
             self.run(params, grads, columns, counts[0][0] if counts else 0, counters[0][0] if counters else torch.zeros(()))
         else:
@@ -91,7 +89,7 @@ class Solo(NamedTuple):
         states: Any,
         columns: list[list[Tensor]],
         counters: list[list[Tensor]],
-        vectors: list[list[Tensor]],
+        vectors: list[Tensor],
         executor: Executor | None,
     ) -> None:
         """The program of the plan, in place."""
@@ -108,7 +106,7 @@ class Solo(NamedTuple):
         for column, (j, f) in zip(columns, self.places):
             if not all(map(operator.is_, column, news[j][f])):
                 torch._foreach_copy_(column, news[j][f])
-        for (vector,), (_, j, f) in zip(vectors, self.counters):
+        for vector, (_, j, f) in zip(vectors, self.counters):
             vector.fill_(news[j][f])
         torch.autograd.graph.increment_version(params)
 

@@ -270,7 +270,7 @@ class Transform:
                         new[f] = put(olds[f], rows, new[f])
         if not donate and not maths.recorded(given):
             views = executor == "leaf" or any([p.is_complex() for p in given])
-            out, news = unshared(out, news, leaves, gradients, states, plan, views)
+            out, news = unshared(out, news, leaves, gradients, before, plan, views)
         result = params if out is leaves else tree.unflatten(out, spec)
         if all([all(map(operator.is_, new, old)) for new, old in zip(news, before)]):
             return result, state  # all of it was reused in place

@@ -394,9 +394,13 @@ def squares(tensors: list[Tensor]) -> list[Tensor]:
     return sharded.sums(tensors, lambda x: vector_norm(x, dtype=wider(x)).to(precise(x.device)) ** 2)
 
 
+REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+"""The dtypes of the parts of complex numbers; `torch.dtype.to_real` says the same, but torch.compile cannot trace it."""
+
+
 def wide(x: Tensor) -> torch.dtype:
     """The real dtype of a norm or a sum: in float16 the square of 256 is infinite."""
-    return torch.promote_types(x.dtype.to_real(), torch.float32)
+    return torch.promote_types(REAL.get(x.dtype, x.dtype), torch.float32)
 
 
 def wider(x: Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import purestep as ps
 from purestep import optim
+from purestep.counters import Counters
 
 NAMES = ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Adafactor"]
 CLASSES: dict[str, dict[str, Any]] = {name: {"lr": 0.01} for name in NAMES}
@@ -595,3 +596,28 @@ def test_storages_are_released_with_the_optimizer() -> None:
         assert all(ref.expired() for ref in storages)
     finally:
         gc.enable()
+
+
+def test_counters_on_a_device_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that must not be waited for: which counters are equal is remembered until something else writes to them."""
+    reads: list[Tensor] = []
+    original = torch.Tensor.item
+    monkeypatch.setattr("purestep.counters.ordinary", lambda xs: False)
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: (reads.append(self), original(self))[1])
+    known, own = Counters(), [torch.tensor(3.0), torch.tensor(3.0), torch.tensor(5.0)]
+
+    def stepped() -> list[float]:
+        given = known.represented(own)
+        news = {id(x): x + 1 for x in given}
+        known.write(own, given, [news[id(x)] for x in given])
+        return [x.tolist() for x in own]
+
+    assert known.represented(own)[1] is own[0]
+    assert [stepped() for _ in range(3)][-1] == [6, 6, 8]
+    assert len(reads) == 3
+    own[1].zero_()
+    assert stepped() == [7, 1, 9]
+    assert len(reads) == 6
+    assert known.represented(own) == own
+    assert stepped() == [8, 2, 10]
+    assert len(reads) == 6

@@ -104,7 +104,7 @@ class Counters:
             return
         for x, y in zip(olds, values):
             x.copy_(y)
-        if not traced() and not all([x.is_cpu for x in olds]):
+        if not traced() and not ordinary(olds):
             self._written(olds, [id(y) for _, y in changed])
 
     # -- on a device

@@ -16,6 +16,7 @@ import os
 import pickle
 from typing import Any
 
+import hypothesis
 import hypothesis.strategies as st
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -384,6 +385,8 @@ def through_a_file(state_dict: Any) -> Any:
 
 def test_every_class_does_what_torchs_does() -> None:
     assert all(set(o) <= set(inspect.signature(getattr(torch.optim, n)).parameters) for n, own in CLASSES.items() for o in own)
+    if "PURESTEP_SEED" in os.environ:
+        hypothesis.seed(int(os.environ["PURESTEP_SEED"]))(Machine)
     run_state_machine_as_test(
         Machine,
         settings=settings(

@@ -1152,15 +1152,21 @@ class Optimizer(torch.optim.Optimizer):
         params, executor = group["params"], self._executor(group)
         if not params or executor == "leaf" or (self._untouched and any([p in self._untouched for p in params])):
             return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or choose(None) != "program":
             return False
-        solo = solo_of(transform.plan)
+        solo = solo_of(transform._plan or transform.plan)
         if solo is None:
             return False
         looks = self._looks.get(id(group))
         if looks is None:
             looks = self._looks[id(group)] = Looks()
-        return solo.again(looks, [p.grad for p in params], params, [self.state.get(p, NOTHING) for p in params], executor)
+        return solo.again(looks, [p.grad for p in params], params, self._states(params), executor)
+
+    def _states(self, params: list[Tensor]) -> list[Mapping[str, Any]]:
+        """The state of each of these parameters. One group's are found in order, without a look at each parameter's hash."""
+        if len(self.state) == len(params) and all(map(operator.is_, self.state, params)):
+            return list(self.state.values())
+        return [self.state.get(p, NOTHING) for p in params]
 
     def _advance(
         self, groups: list[tuple[dict[str, Any], Transform]], extras: Mapping[str, Any] = NOTHING, loss: Any = None

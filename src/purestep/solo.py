@@ -19,6 +19,9 @@ from purestep.looks import Looks
 from purestep.plain import PLAIN, plain
 from purestep.plan import Kernel, Plan, Segment
 
+ZERO = torch.zeros(())
+"""The counter of what does not count."""
+
 
 class Solo(NamedTuple):
     """A plan that is one segment, with plain numbers."""
@@ -60,27 +63,43 @@ class Solo(NamedTuple):
 
         Nothing has changed if it is False: then more is new than those, and it takes a `Call` to look at it.
         """
-        if choose(None) != "program":
+        try:
+            columns, counters = self.columns(states)
+        except KeyError:
             return False
-        columns: list[list[Any]] = [[s.get(key) for s in states] for key in self.keys]
-        counters: list[list[Any]] = [[s.get(key) for s in states] for key, _, _ in self.counters]
         everything = [*params, *grads, *flat.from_iterable(columns)]
         if looks.fit(everything) is None:
             if not (plain(everything) and self.takes(params, grads, columns, [])):
                 return False
             looks.learn(everything)
-        found = [looks.span(k, c) for k, c in enumerate(counters)]
-        vectors = [x for x in found if x is not None]
-        counts = [x.tolist() for x in vectors]
-        if len(vectors) < len(counters) or not all([n.count(n[0]) == len(n) for n in counts]):
-            return False
+        vectors: list[Tensor] = []
+        counts: list[Any] = []
+        for k, column in enumerate(counters):
+            vector = looks.span(k, column)
+            if vector is None:
+                return False
+            values = vector.tolist()
+            if values.count(values[0]) != len(values):
+                return False
+            vectors.append(vector)
+            counts.append(values[0])
         if self.kernel is not None and executor != "foreach" and self.kernel.computes(params[0]):
-            for vector in {key: vector for (key, _, _), vector in zip(self.counters, vectors)}.values():
+            for vector in vectors if len(vectors) < 2 else self.distinct(vectors):
                 vector.add_(1)
-            self.run(params, grads, columns, counts[0][0] if counts else 0, counters[0][0] if counters else torch.zeros(()))
+            self.run(params, grads, columns, counts[0] if counts else 0, counters[0][0] if counters else ZERO)
         else:
             self.repeat(grads, params, states, columns, counters, vectors, executor)
         return True
+
+    def columns(self, states: Sequence[Mapping[str, Any]]) -> tuple[list[list[Any]], list[list[Any]]]:
+        """The fields of these states, each a list over the parameters, and the counters."""
+        columns = [[s[key] for s in states] for key in self.keys]
+        counters = [[s[key] for s in states] for key, _, _ in self.counters]
+        return columns, counters
+
+    def distinct(self, vectors: list[Tensor]) -> list[Tensor]:
+        """The counters of these as vectors, each once: several items may have the same."""
+        return list({key: vector for (key, _, _), vector in zip(self.counters, vectors)}.values())
 
     def repeat(
         self,
@@ -129,7 +148,7 @@ class Solo(NamedTuple):
             return False
         before = counters[0][0].item() if counters else 0  # they are on the CPU: there is nothing to wait for
         after = [c[0].add_(1) for c in counters]
-        self.run(params, grads, columns, before, after[0] if after else torch.zeros(()))
+        self.run(params, grads, columns, before, after[0] if after else ZERO)
         torch.autograd.graph.increment_version(flat.from_iterable(columns))
         return True
 

@@ -1,0 +1,47 @@
+"""Files that were pickled by earlier versions load, and continue as what they were made from."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from purestep import optim
+from tests.pickles import make
+
+FOLDER = Path(make.__file__).parent
+OLD = make.transforms()
+
+
+def load(name: str) -> object:
+    return pickle.loads((FOLDER / f"{name}.pkl").read_bytes())
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_transform_and_its_state_continue(name: str) -> None:
+    transform, params, state = load(name)
+    assert transform == OLD[name]
+    new, newer = make.steps(OLD[name])
+    torch.testing.assert_close((params, state), (new, newer), rtol=1e-6, atol=1e-6)
+    grads = {n: torch.ones_like(x) for n, x in params.items()}
+    extras = {"value_and_grad": make.value_and_grad} if transform.plan.extras else {}
+    found = transform.step(grads, state, params, **extras)
+    torch.testing.assert_close(found, OLD[name].step(grads, newer, new, **extras), rtol=1e-6, atol=1e-6)
+
+
+def test_an_optimizer_continues() -> None:
+    params, optimizer = load("optimizer")
+    others, other = make.optimizer()
+    assert type(optimizer) is optim.AdamW
+    for own, o in ((params, optimizer), (others, other)):
+        assert o.param_groups[0]["params"][0] is own[0]
+        o.step()
+    torch.testing.assert_close(params, others)
+
+
+def test_schedules() -> None:
+    schedule = load("schedules")
+    assert schedule == make.schedule()
+    assert [schedule(k) for k in (0, 5, 50)] == [make.schedule()(k) for k in (0, 5, 50)]

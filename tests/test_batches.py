@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import vmap
 
 import purestep as ps
-import purestep.batches
-import purestep.blocks
+import purestep._executors.tiles
+import purestep._executors.vmapped
 from tests.problems import difference
 
 MEMBERS = 5
@@ -58,14 +58,14 @@ def advance(opt: Any, state: Any, params: Any, grads: Any) -> Any:
 def found(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call was done on stacked tensors."""
     results: list[bool] = []
-    original = purestep.batches.run
+    original = purestep._executors.vmapped.run
 
     def run(*args: Any) -> Any:
         result = original(*args)
         results.append(result is not None)
         return result
 
-    monkeypatch.setattr(purestep.batches, "run", run)
+    monkeypatch.setattr(purestep._executors.vmapped, "run", run)
     return results
 
 
@@ -73,7 +73,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("apply", [True, False], ids=["step", "update"])
 def test_members_are_as_if_alone(name: str, way: str, apply: bool, found: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (purestep.batches, purestep.blocks):
+    for module in (purestep._executors.vmapped, purestep._executors.tiles):
         for constant, value in WAYS[way].items():
             if hasattr(module, constant):
                 monkeypatch.setattr(module, constant, value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import purestep as ps
-import purestep.compiled
+import purestep._executors.compiled
 from purestep import optim
 from tests.problems import difference
 
@@ -84,9 +84,11 @@ def test_the_numbers_are_the_programs(name: str, how: str, shapes: dict[str, tup
 
 def test_one_kernel_serves_every_model_and_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    original = purestep.compiled.function
-    monkeypatch.setattr(purestep.compiled, "function", lambda split, *rest: made.append(split.name) or original(split, *rest))
-    monkeypatch.setattr(purestep.program, "_programs", {})  # which keep their kernels
+    original = purestep._executors.compiled.function
+    monkeypatch.setattr(
+        purestep._executors.compiled, "function", lambda split, *rest: made.append(split.name) or original(split, *rest)
+    )
+    monkeypatch.setattr(purestep._trace.program, "_programs", {})  # which keep their kernels
     for shapes in (SHAPES, {"w": (8,)}, {"w": (3, 3), "b": (100_000,)}):
         for lr in (0.1, 0.2, torch.tensor(0.3), ps.schedules.linear(0.1, 0.0, total_steps=5)):
             opt = ps.nadam(lr)
@@ -99,7 +101,7 @@ def test_one_kernel_serves_every_model_and_learning_rate(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
 def test_where_torch_has_the_kernel_nothing_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A donated step and an optimizer are the fused kernel then, to the last bit, for tensors of all sizes at once."""
-    monkeypatch.delattr(purestep.compiled, "compiled")
+    monkeypatch.delattr(purestep._executors.compiled, "compiled")
     opt = getattr(ps, name.lower())(0.1, weight_decay=0.1)
     results = []
     for options in ({"compile": True}, {"executor": "fused"}):
@@ -124,13 +126,13 @@ def test_where_torch_has_the_kernel_nothing_is_compiled(name: str, monkeypatch: 
 def test_a_longer_chain_is_compiled(donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is more to it than torch's kernel computes, all of it is one kernel of Inductor's."""
     made: list[int] = []
-    original = purestep.compiled.compiled
+    original = purestep._executors.compiled.compiled
 
     def counted(split: Any, *rest: Any) -> Any:
         made.append(len(split.parts))
         return original(split, *rest)
 
-    monkeypatch.setattr(purestep.compiled, "compiled", counted)
+    monkeypatch.setattr(purestep._executors.compiled, "compiled", counted)
     opt = ps.chain(ps.clip(1.0), ps.adamw(0.1))
     params = drawn(0)
     opt.step(drawn(1), opt.init_state(params), params, donate=donate, compile=True)
@@ -230,7 +232,8 @@ def test_the_optimizer(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 @pytest.mark.skipif(
-    purestep.compiled.OPENMP is None or torch.get_num_threads() == 1, reason="needs torch with OpenMP, and more than one thread"
+    purestep._executors.compiled.OPENMP is None or torch.get_num_threads() == 1,
+    reason="needs torch with OpenMP, and more than one thread",
 )
 def test_small_tensors_are_done_on_one_thread() -> None:
     """The others on all, and all are there afterwards."""
@@ -242,7 +245,7 @@ def test_small_tensors_are_done_on_one_thread() -> None:
         return [x]
 
     vectors = [[torch.ones(n)] for n in (10_000, 3, 20_000, 5)]
-    found = purestep.compiled.called(kernel, torch.ones(1), vectors)
+    found = purestep._executors.compiled.called(kernel, torch.ones(1), vectors)
     assert [y.numel() for (y,) in found] == [10_000, 3, 20_000, 5]
     assert sorted(seen) == [(3, 1), (5, 1), (10_000, threads), (20_000, threads)]
     assert torch.get_num_threads() == threads

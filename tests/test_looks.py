@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import purestep as ps
 from purestep import optim
-from purestep.looks import MISSES, Looks
+from purestep._engine.guards import MISSES, Looks
 from tests.problems import difference
 
 DIFFERENT: dict[str, Callable[[Tensor], Any]] = {
@@ -72,7 +72,7 @@ def test_after_some_steps_all_is_known(name: str, donate: bool, monkeypatch: pyt
         params, state = opt.step(grads, state, params, donate=donate)
     for check in ("check_params", "check_gradients", "check_states"):
         monkeypatch.delattr(f"purestep.transform.{check}")
-    monkeypatch.delattr("purestep.solo.Solo.takes")
+    monkeypatch.delattr("purestep._engine.repeat.Solo.takes")
     opt.step(grads, state, params, donate=donate)
 
 

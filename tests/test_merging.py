@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 import purestep as ps
-import purestep.blocks
-from purestep import merging, optim, program, threads
+import purestep._executors.tiles
+from purestep import optim
+from purestep._core import threads
+from purestep._trace import fusion as merging
+from purestep._trace import program
 from tests.problems import difference
 
 SHAPES = [(3, 4), (5,), (), (1,), (70, 3), (0,)]
@@ -76,8 +79,8 @@ def test_kernels_are_called_and_the_numbers_are_the_lines(
     expected = train(t, executor="foreach")
     assert not calls
     if blocks:
-        monkeypatch.setattr(purestep.blocks, "CHUNK", 32)
-        monkeypatch.setattr(purestep.blocks, "SIZE", 0)
+        monkeypatch.setattr(purestep._executors.tiles, "CHUNK", 32)
+        monkeypatch.setattr(purestep._executors.tiles, "SIZE", 0)
     assert difference(train(t, **how), expected) <= 1e-13
     if name == "asgd" and not how:
         assert not calls  # three lines: to copy what the kernel overwrites costs more than it saves

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import purestep as ps
-import purestep.program
+import purestep._trace.program
 from tests.cases import CASES, Case, Options, each, each_options
 from tests.problems import clone, difference, grads, matrices, mlp
 
@@ -216,7 +216,7 @@ def test_one_program_while_numbers_change(case: Case, options: Options) -> None:
     """Steps, learning rates and betas are inputs of a program: no change of a number traces again."""
     t = case.transform(options)
     run(t, problem=case.problem, executor="foreach")
-    before = len(purestep.program._programs)
+    before = len(purestep._trace.program._programs)
     for k in range(2, 5):
         changed = {
             name: pytree.tree_map(lambda x, k=k: x and x * (1 - 0.01 * k), value)
@@ -225,7 +225,7 @@ def test_one_program_while_numbers_change(case: Case, options: Options) -> None:
         }
         changed = {name: max(value, case.least[name]) if name in case.least else value for name, value in changed.items()}
         run(t.replace(**changed), problem=case.problem, executor="foreach")
-    assert len(purestep.program._programs) == before
+    assert len(purestep._trace.program._programs) == before
 
 
 # ------------------------------------------------------------------------------------------------------------------ purity
@@ -280,7 +280,7 @@ def test_donated_memory_is_reused(case: Case, options: Options) -> None:
 @each()
 def test_without_fused_kernels_only_the_clock_changes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(case.transform(), problem=case.problem)
-    monkeypatch.setattr("purestep.plan.KERNELS", [])
+    monkeypatch.setattr("purestep._engine.plan.KERNELS", [])
     assert difference(run(case.transform(), problem=case.problem), expected) <= 1e-13
 
 

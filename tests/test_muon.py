@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import purestep as ps
-from purestep import foreach
+from purestep._trace import foreach
 from purestep.algorithms import muon
 from tests.problems import PROBLEMS, clone, difference, grads
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import purestep as ps
 from purestep import optim
-from purestep.engine import Inner
+from purestep._engine.engine import Inner
 from tests.cases import Case
 from tests.cases_nested import CASES
 from tests.problems import clone, difference, grads, mlp
@@ -96,7 +96,7 @@ def test_flags_that_are_not_read(case: Case, donate: bool, monkeypatch: pytest.M
         expected = train(t, donate=donate)
         with monkeypatch.context() as patch:
             patch.setattr(Inner, "read", lambda self, flag: flag if isinstance(flag, Tensor) else bool(flag))
-            patch.setattr("purestep.maths.readable", lambda x: False)
+            patch.setattr("purestep._core.maths.readable", lambda x: False)
             assert difference(train(t, donate=donate), expected) <= 1e-13
             params, state = clone(PARAMS), t.init_state(PARAMS)
             new, after = t.step(gradients(0, params), state, params, donate=True)

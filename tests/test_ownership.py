@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import purestep as ps
 from purestep import optim
-from purestep.counters import Counters
+from purestep._engine.counters import Counters
 
 NAMES = ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Adafactor"]
 CLASSES: dict[str, dict[str, Any]] = {name: {"lr": 0.01} for name in NAMES}
@@ -602,7 +602,7 @@ def test_counters_on_a_device_are_read_once(monkeypatch: pytest.MonkeyPatch) -> 
     """As on a device that must not be waited for: which counters are equal is remembered until something else writes to them."""
     reads: list[Tensor] = []
     original = torch.Tensor.item
-    monkeypatch.setattr("purestep.counters.ordinary", lambda xs: False)
+    monkeypatch.setattr("purestep._engine.counters.ordinary", lambda xs: False)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: (reads.append(self), original(self))[1])
     known, own = Counters(), [torch.tensor(3.0), torch.tensor(3.0), torch.tensor(5.0)]
 

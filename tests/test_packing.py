@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import purestep as ps
-import purestep.blocks
-import purestep.engine
-from purestep import fused, optim, threads
+import purestep._engine.engine
+import purestep._executors.tiles
+from purestep import optim
+from purestep._core import threads
+from purestep.algorithms import kernels as fused
 from tests.cases import Case, Options, each_options
 from tests.problems import clone, difference
 
@@ -33,13 +35,13 @@ def draw(seed: int, case: Case | None = None) -> list[Tensor]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each bucket that was run as one tensor."""
     counted: list[int] = []
-    original = purestep.engine.Call.on_scratch
+    original = purestep._engine.engine.Call.on_scratch
 
     def on_scratch(self: Any, *args: Any, **kwargs: Any) -> Any:
         counted.append(len(args[2]))
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(purestep.engine.Call, "on_scratch", on_scratch)
+    monkeypatch.setattr(purestep._engine.engine.Call, "on_scratch", on_scratch)
     return counted
 
 
@@ -216,8 +218,8 @@ def test_two_threads_may_step_one_transform() -> None:
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
 def test_blocks(case: Case, options: Options, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of 12, 30 and 1 elements in blocks of 7; nothing given is changed unless it was given away."""
-    monkeypatch.setattr(purestep.blocks, "CHUNK", 7)
-    monkeypatch.setattr(purestep.blocks, "SIZE", 0)
+    monkeypatch.setattr(purestep._executors.tiles, "CHUNK", 7)
+    monkeypatch.setattr(purestep._executors.tiles, "SIZE", 0)
     shapes = [s for s in ((3, 4), (30,), (5, 3), ()) if case.treats(torch.zeros(s))]
 
     def drawn(seed: int) -> list[Tensor]:
@@ -244,10 +246,10 @@ def test_blocks(case: Case, options: Options, donate: bool, monkeypatch: pytest.
 
 def test_blocks_are_what_runs_on_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    original = purestep.blocks.blocks
-    monkeypatch.setattr(purestep.blocks, "CHUNK", 8)
-    monkeypatch.setattr(purestep.blocks, "SIZE", 0)
-    monkeypatch.setattr(purestep.blocks, "blocks", lambda given: sizes.append(max(given)) or original(given))
+    original = purestep._executors.tiles.blocks
+    monkeypatch.setattr(purestep._executors.tiles, "CHUNK", 8)
+    monkeypatch.setattr(purestep._executors.tiles, "SIZE", 0)
+    monkeypatch.setattr(purestep._executors.tiles, "blocks", lambda given: sizes.append(max(given)) or original(given))
     t, p = ps.nadam(0.1), torch.zeros(100)
     t.step(torch.ones(100), t.init_state(p), p)
     assert sizes[-1] == 8

@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler
 
 import purestep as ps
 from purestep import optim
-from purestep.optimizer import mirrored
+from purestep._optimizer.optimizer import mirrored
 
 # --------------------------------------------------------------------------------------------- parameters without a shape
 
@@ -233,7 +233,7 @@ def test_grad_scale_and_found_inf_are_honoured(make: Any, waits: bool, monkeypat
             with monkeypatch.context() as patch:
                 if not waits:  # as if it were on a device: the steps are made, and taken back
                     found = getattr(optimizer, "found_inf", None)
-                    patch.setattr("purestep.optimizer.readable", lambda x, found=found: x is not found)
+                    patch.setattr("purestep._optimizer.optimizer.readable", lambda x, found=found: x is not found)
                 optimizer.step()
             if scaled:
                 del optimizer.grad_scale, optimizer.found_inf

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import purestep as ps
 from purestep import optim
-from purestep.blocks import CHUNK
+from purestep._executors.tiles import CHUNK
 from purestep.transforms.quantize import BLOCK, code, decoded, dynamic_tree, encoded, rounded, scale_of
 from tests.problems import difference
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import purestep as ps
-from purestep import optim, solo
+from purestep import optim
+from purestep._engine import repeat as solo
 
 Event = Callable[[torch.optim.Optimizer], None]
 

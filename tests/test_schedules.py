@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 import purestep as ps
 from purestep import optim, schedules
+from purestep._core.values import Declaration
 from purestep.schedules import Schedule
-from purestep.value import Declaration
 from tests.oracles import common
 
 STEPS = 12

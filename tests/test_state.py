@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import purestep as ps
 from purestep import optim
-from purestep.optimizer import Optimizer
+from purestep._optimizer.optimizer import Optimizer
 from purestep.state import roles_of
 from tests.cases import CASES, Case, Options, each_options
 from tests.problems import Params, clone, difference, mlp

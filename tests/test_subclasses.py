@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import purestep as ps
 from purestep import optim
-from purestep.plain import plain
+from purestep._core.plain import plain
 from tests.case import Case
 from tests.cases import CASES
 from tests.problems import clone, difference, grads

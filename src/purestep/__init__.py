@@ -1,219 +1,337 @@
 """Functional, stateless optimizer transforms for PyTorch. An optimizer is a value."""
 
-from purestep import fused as fused
-from purestep import meta as meta
-from purestep import optim as optim
-from purestep import schedules as schedules
-from purestep.algorithms.adabelief import AdaBeliefState as AdaBeliefState
-from purestep.algorithms.adabelief import adabelief as adabelief
-from purestep.algorithms.adabelief import scale_by_adabelief as scale_by_adabelief
-from purestep.algorithms.adadelta import AdadeltaState as AdadeltaState
-from purestep.algorithms.adadelta import adadelta as adadelta
-from purestep.algorithms.adadelta import scale_by_adadelta as scale_by_adadelta
-from purestep.algorithms.adafactor import AdafactorState as AdafactorState
-from purestep.algorithms.adafactor import RelativeStepState as RelativeStepState
-from purestep.algorithms.adafactor import adafactor as adafactor
-from purestep.algorithms.adafactor import scale_by_adafactor as scale_by_adafactor
-from purestep.algorithms.adafactor import scale_by_relative_step as scale_by_relative_step
-from purestep.algorithms.adagrad import AdagradState as AdagradState
-from purestep.algorithms.adagrad import adagrad as adagrad
-from purestep.algorithms.adagrad import scale_by_adagrad as scale_by_adagrad
-from purestep.algorithms.adam import AdamState as AdamState
-from purestep.algorithms.adam import AmsgradState as AmsgradState
-from purestep.algorithms.adam import adam as adam
-from purestep.algorithms.adam import adamw as adamw
-from purestep.algorithms.adam import scale_by_adam as scale_by_adam
-from purestep.algorithms.adam import scale_by_amsgrad as scale_by_amsgrad
-from purestep.algorithms.adamax import AdamaxState as AdamaxState
-from purestep.algorithms.adamax import adamax as adamax
-from purestep.algorithms.adamax import scale_by_adamax as scale_by_adamax
-from purestep.algorithms.adan import AdanState as AdanState
-from purestep.algorithms.adan import adan as adan
-from purestep.algorithms.adan import scale_by_adan as scale_by_adan
-from purestep.algorithms.ademamix import AdEMAMixState as AdEMAMixState
-from purestep.algorithms.ademamix import ademamix as ademamix
-from purestep.algorithms.ademamix import scale_by_ademamix as scale_by_ademamix
-from purestep.algorithms.adopt import adopt as adopt
-from purestep.algorithms.adopt import scale_by_adopt as scale_by_adopt
-from purestep.algorithms.asgd import AsgdState as AsgdState
-from purestep.algorithms.asgd import asgd as asgd
-from purestep.algorithms.asgd import scale_by_asgd as scale_by_asgd
-from purestep.algorithms.dadapt_adamw import DAdaptState as DAdaptState
-from purestep.algorithms.dadapt_adamw import dadapt_adamw as dadapt_adamw
-from purestep.algorithms.dadapt_adamw import scale_by_dadapt_adam as scale_by_dadapt_adam
-from purestep.algorithms.dog import DogState as DogState
-from purestep.algorithms.dog import LDogState as LDogState
-from purestep.algorithms.dog import dog as dog
-from purestep.algorithms.dog import ldog as ldog
-from purestep.algorithms.dog import scale_by_dog as scale_by_dog
-from purestep.algorithms.dog import scale_by_ldog as scale_by_ldog
-from purestep.algorithms.fromage import fromage as fromage
-from purestep.algorithms.fromage import scale_by_fromage as scale_by_fromage
-from purestep.algorithms.galore import GaloreState as GaloreState
-from purestep.algorithms.galore import galore as galore
-from purestep.algorithms.galore import scale_by_galore as scale_by_galore
-from purestep.algorithms.lamb import lamb as lamb
-from purestep.algorithms.lars import lars as lars
-from purestep.algorithms.lbfgs import LBFGSState as LBFGSState
-from purestep.algorithms.lbfgs import lbfgs as lbfgs
-from purestep.algorithms.linesearch import BacktrackingLinesearchState as BacktrackingLinesearchState
-from purestep.algorithms.linesearch import scale_by_backtracking_linesearch as scale_by_backtracking_linesearch
-from purestep.algorithms.lion import LionState as LionState
-from purestep.algorithms.lion import lion as lion
-from purestep.algorithms.lion import scale_by_lion as scale_by_lion
-from purestep.algorithms.madgrad import MadgradState as MadgradState
-from purestep.algorithms.madgrad import madgrad as madgrad
-from purestep.algorithms.madgrad import scale_by_madgrad as scale_by_madgrad
-from purestep.algorithms.muon import MuonState as MuonState
-from purestep.algorithms.muon import muon as muon
-from purestep.algorithms.muon import scale_by_muon as scale_by_muon
-from purestep.algorithms.nadam import NAdamState as NAdamState
-from purestep.algorithms.nadam import nadam as nadam
-from purestep.algorithms.nadam import scale_by_nadam as scale_by_nadam
-from purestep.algorithms.novograd import NovoGradState as NovoGradState
-from purestep.algorithms.novograd import novograd as novograd
-from purestep.algorithms.novograd import scale_by_novograd as scale_by_novograd
-from purestep.algorithms.optimistic import OptimisticState as OptimisticState
-from purestep.algorithms.optimistic import optimistic_adam as optimistic_adam
-from purestep.algorithms.optimistic import optimistic_gradient_descent as optimistic_gradient_descent
-from purestep.algorithms.optimistic import scale_by_optimistic_gradient as scale_by_optimistic_gradient
-from purestep.algorithms.polyak_sgd import polyak_sgd as polyak_sgd
-from purestep.algorithms.polyak_sgd import scale_by_polyak as scale_by_polyak
-from purestep.algorithms.prodigy import ProdigyState as ProdigyState
-from purestep.algorithms.prodigy import prodigy as prodigy
-from purestep.algorithms.prodigy import scale_by_prodigy as scale_by_prodigy
-from purestep.algorithms.radam import radam as radam
-from purestep.algorithms.radam import scale_by_radam as scale_by_radam
-from purestep.algorithms.rmsprop import RmsState as RmsState
-from purestep.algorithms.rmsprop import StddevState as StddevState
-from purestep.algorithms.rmsprop import rmsprop as rmsprop
-from purestep.algorithms.rmsprop import scale_by_rms as scale_by_rms
-from purestep.algorithms.rmsprop import scale_by_stddev as scale_by_stddev
-from purestep.algorithms.rprop import RpropState as RpropState
-from purestep.algorithms.rprop import rprop as rprop
-from purestep.algorithms.rprop import scale_by_rprop as scale_by_rprop
-from purestep.algorithms.sam import sam as sam
-from purestep.algorithms.schedule_free import ScheduleFreeState as ScheduleFreeState
-from purestep.algorithms.schedule_free import schedule_free as schedule_free
-from purestep.algorithms.schedule_free import schedule_free_adamw as schedule_free_adamw
-from purestep.algorithms.schedule_free import schedule_free_sgd as schedule_free_sgd
-from purestep.algorithms.sgd import sgd as sgd
-from purestep.algorithms.shampoo import ShampooState as ShampooState
-from purestep.algorithms.shampoo import scale_by_shampoo as scale_by_shampoo
-from purestep.algorithms.shampoo import shampoo as shampoo
-from purestep.algorithms.signum import sign_sgd as sign_sgd
-from purestep.algorithms.signum import signum as signum
-from purestep.algorithms.sm3 import SM3State as SM3State
-from purestep.algorithms.sm3 import scale_by_sm3 as scale_by_sm3
-from purestep.algorithms.sm3 import sm3 as sm3
-from purestep.algorithms.soap import SoapState as SoapState
-from purestep.algorithms.soap import scale_by_soap as scale_by_soap
-from purestep.algorithms.soap import soap as soap
-from purestep.algorithms.sophia import SophiaState as SophiaState
-from purestep.algorithms.sophia import hutchinson as hutchinson
-from purestep.algorithms.sophia import scale_by_sophia as scale_by_sophia
-from purestep.algorithms.sophia import sophia as sophia
-from purestep.algorithms.sparse_adam import SparseAdamState as SparseAdamState
-from purestep.algorithms.sparse_adam import scale_by_sparse_adam as scale_by_sparse_adam
-from purestep.algorithms.sparse_adam import sparse_adam as sparse_adam
-from purestep.algorithms.yogi import YogiState as YogiState
-from purestep.algorithms.yogi import scale_by_yogi as scale_by_yogi
-from purestep.algorithms.yogi import yogi as yogi
-from purestep.engine import Inner as Inner
-from purestep.hyper import Betas as Betas
-from purestep.hyper import Extra as Extra
-from purestep.hyper import ExtraTree as ExtraTree
-from purestep.hyper import Fraction as Fraction
-from purestep.hyper import Hyper as Hyper
-from purestep.hyper import NonNegative as NonNegative
-from purestep.hyper import Positive as Positive
-from purestep.hyper import UnitInterval as UnitInterval
-from purestep.leaves import detach as detach
-from purestep.leaves import in_dims as in_dims
-from purestep.leaves import out_dims as out_dims
-from purestep.leaves import stack as stack
-from purestep.leaves import tensors as tensors
-from purestep.links import EmptyState as EmptyState
-from purestep.links import ScheduleState as ScheduleState
-from purestep.masks import by_module as by_module
-from purestep.masks import by_ndim as by_ndim
-from purestep.masks import by_path as by_path
-from purestep.maths import Scalar as Scalar
-from purestep.maths import counter as counter
-from purestep.maths import filled as filled
-from purestep.maths import finite as finite
-from purestep.maths import global_norm as global_norm
-from purestep.maths import lerp as lerp
-from purestep.maths import maximum as maximum
-from purestep.maths import minimum as minimum
-from purestep.maths import multiply as multiply
-from purestep.maths import operation as operation
-from purestep.maths import root as root
-from purestep.maths import rounded as rounded
-from purestep.maths import select as select
-from purestep.maths import where as where
-from purestep.state import find as find
-from purestep.state import find_all as find_all
-from purestep.state import get_hyperparams as get_hyperparams
-from purestep.state import map_params as map_params
-from purestep.state import step_count as step_count
-from purestep.transform import Transform as Transform
-from purestep.transform import apply_updates as apply_updates
-from purestep.transform import chain as chain
-from purestep.transform import eval_params as eval_params
-from purestep.transform import leafwise as leafwise
-from purestep.transform import nested as nested
-from purestep.transform import whole as whole
-from purestep.transforms.average import AverageParamsState as AverageParamsState
-from purestep.transforms.average import EmaParamsState as EmaParamsState
-from purestep.transforms.average import average_params as average_params
-from purestep.transforms.average import ema_params as ema_params
-from purestep.transforms.clip import clip as clip
-from purestep.transforms.clip import clip_by_global_norm as clip_by_global_norm
-from purestep.transforms.decay import add_decayed_weights as add_decayed_weights
-from purestep.transforms.ema import EmaState as EmaState
-from purestep.transforms.ema import ema as ema
-from purestep.transforms.gradients import ZeroNansState as ZeroNansState
-from purestep.transforms.gradients import centralize as centralize
-from purestep.transforms.gradients import sign as sign
-from purestep.transforms.gradients import zero_nans as zero_nans
-from purestep.transforms.mask import freeze as freeze
-from purestep.transforms.mask import masked as masked
-from purestep.transforms.mask import partition as partition
-from purestep.transforms.mask import set_to_zero as set_to_zero
-from purestep.transforms.mechanic import MechanicState as MechanicState
-from purestep.transforms.mechanic import mechanic as mechanic
-from purestep.transforms.momentum import TraceState as TraceState
-from purestep.transforms.momentum import nesterov as nesterov
-from purestep.transforms.momentum import trace as trace
-from purestep.transforms.monitor import MonitorState as MonitorState
-from purestep.transforms.monitor import monitor as monitor
-from purestep.transforms.monitor import plot_monitor as plot_monitor
-from purestep.transforms.nest import AccumulateState as AccumulateState
-from purestep.transforms.nest import ConditionallyState as ConditionallyState
-from purestep.transforms.nest import LookaheadState as LookaheadState
-from purestep.transforms.nest import SkipState as SkipState
-from purestep.transforms.nest import accumulate as accumulate
-from purestep.transforms.nest import conditionally as conditionally
-from purestep.transforms.nest import lookahead as lookahead
-from purestep.transforms.nest import skip_if_nonfinite as skip_if_nonfinite
-from purestep.transforms.noise import AddNoiseState as AddNoiseState
-from purestep.transforms.noise import add_noise as add_noise
-from purestep.transforms.norms import adaptive_grad_clip as adaptive_grad_clip
-from purestep.transforms.norms import clip_by_block_rms as clip_by_block_rms
-from purestep.transforms.norms import clip_by_norm as clip_by_norm
-from purestep.transforms.norms import normalize as normalize
-from purestep.transforms.norms import normalize_by_block as normalize_by_block
-from purestep.transforms.norms import scale_by_param_block_norm as scale_by_param_block_norm
-from purestep.transforms.norms import scale_by_param_block_rms as scale_by_param_block_rms
-from purestep.transforms.norms import scale_by_trust_ratio as scale_by_trust_ratio
-from purestep.transforms.plateau import ReduceOnPlateauState as ReduceOnPlateauState
-from purestep.transforms.plateau import reduce_on_plateau as reduce_on_plateau
-from purestep.transforms.project import keep_params_nonnegative as keep_params_nonnegative
-from purestep.transforms.project import project_box as project_box
-from purestep.transforms.quantize import dequantize_state as dequantize_state
-from purestep.transforms.quantize import quantize_state as quantize_state
-from purestep.transforms.scale import maximize as maximize
-from purestep.transforms.scale import scale as scale
-from purestep.transforms.scale import scale_by_learning_rate as scale_by_learning_rate
-from purestep.transforms.scale import scale_by_schedule as scale_by_schedule
+from purestep import _moved, meta, optim, schedules
+from purestep._core.hyper import Betas, Extra, ExtraTree, Fraction, Hyper, NonNegative, Positive, UnitInterval
+from purestep._core.masks import by_module, by_ndim, by_path
+from purestep._core.maths import (
+    Scalar,
+    counter,
+    filled,
+    finite,
+    global_norm,
+    lerp,
+    maximum,
+    minimum,
+    multiply,
+    operation,
+    root,
+    rounded,
+    select,
+    where,
+)
+from purestep._core.populations import detach, in_dims, out_dims, stack, tensors
+from purestep._core.primitives import EmptyState, ScheduleState
+from purestep._engine.engine import Inner
+from purestep.algorithms import kernels
+from purestep.algorithms.adabelief import AdaBeliefState, adabelief, scale_by_adabelief
+from purestep.algorithms.adadelta import AdadeltaState, adadelta, scale_by_adadelta
+from purestep.algorithms.adafactor import (
+    AdafactorState,
+    RelativeStepState,
+    adafactor,
+    scale_by_adafactor,
+    scale_by_relative_step,
+)
+from purestep.algorithms.adagrad import AdagradState, adagrad, scale_by_adagrad
+from purestep.algorithms.adam import AdamState, AmsgradState, adam, adamw, scale_by_adam, scale_by_amsgrad
+from purestep.algorithms.adamax import AdamaxState, adamax, scale_by_adamax
+from purestep.algorithms.adan import AdanState, adan, scale_by_adan
+from purestep.algorithms.ademamix import AdEMAMixState, ademamix, scale_by_ademamix
+from purestep.algorithms.adopt import adopt, scale_by_adopt
+from purestep.algorithms.asgd import AsgdState, asgd, scale_by_asgd
+from purestep.algorithms.dadapt_adamw import DAdaptState, dadapt_adamw, scale_by_dadapt_adam
+from purestep.algorithms.dog import DogState, LDogState, dog, ldog, scale_by_dog, scale_by_ldog
+from purestep.algorithms.fromage import fromage, scale_by_fromage
+from purestep.algorithms.galore import GaloreState, galore, scale_by_galore
+from purestep.algorithms.lamb import lamb
+from purestep.algorithms.lars import lars
+from purestep.algorithms.lbfgs import LBFGSState, lbfgs
+from purestep.algorithms.linesearch import BacktrackingLinesearchState, scale_by_backtracking_linesearch
+from purestep.algorithms.lion import LionState, lion, scale_by_lion
+from purestep.algorithms.madgrad import MadgradState, madgrad, scale_by_madgrad
+from purestep.algorithms.muon import MuonState, muon, scale_by_muon
+from purestep.algorithms.nadam import NAdamState, nadam, scale_by_nadam
+from purestep.algorithms.novograd import NovoGradState, novograd, scale_by_novograd
+from purestep.algorithms.optimistic import (
+    OptimisticState,
+    optimistic_adam,
+    optimistic_gradient_descent,
+    scale_by_optimistic_gradient,
+)
+from purestep.algorithms.polyak_sgd import polyak_sgd, scale_by_polyak
+from purestep.algorithms.prodigy import ProdigyState, prodigy, scale_by_prodigy
+from purestep.algorithms.radam import radam, scale_by_radam
+from purestep.algorithms.rmsprop import RmsState, StddevState, rmsprop, scale_by_rms, scale_by_stddev
+from purestep.algorithms.rprop import RpropState, rprop, scale_by_rprop
+from purestep.algorithms.sam import sam
+from purestep.algorithms.schedule_free import ScheduleFreeState, schedule_free, schedule_free_adamw, schedule_free_sgd
+from purestep.algorithms.sgd import sgd
+from purestep.algorithms.shampoo import ShampooState, scale_by_shampoo, shampoo
+from purestep.algorithms.signum import sign_sgd, signum
+from purestep.algorithms.sm3 import SM3State, scale_by_sm3, sm3
+from purestep.algorithms.soap import SoapState, scale_by_soap, soap
+from purestep.algorithms.sophia import SophiaState, hutchinson, scale_by_sophia, sophia
+from purestep.algorithms.sparse_adam import SparseAdamState, scale_by_sparse_adam, sparse_adam
+from purestep.algorithms.yogi import YogiState, scale_by_yogi, yogi
+from purestep.state import find, find_all, get_hyperparams, map_params, step_count
+from purestep.transform import Transform, apply_updates, chain, eval_params, leafwise, nested, whole
+from purestep.transforms.average import AverageParamsState, EmaParamsState, average_params, ema_params
+from purestep.transforms.clip import clip, clip_by_global_norm
+from purestep.transforms.decay import add_decayed_weights
+from purestep.transforms.ema import EmaState, ema
+from purestep.transforms.gradients import ZeroNansState, centralize, sign, zero_nans
+from purestep.transforms.mask import freeze, masked, partition, set_to_zero
+from purestep.transforms.mechanic import MechanicState, mechanic
+from purestep.transforms.momentum import TraceState, nesterov, trace
+from purestep.transforms.monitor import MonitorState, monitor, plot_monitor
+from purestep.transforms.nest import (
+    AccumulateState,
+    ConditionallyState,
+    LookaheadState,
+    SkipState,
+    accumulate,
+    conditionally,
+    lookahead,
+    skip_if_nonfinite,
+)
+from purestep.transforms.noise import AddNoiseState, add_noise
+from purestep.transforms.norms import (
+    adaptive_grad_clip,
+    clip_by_block_rms,
+    clip_by_norm,
+    normalize,
+    normalize_by_block,
+    scale_by_param_block_norm,
+    scale_by_param_block_rms,
+    scale_by_trust_ratio,
+)
+from purestep.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
+from purestep.transforms.project import keep_params_nonnegative, project_box
+from purestep.transforms.quantize import dequantize_state, quantize_state
+from purestep.transforms.scale import maximize, scale, scale_by_learning_rate, scale_by_schedule
+
+__all__ = [
+    "AccumulateState",
+    "AdEMAMixState",
+    "AdaBeliefState",
+    "AdadeltaState",
+    "AdafactorState",
+    "AdagradState",
+    "AdamState",
+    "AdamaxState",
+    "AdanState",
+    "AddNoiseState",
+    "AmsgradState",
+    "AsgdState",
+    "AverageParamsState",
+    "BacktrackingLinesearchState",
+    "Betas",
+    "ConditionallyState",
+    "DAdaptState",
+    "DogState",
+    "EmaParamsState",
+    "EmaState",
+    "EmptyState",
+    "Extra",
+    "ExtraTree",
+    "Fraction",
+    "GaloreState",
+    "Hyper",
+    "Inner",
+    "LBFGSState",
+    "LDogState",
+    "LionState",
+    "LookaheadState",
+    "MadgradState",
+    "MechanicState",
+    "MonitorState",
+    "MuonState",
+    "NAdamState",
+    "NonNegative",
+    "NovoGradState",
+    "OptimisticState",
+    "Positive",
+    "ProdigyState",
+    "ReduceOnPlateauState",
+    "RelativeStepState",
+    "RmsState",
+    "RpropState",
+    "SM3State",
+    "Scalar",
+    "ScheduleFreeState",
+    "ScheduleState",
+    "ShampooState",
+    "SkipState",
+    "SoapState",
+    "SophiaState",
+    "SparseAdamState",
+    "StddevState",
+    "TraceState",
+    "Transform",
+    "UnitInterval",
+    "YogiState",
+    "ZeroNansState",
+    "accumulate",
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "adan",
+    "adaptive_grad_clip",
+    "add_decayed_weights",
+    "add_noise",
+    "ademamix",
+    "adopt",
+    "apply_updates",
+    "asgd",
+    "average_params",
+    "by_module",
+    "by_ndim",
+    "by_path",
+    "centralize",
+    "chain",
+    "clip",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "conditionally",
+    "counter",
+    "dadapt_adamw",
+    "dequantize_state",
+    "detach",
+    "dog",
+    "ema",
+    "ema_params",
+    "eval_params",
+    "filled",
+    "find",
+    "find_all",
+    "finite",
+    "freeze",
+    "fromage",
+    "galore",
+    "get_hyperparams",
+    "global_norm",
+    "hutchinson",
+    "in_dims",
+    "keep_params_nonnegative",
+    "lamb",
+    "lars",
+    "lbfgs",
+    "ldog",
+    "leafwise",
+    "lerp",
+    "lion",
+    "lookahead",
+    "madgrad",
+    "map_params",
+    "masked",
+    "maximize",
+    "maximum",
+    "mechanic",
+    "meta",
+    "minimum",
+    "monitor",
+    "multiply",
+    "muon",
+    "nadam",
+    "nested",
+    "nesterov",
+    "normalize",
+    "normalize_by_block",
+    "novograd",
+    "operation",
+    "optim",
+    "optimistic_adam",
+    "optimistic_gradient_descent",
+    "out_dims",
+    "partition",
+    "plot_monitor",
+    "polyak_sgd",
+    "prodigy",
+    "project_box",
+    "quantize_state",
+    "radam",
+    "reduce_on_plateau",
+    "rmsprop",
+    "root",
+    "rounded",
+    "rprop",
+    "sam",
+    "scale",
+    "scale_by_adabelief",
+    "scale_by_adadelta",
+    "scale_by_adafactor",
+    "scale_by_adagrad",
+    "scale_by_adam",
+    "scale_by_adamax",
+    "scale_by_adan",
+    "scale_by_ademamix",
+    "scale_by_adopt",
+    "scale_by_amsgrad",
+    "scale_by_asgd",
+    "scale_by_backtracking_linesearch",
+    "scale_by_dadapt_adam",
+    "scale_by_dog",
+    "scale_by_fromage",
+    "scale_by_galore",
+    "scale_by_ldog",
+    "scale_by_learning_rate",
+    "scale_by_lion",
+    "scale_by_madgrad",
+    "scale_by_muon",
+    "scale_by_nadam",
+    "scale_by_novograd",
+    "scale_by_optimistic_gradient",
+    "scale_by_param_block_norm",
+    "scale_by_param_block_rms",
+    "scale_by_polyak",
+    "scale_by_prodigy",
+    "scale_by_radam",
+    "scale_by_relative_step",
+    "scale_by_rms",
+    "scale_by_rprop",
+    "scale_by_schedule",
+    "scale_by_shampoo",
+    "scale_by_sm3",
+    "scale_by_soap",
+    "scale_by_sophia",
+    "scale_by_sparse_adam",
+    "scale_by_stddev",
+    "scale_by_trust_ratio",
+    "scale_by_yogi",
+    "schedule_free",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+    "schedules",
+    "select",
+    "set_to_zero",
+    "sgd",
+    "shampoo",
+    "sign",
+    "sign_sgd",
+    "signum",
+    "skip_if_nonfinite",
+    "sm3",
+    "soap",
+    "sophia",
+    "sparse_adam",
+    "stack",
+    "step_count",
+    "tensors",
+    "trace",
+    "where",
+    "whole",
+    "yogi",
+    "zero_nans",
+]
+
+_moved.install()
+kernels.register()
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *[name for name in globals() if name.startswith("__")]])

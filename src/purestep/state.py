@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep import tree
-from purestep.links import EmptyState, ScheduleState, state_type
-from purestep.maths import readable
+from purestep._core import tree
+from purestep._core.maths import readable
+from purestep._core.primitives import EmptyState, ScheduleState, state_type
+from purestep._core.values import Schedule
 from purestep.transform import PyTree, Transform
-from purestep.value import Schedule
 
 S = TypeVar("S", bound=tuple[Any, ...])
 

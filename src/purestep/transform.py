@@ -2,7 +2,7 @@
 
 A *leafwise* transform treats each parameter on its own: a function of one tensor, written once, out of place. A *whole*
 transform sees all parameters together. `chain` puts transforms one after the other. Pytrees enter and leave here, and only
-here; what happens to the lists in between is `purestep.engine`'s.
+here; what happens to the lists in between is `purestep._engine.engine`'s.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from purestep import maths, sharded, tree
-from purestep.engine import EXECUTORS, Call, Executor, Inner, choose
-from purestep.links import (
+from purestep._core import maths, sharded, tree
+from purestep._core.lists import pick, put
+from purestep._core.masks import Memo, Not, refuse_unmatched, refuse_unused, route, select
+from purestep._core.plain import plain
+from purestep._core.primitives import (
     Fields,
     Link,
     LinkDeclaration,
@@ -33,15 +35,13 @@ from purestep.links import (
     is_off,
     state_type,
 )
-from purestep.lists import pick, put
-from purestep.looks import Looks
-from purestep.masks import Memo, Not, refuse_unmatched, refuse_unused, route, select
-from purestep.plain import plain
-from purestep.plan import Group, Plan, detail
-from purestep.program import program
-from purestep.solo import solo_of
-from purestep.sparse import Touched
-from purestep.value import call_of, factory_of, show
+from purestep._core.values import call_of, factory_of, show
+from purestep._engine.engine import EXECUTORS, Call, Executor, Inner, choose
+from purestep._engine.guards import Looks
+from purestep._engine.plan import Group, Plan, detail
+from purestep._engine.repeat import solo_of
+from purestep._engine.sparse import Touched
+from purestep._trace.program import program
 
 P = ParamSpec("P")
 S = TypeVar("S")

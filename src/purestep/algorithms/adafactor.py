@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from purestep.hyper import Hyper, Interval, NonNegative
-from purestep.maths import Scalar, counter, lerp, maximum, minimum, operation, readable, root, transforming
-from purestep.optimizer import Optimizer, Params, over
+from purestep._core.hyper import Hyper, Interval, NonNegative
+from purestep._core.maths import Scalar, counter, lerp, maximum, minimum, operation, readable, root, transforming
+from purestep._optimizer.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.norms import ELSEWHERE, real
 from purestep.transforms.scale import direction

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from purestep._core.hyper import Betas, Hyper, Positive
+from purestep._core.maths import lerp, maximum, minimum, root, where
 from purestep.algorithms.adam import AdamState
-from purestep.hyper import Betas, Hyper, Positive
-from purestep.maths import lerp, maximum, minimum, root, where
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction, scale_by_learning_rate

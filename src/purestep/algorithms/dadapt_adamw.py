@@ -9,9 +9,9 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, zeros_like
 
-from purestep.hyper import Betas, Hyper, Interval, NonNegative, Positive
-from purestep.lists import real
-from purestep.maths import counter, inner, maximum, minimum, multiply, number, root, where
+from purestep._core.hyper import Betas, Hyper, Interval, NonNegative, Positive
+from purestep._core.lists import real
+from purestep._core.maths import counter, inner, maximum, minimum, multiply, number, root, where
 from purestep.transform import Transform, chain, whole
 from purestep.transforms.scale import direction
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from purestep.hyper import Hyper, Interval, NonNegative
-from purestep.maths import Scalar, counter, inner, maximum, number, operation, origin, root, where, wide
+from purestep._core.hyper import Hyper, Interval, NonNegative
+from purestep._core.maths import Scalar, counter, inner, maximum, number, operation, origin, root, where, wide
 from purestep.transform import Transform, chain, leafwise, whole
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.norms import ELSEWHERE, real

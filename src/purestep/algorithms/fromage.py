@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from purestep.hyper import Hyper, NonNegative
-from purestep.maths import root
+from purestep._core.hyper import Hyper, NonNegative
+from purestep._core.maths import root
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.norms import scale_by_trust_ratio
 from purestep.transforms.scale import direction

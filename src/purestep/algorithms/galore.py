@@ -7,9 +7,9 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from purestep._core.hyper import Betas, Hyper, NonNegative, Steps
+from purestep._core.maths import Scalar, counter, lerp, operation, some, where, wide
 from purestep.algorithms.adam import ratio
-from purestep.hyper import Betas, Hyper, NonNegative, Steps
-from purestep.maths import Scalar, counter, lerp, operation, some, where, wide
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.norms import ELSEWHERE, real

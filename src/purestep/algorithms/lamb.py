@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from purestep._core.hyper import Betas, Hyper
 from purestep.algorithms.adam import scale_by_adam
-from purestep.hyper import Betas, Hyper
 from purestep.transform import Transform, chain
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.norms import scale_by_trust_ratio

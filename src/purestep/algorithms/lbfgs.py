@@ -20,14 +20,14 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from purestep import sharded
-from purestep.engine import choose
-from purestep.hyper import Extra, Hyper, NonNegative, Steps
-from purestep.maths import counter, maximum, minimum, precise, root, some, transforming, where
-from purestep.optimizer import NOTHING, Optimizer, Params, check_number, over
-from purestep.packing import joined, offset
-from purestep.plain import plain
-from purestep.shared import Place
+from purestep._core import sharded
+from purestep._core.hyper import Extra, Hyper, NonNegative, Steps
+from purestep._core.maths import counter, maximum, minimum, precise, root, some, transforming, where
+from purestep._core.plain import plain
+from purestep._engine.engine import choose
+from purestep._executors.packed import joined, offset
+from purestep._optimizer.optimizer import NOTHING, Optimizer, Params, check_number, over
+from purestep._optimizer.shared import Place
 from purestep.transform import whole
 
 Number: TypeAlias = Any  # a float, or a 0-d tensor

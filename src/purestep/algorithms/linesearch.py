@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.hyper import Extra, NonNegative, Positive, Steps, UnitInterval
-from purestep.maths import counter, inner, minimum, multiply, number, some
+from purestep._core.hyper import Extra, NonNegative, Positive, Steps, UnitInterval
+from purestep._core.maths import counter, inner, minimum, multiply, number, some
 from purestep.transform import whole
 
 

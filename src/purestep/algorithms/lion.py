@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, sign, zeros_like
 
-from purestep.hyper import Betas, Hyper
-from purestep.maths import Scalar, counter, lerp
+from purestep._core.hyper import Betas, Hyper
+from purestep._core.maths import Scalar, counter, lerp
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction, scale_by_learning_rate

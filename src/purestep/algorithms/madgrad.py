@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, zeros_like
 
-from purestep.hyper import Fraction, Hyper, NonNegative
-from purestep.maths import Scalar, counter, maximum, root, where
+from purestep._core.hyper import Fraction, Hyper, NonNegative
+from purestep._core.maths import Scalar, counter, maximum, root, where
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, zeros_like
 from torch.linalg import vector_norm
 
-from purestep.hyper import Hyper, NonNegative, Steps
-from purestep.maths import Scalar, counter, lerp, maximum, operation, transforming
-from purestep.optimizer import Optimizer, Params, over
+from purestep._core.hyper import Hyper, NonNegative, Steps
+from purestep._core.maths import Scalar, counter, lerp, maximum, operation, transforming
+from purestep._optimizer.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import scale_by_learning_rate

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, zeros_like
 from torch.linalg import vector_norm
 
-from purestep.hyper import Betas, Hyper, NonNegative
-from purestep.maths import Scalar, counter, operation, root, where
+from purestep._core.hyper import Betas, Hyper, NonNegative
+from purestep._core.maths import Scalar, counter, operation, root, where
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.norms import real
 from purestep.transforms.scale import direction, scale_by_learning_rate

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor, zeros_like
 
+from purestep._core.hyper import Betas, Hyper
+from purestep._core.maths import Scalar, counter, where
 from purestep.algorithms.adam import scale_by_adam
-from purestep.hyper import Betas, Hyper
-from purestep.maths import Scalar, counter, where
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.scale import direction, scale_by_learning_rate
 

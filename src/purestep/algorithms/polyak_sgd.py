@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep.hyper import Extra, Hyper, NonNegative
-from purestep.links import EmptyState
-from purestep.maths import inner, maximum, minimum, multiply, where
+from purestep._core.hyper import Extra, Hyper, NonNegative
+from purestep._core.maths import inner, maximum, minimum, multiply, where
+from purestep._core.primitives import EmptyState
 from purestep.transform import Transform, chain, whole
 from purestep.transforms.scale import direction, scale_by_learning_rate
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from torch import Tensor, zeros_like
 
+from purestep._core.hyper import Betas, Hyper, Interval, NonNegative, Positive
+from purestep._core.maths import counter, inner, maximum, minimum, multiply, number, origin, root, where
 from purestep.algorithms.dadapt_adamw import Growth, debiased, in_reals, ratio, size
-from purestep.hyper import Betas, Hyper, Interval, NonNegative, Positive
-from purestep.maths import counter, inner, maximum, minimum, multiply, number, origin, root, where
 from purestep.transform import Transform, chain, whole
 from purestep.transforms.scale import direction
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from purestep._core.hyper import Betas, Hyper, NonNegative
+from purestep._core.maths import maximum, root, where
+from purestep._optimizer.optimizer import Optimizer, Params, over
 from purestep.algorithms.adam import AdamState, moments
-from purestep.hyper import Betas, Hyper, NonNegative
-from purestep.maths import maximum, root, where
-from purestep.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction, scale_by_learning_rate

@@ -6,9 +6,9 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, zeros_like
 
-from purestep.hyper import Hyper, NonNegative
-from purestep.maths import Scalar, counter, lerp, maximum, root
-from purestep.optimizer import Optimizer, Params, over
+from purestep._core.hyper import Hyper, NonNegative
+from purestep._core.maths import Scalar, counter, lerp, maximum, root
+from purestep._optimizer.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.momentum import trace

@@ -6,9 +6,9 @@ from typing import Annotated, NamedTuple, TypeAlias
 
 from torch import Tensor, sign, zeros_like
 
-from purestep.hyper import Hyper, Interval, NonNegative
-from purestep.maths import Scalar, counter, filled, maximum, minimum, where
-from purestep.optimizer import Optimizer, Params, over
+from purestep._core.hyper import Hyper, Interval, NonNegative
+from purestep._core.maths import Scalar, counter, filled, maximum, minimum, where
+from purestep._optimizer.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.scale import direction, scale
 

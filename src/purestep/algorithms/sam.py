@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from purestep.hyper import Extra, NonNegative
-from purestep.links import EmptyState
-from purestep.lists import imaginary, real
-from purestep.maths import global_norm, multiply
+from purestep._core.hyper import Extra, NonNegative
+from purestep._core.lists import imaginary, real
+from purestep._core.maths import global_norm, multiply
+from purestep._core.primitives import EmptyState
 from purestep.transform import whole
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from purestep._core.hyper import Betas, Hyper, Interval, NonNegative, Steps
+from purestep._core.maths import Scalar, counter, maximum, minimum, precise, where
 from purestep.algorithms.rmsprop import scale_by_rms
-from purestep.hyper import Betas, Hyper, Interval, NonNegative, Steps
-from purestep.maths import Scalar, counter, maximum, minimum, precise, where
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from purestep.hyper import Hyper
-from purestep.optimizer import Optimizer, Params, over
+from purestep._core.hyper import Hyper
+from purestep._optimizer.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.momentum import trace

@@ -7,8 +7,8 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from purestep.hyper import Hyper, NonNegative, Positive, Steps
-from purestep.maths import Scalar, counter, operation, some, where, wide
+from purestep._core.hyper import Hyper, NonNegative, Positive, Steps
+from purestep._core.maths import Scalar, counter, operation, some, where, wide
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.momentum import trace

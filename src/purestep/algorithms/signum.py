@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from purestep.hyper import Hyper
+from purestep._core.hyper import Hyper
 from purestep.transform import Transform, chain
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.ema import ema

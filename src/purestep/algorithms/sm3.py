@@ -8,8 +8,8 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, zeros_like
 
-from purestep.hyper import Fraction, Hyper, Positive
-from purestep.maths import Scalar, counter, lerp, operation, root
+from purestep._core.hyper import Fraction, Hyper, Positive
+from purestep._core.maths import Scalar, counter, lerp, operation, root
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.norms import real
 from purestep.transforms.scale import direction, scale_by_learning_rate

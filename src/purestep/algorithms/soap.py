@@ -7,9 +7,9 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, zeros_like
 
+from purestep._core.hyper import Betas, Fraction, Hyper, NonNegative, Steps
+from purestep._core.maths import Scalar, counter, lerp, operation, root, some, where, wide
 from purestep.algorithms.shampoo import flat
-from purestep.hyper import Betas, Fraction, Hyper, NonNegative, Steps
-from purestep.maths import Scalar, counter, lerp, operation, root, some, where, wide
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.norms import ELSEWHERE, real

@@ -8,12 +8,12 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, zeros_like
 
-from purestep import tree
+from purestep._core import tree
+from purestep._core.hyper import Betas, ExtraTree, Hyper, Interval, NonNegative, Period
+from purestep._core.lists import imaginary, real
+from purestep._core.maths import counter, lerp, maximum, minimum, precise
+from purestep._core.sharded import is_sharded, kind
 from purestep.algorithms.dadapt_adamw import in_reals
-from purestep.hyper import Betas, ExtraTree, Hyper, Interval, NonNegative, Period
-from purestep.lists import imaginary, real
-from purestep.maths import counter, lerp, maximum, minimum, precise
-from purestep.sharded import is_sharded, kind
 from purestep.transform import Transform, chain, whole
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.noise import WORD, philox, whole_number

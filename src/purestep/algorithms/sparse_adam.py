@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor, zeros_like
 
+from purestep._core.hyper import Betas, Hyper, Positive
+from purestep._core.maths import Scalar, counter, precise, root
+from purestep._optimizer.optimizer import Optimizer, Params, over
 from purestep.algorithms.adam import moments
-from purestep.hyper import Betas, Hyper, Positive
-from purestep.maths import Scalar, counter, precise, root
-from purestep.optimizer import Optimizer, Params, over
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.scale import direction, scale_by_learning_rate
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor, sign, zeros_like
 
+from purestep._core.hyper import Betas, Hyper, NonNegative
+from purestep._core.maths import Scalar, counter, filled, lerp
 from purestep.algorithms.adam import ratio
-from purestep.hyper import Betas, Hyper, NonNegative
-from purestep.maths import Scalar, counter, filled, lerp
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction, scale_by_learning_rate

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
-from purestep import maths
+from purestep._core import maths
 
 
 @dataclass(frozen=True)

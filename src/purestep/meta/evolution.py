@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import tree
+from purestep._core import tree
 from purestep.transforms.noise import noise, whole_number
 
 PyTree = Any

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep import tree
-from purestep.leaves import detach
+from purestep._core import tree
+from purestep._core.populations import detach
 from purestep.meta.attach import Rule, attach, exchanged, pullback, pushforward, watched
 from purestep.meta.linear import solve_cg, solve_normal_cg
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import tree
-from purestep.engine import agree
-from purestep.lists import flattened, parted
-from purestep.plain import plain
+from purestep._core import tree
+from purestep._core.lists import flattened, parted
+from purestep._core.plain import plain
+from purestep._engine.engine import agree
 from purestep.transform import Transform
 
 

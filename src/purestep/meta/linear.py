@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from purestep import maths, tree
+from purestep._core import maths, tree
 
 PyTree = Any
 MatVec = Callable[[PyTree], PyTree]

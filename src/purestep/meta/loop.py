@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep import tree
-from purestep.engine import Call, choose
-from purestep.masks import Memo, select
-from purestep.plan import Group
+from purestep._core import tree
+from purestep._core.masks import Memo, select
+from purestep._engine.engine import Call, choose
+from purestep._engine.plan import Group
 from purestep.transform import Transform
 
 

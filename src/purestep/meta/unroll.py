@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from purestep import maths, tree
-from purestep.leaves import detach
-from purestep.lists import flattened, parted
+from purestep._core import maths, tree
+from purestep._core.lists import flattened, parted
+from purestep._core.populations import detach
 from purestep.meta.attach import Rule, attach, exchanged, pullback, pushforward, watched
 from purestep.meta.joined import join_state, joins, part_state
 from purestep.meta.loop import Loop

@@ -6,6 +6,7 @@ from torch.optim import lr_scheduler as lr_scheduler
 from torch.optim import swa_utils as swa_utils
 from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
 
+from purestep._optimizer.optimizer import Optimizer as Optimizer
 from purestep.algorithms.adadelta import Adadelta as Adadelta
 from purestep.algorithms.adafactor import Adafactor as Adafactor
 from purestep.algorithms.adagrad import Adagrad as Adagrad
@@ -21,7 +22,6 @@ from purestep.algorithms.rmsprop import RMSprop as RMSprop
 from purestep.algorithms.rprop import Rprop as Rprop
 from purestep.algorithms.sgd import SGD as SGD
 from purestep.algorithms.sparse_adam import SparseAdam as SparseAdam
-from purestep.optimizer import Optimizer as Optimizer
 
 # torch's own modules, also for `from purestep.optim.lr_scheduler import ...`; the files of these names are for type checkers
 sys.modules[f"{__name__}.lr_scheduler"] = lr_scheduler

@@ -5,4 +5,4 @@ from torch.optim.optimizer import register_optimizer_step_post_hook as register_
 from torch.optim.optimizer import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
 from torch.optim.optimizer import required as required
 
-from purestep.optimizer import Optimizer as Optimizer
+from purestep._optimizer.optimizer import Optimizer as Optimizer

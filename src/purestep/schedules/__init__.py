@@ -14,6 +14,7 @@ may be a schedule itself.
 warmup_cosine(1.0, warmup_steps=2, total_steps=10, end=0.0, start=0.0)
 """
 
+from purestep._core.values import Schedule as Schedule
 from purestep.schedules.common import schedule as schedule
 from purestep.schedules.curves import constant as constant
 from purestep.schedules.curves import cosine as cosine
@@ -32,4 +33,3 @@ from purestep.schedules.pieces import piecewise_constant as piecewise_constant
 from purestep.schedules.pieces import piecewise_interpolate as piecewise_interpolate
 from purestep.schedules.pieces import scale as scale
 from purestep.schedules.schedulers import from_torch as from_torch
-from purestep.value import Schedule as Schedule

@@ -9,8 +9,8 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, cast
 
 from torch import Tensor
 
-from purestep.maths import cos, maximum, minimum, root, where
-from purestep.value import Declaration, Schedule, factory_of
+from purestep._core.maths import cos, maximum, minimum, root, where
+from purestep._core.values import Declaration, Schedule, factory_of
 
 P = ParamSpec("P")
 

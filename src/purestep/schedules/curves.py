@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from purestep.hyper import Hyper, Interval, NonNegative, Period, Positive, Steps
-from purestep.maths import maximum, minimum, root, where
+from purestep._core.hyper import Hyper, Interval, NonNegative, Period, Positive, Steps
+from purestep._core.maths import maximum, minimum, root, where
 from purestep.schedules.common import along, declared, elapsed, power, schedule
 
 Bound: TypeAlias = Annotated[Any, Interval(optional=True)]

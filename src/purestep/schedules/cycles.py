@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from purestep.hyper import Hyper, NonNegative, Period, Positive, UnitInterval, Whole
-from purestep.maths import minimum
+from purestep._core.hyper import Hyper, NonNegative, Period, Positive, UnitInterval, Whole
+from purestep._core.maths import minimum
 from purestep.schedules.common import Shape, along, power, schedule, through
 
 OptionalPeriod: TypeAlias = Annotated[int | None, Whole(low=1, optional=True)]

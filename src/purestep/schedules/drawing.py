@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from purestep.value import show
+from purestep._core.values import show
 
 
 def plot(*schedules: Callable[[Any], Any], steps: int, labels: Sequence[str] | None = None, axes: Any = None) -> Any:

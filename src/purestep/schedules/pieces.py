@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, TypeAlias
 
-from purestep.hyper import Boundaries, Hyper, Whole
-from purestep.maths import maximum, minimum, where
+from purestep._core.hyper import Boundaries, Hyper, Whole
+from purestep._core.maths import maximum, minimum, where
+from purestep._core.values import at
 from purestep.schedules.common import Shape, declared, through
-from purestep.value import at
 
 LaterBoundaries: TypeAlias = Annotated[tuple[int, ...], Whole(low=1, rising=True)]
 

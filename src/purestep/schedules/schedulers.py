@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch.optim import lr_scheduler
 
+from purestep._core.values import Schedule
 from purestep.schedules.curves import constant, cosine, exponential, linear, polynomial
 from purestep.schedules.cycles import cosine_with_restarts, cyclic, one_cycle
 from purestep.schedules.pieces import join, piecewise_constant, scale
-from purestep.value import Schedule
 
 
 def from_torch(

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from purestep.hyper import Period, Steps, UnitInterval
-from purestep.maths import Scalar, counter, lerp, maximum, where
+from purestep._core.hyper import Period, Steps, UnitInterval
+from purestep._core.maths import Scalar, counter, lerp, maximum, where
 from purestep.transform import leafwise
 
 

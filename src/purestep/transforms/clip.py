@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from purestep.hyper import NonNegative
-from purestep.links import EmptyState
-from purestep.maths import global_norm, maximum, minimum
+from purestep._core.hyper import NonNegative
+from purestep._core.maths import global_norm, maximum, minimum
+from purestep._core.primitives import EmptyState
 from purestep.transform import leafwise, whole
 
 

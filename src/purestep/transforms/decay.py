@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from purestep.hyper import Hyper, NonNegative
+from purestep._core.hyper import Hyper, NonNegative
 from purestep.transform import Transform, leafwise
 from purestep.transforms.mask import masked
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, zeros_like
 
-from purestep.hyper import Fraction
-from purestep.maths import Scalar, counter, lerp
+from purestep._core.hyper import Fraction
+from purestep._core.maths import Scalar, counter, lerp
 from purestep.transform import leafwise
 
 

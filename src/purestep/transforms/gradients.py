@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.maths import Scalar, counter, operation, summed
+from purestep._core.maths import Scalar, counter, operation, summed
 from purestep.transform import leafwise, whole
 from purestep.transforms.norms import real
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep.links import Link
-from purestep.masks import Label, Labels
-from purestep.maths import operation
+from purestep._core.masks import Label, Labels
+from purestep._core.maths import operation
+from purestep._core.primitives import Link
+from purestep._core.values import show
 from purestep.transform import Composite, Transform, leafwise
-from purestep.value import show
 
 
 class Masked(Composite):

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, zeros_like
 
-from purestep.hyper import Hyper, NonNegative
-from purestep.maths import Scalar, counter, where
+from purestep._core.hyper import Hyper, NonNegative
+from purestep._core.maths import Scalar, counter, where
 from purestep.transform import Transform, leafwise
 
 

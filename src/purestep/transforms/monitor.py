@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep import tree
-from purestep.maths import Scalar, counter, root, where
+from purestep._core import tree
+from purestep._core.maths import Scalar, counter, root, where
 from purestep.transform import whole
 from purestep.transforms.norms import norm
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from torch import Tensor, zeros_like
 
-from purestep.engine import Inner
-from purestep.hyper import Period, UnitInterval, Whole, check_steps
-from purestep.maths import Scalar, counter, finite, lerp, select, where
+from purestep._core.hyper import Period, UnitInterval, Whole, check_steps
+from purestep._core.maths import Scalar, counter, finite, lerp, select, where
+from purestep._engine.engine import Inner
 from purestep.transform import Transform, nested
 
 Limit: TypeAlias = Annotated[int | None, Whole(optional=True)]

@@ -13,9 +13,9 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from purestep import sharded
-from purestep.hyper import Interval, NonNegative
-from purestep.maths import Scalar, counter, precise, root
+from purestep._core import sharded
+from purestep._core.hyper import Interval, NonNegative
+from purestep._core.maths import Scalar, counter, precise, root
 from purestep.transform import whole
 
 Seed: TypeAlias = Annotated[Any, Interval(low=0.0, high=2.0**53)]

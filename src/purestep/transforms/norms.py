@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from purestep.hyper import NonNegative, Positive
-from purestep.links import EmptyState
-from purestep.maths import global_norm, maximum, norms, operation, readable, recorded, root, where
-from purestep.sharded import is_sharded
+from purestep._core.hyper import NonNegative, Positive
+from purestep._core.maths import global_norm, maximum, norms, operation, readable, recorded, root, where
+from purestep._core.primitives import EmptyState
+from purestep._core.sharded import is_sharded
 from purestep.transform import leafwise, whole
 
 

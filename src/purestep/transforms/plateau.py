@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.hyper import Extra, Fraction, NonNegative, Steps, UnitInterval
-from purestep.maths import maximum, precise, where
+from purestep._core.hyper import Extra, Fraction, NonNegative, Steps, UnitInterval
+from purestep._core.maths import maximum, precise, where
 from purestep.transform import whole
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep.hyper import Hyper
-from purestep.links import EmptyState
-from purestep.maths import maximum, minimum
+from purestep._core.hyper import Hyper
+from purestep._core.maths import maximum, minimum
+from purestep._core.primitives import EmptyState
 from purestep.transform import leafwise, whole
 
 

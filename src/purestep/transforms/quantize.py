@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from purestep import sharded, tree
-from purestep.hyper import Whole, check_steps
-from purestep.links import Link, LinkDeclaration, Primitive, Sparse
-from purestep.maths import Encoded, operation
+from purestep._core import sharded, tree
+from purestep._core.hyper import Whole, check_steps
+from purestep._core.maths import Encoded, operation
+from purestep._core.primitives import Link, LinkDeclaration, Primitive, Sparse
 from purestep.transform import Composite, Leafwise, PyTree, Transform
 
 Bits: TypeAlias = Literal[8, 16]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep.plain import bare
+from purestep._core.plain import bare
 
 
 def is_sharded(x: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep import maths, tree
+from purestep._core import maths, tree
 
 T = TypeVar("T")
 

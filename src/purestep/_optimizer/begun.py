@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep import sharded
-from purestep.links import Primitive, fresh_state, fresh_whole_state
-from purestep.plain import plain
-from purestep.value import same
+from purestep._core import sharded
+from purestep._core.plain import plain
+from purestep._core.primitives import Primitive, fresh_state, fresh_whole_state
+from purestep._core.values import same
 
 
 class Begun(NamedTuple):

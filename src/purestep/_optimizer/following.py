@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from purestep.hyper import several
-from purestep.maths import readable
+from purestep._core.hyper import several
+from purestep._core.maths import readable
+from purestep._core.values import Schedule, as_schedule
 from purestep.schedules.pieces import scale
-from purestep.value import Schedule, as_schedule
 
 SHOWN = "scheduled_"
 """What the number that the optimizer has shown for an option is called in the group: this and the option's name."""

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.packing import SIZE
-from purestep.program import LeafDeclaration, Program, program
+from purestep._executors.packed import SIZE
+from purestep._trace.program import LeafDeclaration, Program, program
 
 SHORT = 4
 """A program of so many operations costs less without blocks, where there is nothing that may be overwritten."""

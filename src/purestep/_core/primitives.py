@@ -16,10 +16,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from purestep import maths
-from purestep.hyper import Hyper
-from purestep.maths import Encoded, Scalar
-from purestep.value import Declaration, Schedule, Value
+from purestep._core import maths
+from purestep._core.hyper import Hyper
+from purestep._core.maths import Encoded, Scalar
+from purestep._core.values import Declaration, Schedule, Value
 
 Sparse: TypeAlias = Literal["rows", "dense"] | None
 

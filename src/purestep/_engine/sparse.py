@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.links import LinkDeclaration
-from purestep.plan import Group
-from purestep.tree import quote
+from purestep._core.primitives import LinkDeclaration
+from purestep._core.tree import quote
+from purestep._engine.plan import Group
 
 
 class Row(NamedTuple):

@@ -18,9 +18,9 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.linalg import vector_norm
 
-from purestep import sharded
-from purestep.plain import bare, plain
-from purestep.recorder import recorder
+from purestep._core import sharded
+from purestep._core.plain import bare, plain
+from purestep._core.recorder import recorder
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -27,28 +27,28 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HO
 from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
 from torch.utils import _pytree as pytree
 
-from purestep import maths, sharded
-from purestep.begun import Begun, kind, options_of, reads, reads_whole, renewed
-from purestep.counters import Counters, together, traced
-from purestep.engine import Call, Executor, Mode, choose
-from purestep.following import Following, Schedules, follows, kept, number
-from purestep.hyper import several
-from purestep.links import Fields, Link, Primitive, fields_of, fresh_state, fresh_whole_state, is_off, state_type
-from purestep.lists import alike, clones, overwrite
-from purestep.looks import Looks
-from purestep.masks import Label, Memo, Not, refuse_unmatched, refuse_unnamed, refuse_unused, route, select
-from purestep.maths import readable, where
-from purestep.packing import apart, joined, small
-from purestep.plain import plain
-from purestep.plan import Group, Plan, packed_links
-from purestep.shared import Place, Shared
-from purestep.solo import solo_of
-from purestep.sparse import Touched
+from purestep._core import maths, sharded
+from purestep._core.hyper import several
+from purestep._core.lists import alike, clones, overwrite
+from purestep._core.masks import Label, Memo, Not, refuse_unmatched, refuse_unnamed, refuse_unused, route, select
+from purestep._core.maths import readable, where
+from purestep._core.plain import plain
+from purestep._core.primitives import Fields, Link, Primitive, fields_of, fresh_state, fresh_whole_state, is_off, state_type
+from purestep._core.tree import Spec, quote
+from purestep._core.values import same
+from purestep._engine.counters import Counters, together, traced
+from purestep._engine.engine import Call, Executor, Mode, choose
+from purestep._engine.guards import Looks
+from purestep._engine.plan import Group, Plan, packed_links
+from purestep._engine.repeat import solo_of
+from purestep._engine.sparse import Touched
+from purestep._executors.packed import apart, joined, small
+from purestep._optimizer.begun import Begun, kind, options_of, reads, reads_whole, renewed
+from purestep._optimizer.following import Following, Schedules, follows, kept, number
+from purestep._optimizer.shared import Place, Shared
 from purestep.transform import FROM_CLOSURE, Transform, chain, check_value, flattened, refuse_flat, whole
 from purestep.transforms.mask import masked
 from purestep.transforms.scale import maximize as ascend
-from purestep.tree import Spec, quote
-from purestep.value import same
 
 F = TypeVar("F", bound=Callable[..., None])
 

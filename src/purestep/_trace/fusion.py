@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from purestep import foreach, maths
-from purestep.ops import Op, Scale, nodes_in
-from purestep.threads import divided
+from purestep._core import maths
+from purestep._core.threads import divided
+from purestep._trace import foreach
+from purestep._trace.ops import Op, Scale, nodes_in
 
 # ----------------------------------------------------------------------------------------------------- what the lines call
 

@@ -1,4 +1,4 @@
-"""What the lines of a program of one tensor call: torch's operations, under the names that `purestep.foreach` has for lists.
+"""What the lines of a program of one tensor call: torch's operations, by the names of `purestep._trace.foreach` for lists.
 
 Nothing is overwritten, so everything can be differentiated, batched, and nested. A number is a Python float or a 0-d tensor.
 """
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import maths
-from purestep.foreach import UNARY, one_cast
-from purestep.plain import TRACED
+from purestep._core import maths
+from purestep._core.plain import TRACED
+from purestep._trace.foreach import UNARY, one_cast
 
 
 def add(x: Tensor, y: Any) -> Tensor:

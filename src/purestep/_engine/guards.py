@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
-from purestep.counters import ordinary, spans
+from purestep._engine.counters import ordinary, spans
 
 MISSES = 4
 """To learn what tensors look like costs as much as to look at them; what has changed so many times is not learnt again."""

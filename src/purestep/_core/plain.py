@@ -3,20 +3,21 @@
 A tensor is *plain* if its type is exactly `torch.Tensor` or `torch.nn.Parameter`. What is fast here takes more for granted
 than a tensor promises, and only of plain tensors are all of these true and tested:
 
-* lists (`purestep.foreach`): an operation on a list is that operation on each of its tensors, and nobody asks to see them one
-  by one; a list that is written to is written, whatever else is in it.
-* `purestep.packing`: ``data_ptr`` is where the numbers are, storages and strides say how they lie there, and consecutive
-  pieces of one tensor can be parameters of their own.
-* `purestep.blocks`, `purestep.compiled`: ``view(-1)`` and `torch.split` of a contiguous tensor share its memory, and a pointer
-  can be handed to a kernel.
-* torch's fused kernels: the same, and a dtype that the kernel is known to be right for (`purestep.plan.Kernel.computes`).
-* below autograd (`purestep.engine`, `purestep.solo`): nothing above the backend has to see an operation.
-* remembered steps (`purestep.solo`, `purestep.looks`): what is the same object is the same memory. `torch.compile`'s guards ask
-  for exact types, so what they know to be plain is.
+* lists (`purestep._trace.foreach`): an operation on a list is that operation on each of its tensors, and nobody asks to see
+  them one by one; a list that is written to is written, whatever else is in it.
+* `purestep._executors.packed`: ``data_ptr`` is where the numbers are, storages and strides say how they lie there, and
+  consecutive pieces of one tensor can be parameters of their own.
+* `purestep._executors.tiles`, `purestep._executors.compiled`: ``view(-1)`` and `torch.split` of a contiguous tensor share its
+  memory, and a pointer can be handed to a kernel.
+* torch's fused kernels: the same, and a dtype that the kernel is known to be right for
+  (`purestep._engine.plan.Kernel.computes`).
+* below autograd (`purestep._engine.engine`, `purestep._engine.repeat`): nothing above the backend has to see an operation.
+* remembered steps (`purestep._engine.repeat`, `purestep._engine.guards`): what is the same object is the same memory.
+  `torch.compile`'s guards ask for exact types, so what they know to be plain is.
 
 None of it is true of a `DTensor`, of a tensor whose numbers are kept in few bits, or of a subclass that watches what is
 done to it, as a user's own may. The engine runs such tensors by themselves, in operations of torch's that anyone could call:
-`purestep.engine.Call.odd`. What is sharded is the concern of `purestep.sharded`.
+`purestep._engine.engine.Call.odd`. What is sharded is the concern of `purestep._core.sharded`.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from purestep.program import LeafDeclaration, Program, program
-from purestep.threads import OPENMP, SERIAL, one_thread
+from purestep._core.threads import OPENMP, SERIAL, one_thread
+from purestep._trace.program import LeafDeclaration, Program, program
 
 WARM = 2**16
 """A kernel is compiled on vectors of so many elements: the compiler asks them whether threads pay."""
@@ -38,7 +38,7 @@ def run(
     apply: bool,
     donate: bool,
 ) -> tuple[Any, ...] | None:
-    """What the program of a recipe returns, as `purestep.blocks.calculate` does; None if it cannot be one kernel.
+    """What the program of a recipe returns, as `purestep._executors.tiles.calculate` does; None if it cannot be one kernel.
 
     The fields of the state may be of other dtypes than the parameters: what is computed is computed in the widest.
     """

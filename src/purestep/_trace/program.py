@@ -40,12 +40,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import TraceError
 
-from purestep import maths
-from purestep.foreach import KERNELS, UNARY
-from purestep.merging import MERGED, Merger
-from purestep.ops import MINUS, Name, Op, Product, Scale, nodes_in
-from purestep.recorder import Recorder, RefusedError, Tracer
-from purestep.single import SINGLE
+from purestep._core import maths
+from purestep._core.recorder import Recorder, RefusedError, Tracer
+from purestep._trace.foreach import KERNELS, UNARY
+from purestep._trace.fusion import MERGED, Merger
+from purestep._trace.ops import MINUS, Name, Op, Product, Scale, nodes_in
+from purestep._trace.single import SINGLE
 
 # ---------------------------------------------------------------------------------------------------------------- recipes
 
@@ -131,7 +131,7 @@ class Program:
     guards: tuple[Guard, ...] = field(default=(), repr=False)  # numbers that it was made with
     copies: bool = False  # some of what it returns is copied, or it would be in the same memory as something else
     tangled: bool = False  # and that is the memory of the parameters or their state
-    kernels: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what `purestep.compiled` makes of it
+    kernels: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what the compiled executor makes of it
 
     def __str__(self) -> str:
         return self.source

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 
-from purestep.plain import plain
+from purestep._core.plain import plain
 
 
 def flattened(xs: list[Tensor]) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep import maths
-from purestep.blocks import SHORT
-from purestep.links import SCALED, Link, LinkDeclaration, Primitive, fields_of, is_off, scheduled
-from purestep.looks import Looks
-from purestep.masks import Label
-from purestep.program import Program, program
+from purestep._core import maths
+from purestep._core.masks import Label
+from purestep._core.primitives import SCALED, Link, LinkDeclaration, Primitive, fields_of, is_off, scheduled
+from purestep._engine.guards import Looks
+from purestep._executors.tiles import SHORT
+from purestep._trace.program import Program, program
 
 LOOKS = 8
 """So many models with different numbers of tensors are kept in mind."""
@@ -61,7 +61,7 @@ MERGED_DTYPES = frozenset.intersection(*CPU_DTYPES.values())
 
 
 KERNELS: list[Kernel] = []
-"""Filled by `purestep.fused`; the first whose pattern is the tail of a chain is used."""
+"""Filled by `purestep.algorithms.kernels`; the first whose pattern is the tail of a chain is used."""
 
 
 class Plan:
@@ -85,7 +85,7 @@ class Plan:
             self.stages.append(Stage(self, start, stop, whole))
         if not self.stages or self.stages[-1].whole:
             self.stages.append(Stage(self, len(links), len(links), False))  # where the updates are applied
-        self.solo: Any = ...  # what `purestep.solo` makes of it, at the first use
+        self.solo: Any = ...  # what `purestep._engine.repeat` makes of it, at the first use
         self.looks: dict[tuple[int, int], Looks] = {}  # of all tensors of a call, by the number of parameters and of all
         self.final = len(self.stages) - 2 if self.stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
 

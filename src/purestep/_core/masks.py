@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.tree import Spec, flatten_like, quote
+from purestep._core.tree import Spec, flatten_like, quote
 
 
 class Not(NamedTuple):

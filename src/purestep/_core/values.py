@@ -21,8 +21,8 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from purestep import maths
-from purestep.hyper import Extra, ExtraTree, Interval, anywhere, check, check_steps, interval_of, whole_of
+from purestep._core import maths
+from purestep._core.hyper import Extra, ExtraTree, Interval, anywhere, check, check_steps, interval_of, whole_of
 
 V = TypeVar("V", bound="Value")
 

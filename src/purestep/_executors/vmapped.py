@@ -17,9 +17,9 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
-from purestep.blocks import CHUNK, SHORT, Blocks, calculate, room
-from purestep.plain import plain
-from purestep.program import LeafDeclaration, program
+from purestep._core.plain import plain
+from purestep._executors.tiles import CHUNK, SHORT, Blocks, calculate, room
+from purestep._trace.program import LeafDeclaration, program
 
 LARGE = 2**16
 """From so many elements on a member is run by itself."""
@@ -89,7 +89,7 @@ def run(
     numbers: list[Any],
     apply: bool,
 ) -> tuple[Any, ...] | None:
-    """What the program of a recipe returns, as `purestep.blocks.calculate` does; None if it takes a vmap to know.
+    """What the program of a recipe returns, as `purestep._executors.tiles.calculate` does; None if it takes a vmap to know.
 
     Every tensor must be batched: what does not depend on the member must not come out as if it did.
     """

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep.engine import Call, Executor, choose, one
-from purestep.looks import Looks
-from purestep.plain import PLAIN, plain
-from purestep.plan import Kernel, Plan, Segment
+from purestep._core.plain import PLAIN, plain
+from purestep._engine.engine import Call, Executor, choose, one
+from purestep._engine.guards import Looks
+from purestep._engine.plan import Kernel, Plan, Segment
 
 ZERO = torch.zeros(())
 """The counter of what does not count."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from purestep._core.threads import divided
+from purestep._engine.plan import KERNELS, Kernel
 from purestep.algorithms.adagrad import scale_by_adagrad
 from purestep.algorithms.adam import scale_by_adam, scale_by_amsgrad
-from purestep.plan import KERNELS, Kernel
-from purestep.threads import divided
 from purestep.transforms.decay import decay
 from purestep.transforms.momentum import trace
 from purestep.transforms.scale import maximize, scale_by_learning_rate
@@ -54,13 +54,12 @@ def _pattern(*factories: Any) -> Any:
     return tuple((f[0].declaration, True) if isinstance(f, list) else (f.declaration, False) for f in factories)
 
 
-for scale, amsgrad in ((scale_by_adam, False), (scale_by_amsgrad, True)):
-    KERNELS.append(
-        Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), _adam(torch._fused_adam_, amsgrad), "adam")
-    )
-    KERNELS.append(
-        Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), _adam(torch._fused_adamw_, amsgrad), "adam")
-    )
-KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_adagrad, scale_by_learning_rate), _adagrad, "adagrad"))
-KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd, "sgd", copies=False, tails=False))
-KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd, "sgd", copies=False, tails=False))
+def register() -> None:
+    """Let the engine use these kernels."""
+    for scale, amsgrad in ((scale_by_adam, False), (scale_by_amsgrad, True)):
+        adam, adamw = _adam(torch._fused_adam_, amsgrad), _adam(torch._fused_adamw_, amsgrad)
+        KERNELS.append(Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), adam, "adam"))
+        KERNELS.append(Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), adamw, "adam"))
+    KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_adagrad, scale_by_learning_rate), _adagrad, "adagrad"))
+    KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd, "sgd", copies=False, tails=False))
+    KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd, "sgd", copies=False, tails=False))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from purestep.packing import apart
+from purestep._executors.packed import apart
 
 
 def together(values: Sequence[Tensor]) -> list[Tensor]:

@@ -5,12 +5,12 @@ This is where a call decides how its leaf functions are run. The mode is chosen 
 * ``leaf``: the program of one tensor, in operations that can be differentiated and batched, one parameter at a time or small
   ones as one vector. Inside `torch.func`, under forward-mode differentiation, or when anything requires grad. The leaf function
   itself runs where ``executor="leaf"`` asks for it, and where dtypes are mixed.
-* ``program``: all parameters at once on `torch._foreach_*` (see `purestep.program`), or a kernel of `KERNELS` when the end
-  of a chain spells one.
+* ``program``: all parameters at once on `torch._foreach_*` (see `purestep._trace.program`), or a kernel of `KERNELS` when
+  the end of a chain spells one.
 * ``traced``: the same program while `torch.compile`, `make_fx` or `torch.export` looks on; numbers stay tensors.
 
-All but the first is for plain tensors (see `purestep.plain`). Others are run by themselves, `Call.apart`: sharded ones on the
-parts that this process has where that is right, any other one by one, in the operations of a program of one tensor.
+All but the first is for plain tensors (see `purestep._core.plain`). Others are run by themselves, `Call.apart`: sharded ones
+on the parts that this process has where that is right, any other one by one, in the operations of a program of one tensor.
 
 What the functions of a chain bring in by themselves (a schedule, a whole transform, an extra argument) may have a history that
 no input has. Where autograd looks on, a call of another mode looks at what comes out of them, and goes on in mode ``leaf`` from
@@ -32,11 +32,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep import batches, compiled, maths, sharded
-from purestep.batches import Level
-from purestep.blocks import calculate, chunks, pieces, through
-from purestep.links import EmptyState, Fields, Link, Primitive, evaluated, fresh_state, single
-from purestep.lists import (
+from purestep._core import maths, sharded
+from purestep._core.lists import (
     alike,
     cast,
     clones,
@@ -51,11 +48,16 @@ from purestep.lists import (
     same_layout,
     widest,
 )
-from purestep.packing import COUNT, SIZE, Scratch, borrow, give_back, small, split
-from purestep.plain import plain
-from purestep.plan import FUSED_DTYPES, MERGED_DTYPES, Group, Segment, Stage, absent, details, encodes, joinable
-from purestep.program import call, program, runner
-from purestep.value import Schedule
+from purestep._core.plain import plain
+from purestep._core.primitives import EmptyState, Fields, Link, Primitive, evaluated, fresh_state, single
+from purestep._core.values import Schedule
+from purestep._engine.plan import FUSED_DTYPES, MERGED_DTYPES, Group, Segment, Stage, absent, details, encodes, joinable
+from purestep._executors import compiled
+from purestep._executors import vmapped as batches
+from purestep._executors.packed import COUNT, SIZE, Scratch, borrow, give_back, small, split
+from purestep._executors.tiles import calculate, chunks, pieces, through
+from purestep._executors.vmapped import Level
+from purestep._trace.program import call, program, runner
 
 Executor: TypeAlias = Literal["leaf", "foreach", "fused", "compiled"]
 EXECUTORS: tuple[Executor, ...] = ("leaf", "foreach", "fused", "compiled")

@@ -1,0 +1,1 @@
+"""What things are, before anything runs: values, states, trees, masks, hyperparameters, and the mathematics of numbers."""

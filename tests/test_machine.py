@@ -296,6 +296,8 @@ class Machine(RuleBasedStateMachine):
     def forget_a_state(self, which: int) -> None:
         if self.name == "Adagrad":  # torch's makes its state in the constructor alone
             return
+        if self.name == "RMSprop" and self.options.get("momentum"):  # torch's lacks the buffer if momentum is 0 at that step
+            return
         for optimizer, own in self.both():
             optimizer.state.pop(own[which % len(own)], None)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import purestep as ps
 from purestep import optim
-from purestep._engine.plan import CPU_DTYPES, FUSED_DTYPES
+from purestep._executors.chains import CPU_DTYPES, FUSED_DTYPES
 
 SIZES = [*range(1, 36), 63, 64, 65, 127, 128, 129, 1000, 4097]
 """Full vectors of 4 to 64 numbers, and what is left over."""

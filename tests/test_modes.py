@@ -280,7 +280,7 @@ def test_donated_memory_is_reused(case: Case, options: Options) -> None:
 @each()
 def test_without_fused_kernels_only_the_clock_changes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(case.transform(), problem=case.problem)
-    monkeypatch.setattr("purestep._engine.plan.KERNELS", [])
+    monkeypatch.setattr("purestep._executors.chains.KERNELS", [])
     assert difference(run(case.transform(), problem=case.problem), expected) <= 1e-13
 
 

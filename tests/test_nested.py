@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import purestep as ps
 from purestep import optim
-from purestep._engine.engine import Inner
+from purestep._engine.nesting import Inner
 from tests.cases import Case
 from tests.cases_nested import CASES
 from tests.problems import clone, difference, grads, mlp

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import purestep as ps
-import purestep._engine.engine
+import purestep._executors.packed
 import purestep._executors.tiles
 from purestep import optim
 from purestep._core import threads
@@ -35,13 +35,13 @@ def draw(seed: int, case: Case | None = None) -> list[Tensor]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each bucket that was run as one tensor."""
     counted: list[int] = []
-    original = purestep._engine.engine.Call.on_scratch
+    original = purestep._executors.packed.in_buffer
 
-    def on_scratch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        counted.append(len(args[2]))
-        return original(self, *args, **kwargs)
+    def in_buffer(*args: Any) -> Any:
+        counted.append(1)
+        return original(*args)
 
-    monkeypatch.setattr(purestep._engine.engine.Call, "on_scratch", on_scratch)
+    monkeypatch.setattr("purestep._executors.packed.in_buffer", in_buffer)
     return counted
 
 

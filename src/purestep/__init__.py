@@ -21,7 +21,7 @@ from purestep._core.maths import (
 )
 from purestep._core.populations import detach, in_dims, out_dims, stack, tensors
 from purestep._core.primitives import EmptyState, ScheduleState
-from purestep._engine.engine import Inner
+from purestep._engine.nesting import Inner
 from purestep.algorithms import kernels
 from purestep.algorithms.adabelief import AdaBeliefState, adabelief, scale_by_adabelief
 from purestep.algorithms.adadelta import AdadeltaState, adadelta, scale_by_adadelta

@@ -36,11 +36,14 @@ from purestep._core.primitives import (
     state_type,
 )
 from purestep._core.values import call_of, factory_of, show
-from purestep._engine.engine import EXECUTORS, Call, Executor, Inner, choose
 from purestep._engine.guards import Looks
-from purestep._engine.plan import Group, Plan, detail
+from purestep._engine.nesting import Inner
+from purestep._engine.plan import Group, Plan
 from purestep._engine.repeat import solo_of
+from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import Touched
+from purestep._executors.chains import detail
+from purestep._executors.task import EXECUTOR_NAMES, Env, ExecutorName, Ownership
 from purestep._trace.program import program
 
 P = ParamSpec("P")
@@ -111,7 +114,7 @@ class Transform:
                     put([None] * len(leaves), rows, c) if leaf else c
                     for c, leaf in zip(fresh_whole_state(value, pick(leaves, rows)), fields.leaves)
                 ]
-                states.append(self._tree(link, made, spec))
+                states.append(tree_of(link, state_type(value), fields, made, spec))
                 continue
             if is_off(value):
                 on = [False] * len(leaves)
@@ -124,7 +127,7 @@ class Transform:
             for f, scalar in enumerate(fields.scalars):
                 if scalar:
                     columns[f] = share(columns[f], leaves)
-            states.append(self._tree(link, columns, spec))
+            states.append(tree_of(link, state_type(value), fields, columns, spec))
         masks = [m for link in self.links for m in link.masks]
         refuse_unused(masks, memo)
         if masks:
@@ -139,7 +142,7 @@ class Transform:
         *,
         donate: bool = False,
         compile: bool = False,
-        executor: Executor | None = None,
+        executor: ExecutorName | None = None,
         **extras: Any,
     ) -> tuple[Any, Any]:
         """The updates (add them to the parameters) and the new state. Changes nothing it is given.
@@ -182,7 +185,7 @@ class Transform:
         *,
         donate: bool = False,
         compile: bool = False,
-        executor: Executor | None = None,
+        executor: ExecutorName | None = None,
         **extras: Any,
     ) -> tuple[Any, Any]:
         """The new parameters and the new state: `update` and `apply_updates` at once.
@@ -199,7 +202,7 @@ class Transform:
         params: PyTree,
         apply: bool,
         donate: bool,
-        executor: Executor | None,
+        executor: ExecutorName | None,
         extras: dict[str, Any],
     ) -> tuple[Any, Any]:
         plan = self.plan
@@ -207,11 +210,11 @@ class Transform:
             check_extras(plan, extras)
         leaves, spec = tree.flatten(params)
         gradients = tree.flatten_like(grads, spec, "grads")
-        states = [self._columns(link, s, spec) for link, s in zip(self.links, self._split(state))]
+        states = columns_of(plan, self._split(state), spec)
         eager = not (torch.compiler.is_compiling() or maths.transforming())
         everything = [*leaves, *gradients, *distinct(plan, states)] if eager else []  # which tensors are one is no constant
         looks = plan.seen(len(leaves), len(everything)) if eager else Looks()
-        known = looks.fit(everything)  # as in an earlier call, in which nothing was wrong, and nothing followed
+        known = looks.fit(everything)  # guard hit: these tensors were checked before, and none of them requires grad
         if apply and donate and executor in (None, "fused", "compiled") and eager:
             solo = solo_of(plan)
             if solo is not None and solo.at_once(gradients, leaves, states, known is not None and known.plain):
@@ -241,26 +244,27 @@ class Transform:
 
         for name in plan.trees:
             extras[name] = like_params(extras[name], name, plan, leaves, rows, spec, mask)
-        followed = [plan.tensors, *[extras[name] for name in plan.trees]]
+        followed = [plan.tensors, *map(extras.__getitem__, plan.trees)]
         if known is None:
             followed += [live, given, *[c if isinstance(c, list) else pytree.tree_leaves(c) for s in chosen for c in s]]
         mode = choose(executor, *followed)
-        before = [list(s) for s in states]
+        before = list(map(list, states))
         groups = [Group(plan, range(len(given)))]
         touched = None
-        if not all([g.layout is torch.strided for g in live]):
+        if known is None and not all([g.layout is torch.strided for g in live]):
             touched = Touched(live, given, chosen, groups, mask, lambda k: pick(spec.paths(), rows)[k])
             live, given, chosen = touched.grads, touched.params, touched.states
         if "value_and_grad" in extras:
             extras["value_and_grad"] = on_lists(extras["value_and_grad"], leaves, rows, spec)
-        call = Call(
-            live, given, chosen, mask, mode,
-            apply=apply, donate=donate, alone=rows is None, executor=executor, plain=usual, extras=extras,
-        )  # fmt: skip
-        out, news = call.run(groups)
+        inputs = Inputs(live, given, chosen, mask, extras)
+        inputs.plain = usual
+        if known is not None:
+            inputs.facts = known.facts
+        env = Env(mode, executor, Ownership(given=donate, counters=rows is None), live + given)
+        out, news = run_chain(groups, inputs, env, apply)
         if touched is not None:
-            out, news = touched.scatter(out, news, apply, call.donate)
-        elif known is None and usual and call.mode == "program" and all([isinstance(x, Tensor) for x in everything]):
+            out, news = touched.scatter(out, news, apply, env.own.given)
+        elif known is None and usual and env.mode == "program" and all([isinstance(x, Tensor) for x in everything]):
             looks.learn(everything)
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)
@@ -268,34 +272,13 @@ class Transform:
                 for f, leaf in enumerate(info.leaves):
                     if leaf:
                         new[f] = put(olds[f], rows, new[f])
-        if not donate and not maths.recorded(given):
-            views = executor == "leaf" or any([p.is_complex() for p in given])
+        if not donate and (env.mode == "program" or not maths.recorded(given)):
+            views = executor == "leaf" or any(map(Tensor.is_complex, given))
             out, news = unshared(out, news, leaves, gradients, before, plan, views)
         result = params if out is leaves else tree.unflatten(out, spec)
-        if all([all(map(operator.is_, new, old)) for new, old in zip(news, before)]):
+        if donate and all([all(map(operator.is_, new, old)) for new, old in zip(news, before)]):
             return result, state  # all of it was reused in place
-        return result, self._join([self._tree(link, s, spec) for link, s in zip(self.links, news)])
-
-    def _columns(self, link: Link, state: Any, spec: tree.Spec) -> Any:
-        """The state of one link, with lists for what it keeps per parameter."""
-        value = link.transform
-        expected: Any = state_type(value)
-        if type(state) is not expected:
-            raise TypeError(
-                f"{value.declaration.name} needs its own state, {expected.__name__}, but got {type(state).__name__}. A state "
-                "belongs to the transform whose init_state made it."
-            )
-        fields = fields_of(value)
-        return [
-            tree.flatten_like(c, spec, f"{expected.__name__}.{name}") if leaf else c
-            for c, name, leaf in zip(state, fields.names, fields.leaves)
-        ]
-
-    def _tree(self, link: Link, state: Any, spec: tree.Spec) -> Any:
-        """The state of one link, with trees again."""
-        d, fields = link.transform.declaration, fields_of(link.transform)
-        made = [tree.unflatten(c, spec) if leaf else c for c, leaf in zip(state, fields.leaves)]
-        return state_type(link.transform)(*made, *([None] if d.inner else []))
+        return result, self._join(trees_of(plan, news, spec))
 
     # -- the state of the whole, as a list with one entry per link
 
@@ -551,11 +534,18 @@ class Chain(Composite):
                 f"{type(state).__name__}{f' of {len(state)}' if isinstance(state, tuple) else ''}. A state belongs to the "
                 "transform whose init_state made it."
             )
-        return [s for child, x in zip(self.children, state) for s in child._split(x)]
+        found: list[Any] = []
+        for child, x in zip(self.children, state):
+            found += (x,) if isinstance(child, Single) else child._split(x)
+        return found
 
     def _join(self, states: Sequence[Any]) -> Any:
         parts, start = [], 0
         for child in self.children:
+            if isinstance(child, Single):
+                parts.append(states[start])
+                start += 1
+                continue
             parts.append(child._join(states[start : start + len(child.links)]))
             start += len(child.links)
         return tuple(parts)
@@ -753,6 +743,39 @@ def nested(
     return declare
 
 
+def columns_of(plan: Plan, states: Sequence[Any], spec: tree.Spec) -> list[list[Any]]:
+    """The states of a plan's transforms, with lists for what they keep per parameter.
+
+    Raises:
+        TypeError: a state is that of another transform.
+    """
+    found: list[list[Any]] = []
+    for link, expected, info, state in zip(plan.links, plan.types, plan.fields, states):
+        if type(state) is not expected:
+            raise TypeError(
+                f"{link.transform.declaration.name} needs its own state, {expected.__name__}, but got {type(state).__name__}. "
+                "A state belongs to the transform whose init_state made it."
+            )
+        own: list[Any] = []
+        for c, name, leaf in zip(state, info.names, info.leaves):
+            own.append(tree.flatten_like(c, spec, f"{expected.__name__}.{name}") if leaf else c)
+        found.append(own)
+    return found
+
+
+def trees_of(plan: Plan, states: Sequence[Any], spec: tree.Spec) -> list[Any]:
+    """`columns_of` undone: the states with trees again."""
+    return [tree_of(*given, spec) for given in zip(plan.links, plan.types, plan.fields, states)]
+
+
+def tree_of(link: Link, kind: Any, info: Fields, columns: Sequence[Any], spec: tree.Spec) -> Any:
+    """The state of one transform, of the type `kind`, with trees in place of lists."""
+    own: list[Any] = []
+    for c, leaf in zip(columns, info.leaves):
+        own.append(tree.unflatten(c, spec) if leaf else c)
+    return kind(*own, None) if link.transform.declaration.inner else kind(*own)
+
+
 def unshared(
     out: list[Any], news: list[Any], leaves: list[Any], gradients: list[Any], states: list[Any], plan: Plan, views: bool
 ) -> tuple[list[Any], list[Any]]:
@@ -761,9 +784,9 @@ def unshared(
     What is one tensor in several places, as counters are, is one copy. A field that holds anything but tensors is never
     overwritten, and stays.
     """
-    lists = [
-        (new, old, leaf) for own, olds, info in zip(news, states, plan.fields) for new, old, leaf in zip(own, olds, info.leaves)
-    ]
+    lists: list[tuple[Any, Any, bool]] = []
+    for own, olds, info in zip(news, states, plan.fields):
+        lists += zip(own, olds, info.leaves)
     if torch.compiler.is_compiling():  # which has no identities; the same list is compared place by place
         made = [copied(new, old, leaves, gradients) if leaf else new for new, old, leaf in lists]
         out = copied(out, leaves, gradients)
@@ -845,10 +868,10 @@ def distinct(plan: Plan, states: list[Any]) -> list[Any]:
     return found + [x for x in counters.values() if x is not None]
 
 
-def executor_of(compile: bool, executor: Executor | None) -> Executor | None:
+def executor_of(compile: bool, executor: ExecutorName | None) -> ExecutorName | None:
     """How the leaf functions are asked to be run."""
-    if executor is not None and executor not in EXECUTORS:
-        raise ValueError(f"executor must be None or one of {_either(EXECUTORS)}, but is {executor!r}.")
+    if executor is not None and executor not in EXECUTOR_NAMES:
+        raise ValueError(f"executor must be None or one of {_either(EXECUTOR_NAMES)}, but is {executor!r}.")
     if not compile:
         return executor
     if executor not in (None, "compiled"):

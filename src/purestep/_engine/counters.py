@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from purestep._executors.packed import apart
+from purestep._core.lists import first_places, put
+from purestep._core.primitives import Fields
+from purestep._executors.flat_buffer import apart
+from purestep._executors.leaf_function import stored
 
 
 def together(values: Sequence[Tensor]) -> list[Tensor]:
@@ -131,3 +134,36 @@ class Counters:
     def _remember(self, counters: list[Tensor], values: list[Any]) -> None:
         for x, value in zip(counters, values):
             self._known[x] = Known(x._version, value)
+
+
+class CounterWrite(NamedTuple):
+    """A counter's new value, of some of the parameters."""
+
+    link: int
+    field: int
+    rows: Sequence[int] | None  # None for all
+    value: Any
+
+
+def commit(writes: Sequence[CounterWrite], states: list[Any], fields: Sequence[Fields], in_place: bool) -> None:
+    """Store new counters in the states: one tensor for all parameters that agree, in place if no one else holds it."""
+    if in_place and all([w.rows is None for w in writes]):  # all parameters share one already
+        for i, f, _, x in writes:
+            counter = states[i][f][0]
+            counter.copy_(x) if isinstance(x, Tensor) else counter.fill_(x)
+        return
+    made: dict[Any, Tensor] = {}
+    olds: list[Any] = []
+    for i, f, rows, _ in writes:
+        olds.append(states[i][f][0 if rows is None else rows[0]])
+    places = first_places(olds) if len(olds) > 1 else [0]
+    for (i, f, rows, x), old, place in zip(writes, olds, places):
+        column = states[i][f]
+        value: Any = x
+        if isinstance(x, Tensor):  # buckets of the same counter count to the same number
+            value = ("step", place) if f == fields[i].step else id(x)
+        key = (value, f, old.dtype, old.device)
+        new = made.get(key)
+        if new is None:
+            new = made[key] = stored(old, x)
+        states[i][f] = [new] * len(column) if rows is None else put(column, rows, [new] * len(rows))

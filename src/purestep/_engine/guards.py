@@ -29,6 +29,12 @@ class Look(NamedTuple):
     number: int
     grad: bool  # whether grad mode was on
     plain: bool  # for whoever looks to say what was found
+    facts: dict[Any, Any] | None  # what is known of tensors that look so: see `purestep._executors.task.Task.facts`
+
+    @classmethod
+    def unknown(cls) -> Look:
+        """Of nothing, with no facts."""
+        return cls(TensorGuards(dynamic_dims_sizes=None, dynamic_dims_strides=None), 0, False, False, None)
 
     def fits(self, tensors: Sequence[object]) -> bool:
         """Whether these are as many and look the same, one by one, in the same surroundings; not if one is there twice."""
@@ -69,9 +75,11 @@ class Looks:
         self.misses = 0
         return found
 
-    def learn(self, tensors: Sequence[Tensor], plain: bool = False) -> None:
+    def learn(self, tensors: Sequence[Tensor], plain: bool = False) -> Look | None:
         """Keep in mind what these look like, if it is not the first time that nothing was known: there may be no second."""
         self.misses += 1
         if 1 < self.misses <= MISSES:
             guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            self.last = Look(guards, len(tensors), torch.is_grad_enabled(), plain)
+            self.last = Look(guards, len(tensors), torch.is_grad_enabled(), plain, {})
+            return self.last
+        return None

@@ -6,19 +6,18 @@ links that act on the same parameters are a *segment*, which one program or one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from purestep._core import maths
 from purestep._core.masks import Label
-from purestep._core.primitives import SCALED, Link, LinkDeclaration, Primitive, fields_of, is_off, scheduled
+from purestep._core.primitives import Link, Primitive, fields_of, is_off, scheduled, state_type
 from purestep._engine.guards import Looks
-from purestep._executors.tiles import SHORT
-from purestep._trace.program import Program, program
+from purestep._executors.chains import FusedChain, detail, details
+from purestep._trace.program import program
 
 LOOKS = 8
 """So many models with different numbers of tensors are kept in mind."""
@@ -31,39 +30,6 @@ class Group(NamedTuple):
     rows: range
 
 
-class Kernel(NamedTuple):
-    """A fused kernel: what it can do, as the transforms it replaces, and how to call it."""
-
-    pattern: tuple[tuple[LinkDeclaration, bool], ...]  # each with whether it may be left out
-    run: Callable[..., None]
-    name: str  # torch's name for it, a key of `CPU_DTYPES`
-    copies: bool = True  # whether it pays to copy what was not given away, so that the kernel can write on it
-    tails: bool = True  # whether it pays as the tail of a longer chain, which would be one program without it
-
-    def computes(self, p: Tensor) -> bool:
-        """Whether the kernel is right for tensors of this dtype on this device."""
-        return p.dtype in CPU_DTYPES[self.name] if p.is_cpu else p.is_cuda and p.dtype in FUSED_DTYPES
-
-
-FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-"""The dtypes that torch's fused kernels take."""
-
-CPU_DTYPES: dict[str, frozenset[torch.dtype]] = {
-    "adam": FUSED_DTYPES,
-    "adagrad": FUSED_DTYPES,
-    # Up to torch 2.13, torch._fused_sgd_ leaves every full vector of float16 and bfloat16 numbers as it was.
-    "sgd": FUSED_DTYPES if torch.__version__ >= "2.14" else frozenset({torch.float64, torch.float32}),
-}
-"""For each kernel, the dtypes for which a test shows that its CPU version computes what the mathematics says."""
-
-MERGED_DTYPES = frozenset.intersection(*CPU_DTYPES.values())
-"""The dtypes of programs in which kernels take the place of several lines."""
-
-
-KERNELS: list[Kernel] = []
-"""Filled by `purestep.algorithms.kernels`; the first whose pattern is the tail of a chain is used."""
-
-
 class Plan:
     """What can be said about a chain of links before any tensor is seen; a transform makes its own once."""
 
@@ -74,12 +40,13 @@ class Plan:
         self.trees = frozenset([name for link in links for name in link.transform.declaration.trees])
         self.off = [is_off(link.transform) for link in links]
         self.fields = [fields_of(link.transform) for link in links]
+        self.types: list[Any] = [state_type(link.transform) for link in links]
         self.keys = qualified([info.names for info in self.fields], links)
         self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
         self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
         self.hypers = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
         self.foreign = [v for v in [link.transform for link in links] if not v.declaration.whole and not ours(v)]
-        self.segments: dict[tuple[bool, tuple[int, ...]], Segment] = {}
+        self.segments: dict[tuple[bool, tuple[int, ...]], FusedChain] = {}
         self.stages: list[Stage] = []
         for start, stop, whole in runs(links):
             self.stages.append(Stage(self, start, stop, whole))
@@ -113,11 +80,11 @@ class Plan:
             found = self.looks[count, total] = Looks()
         return found
 
-    def segment(self, positions: tuple[int, ...], scaled: bool = False) -> Segment:
+    def segment(self, positions: tuple[int, ...], scaled: bool = False) -> FusedChain:
         """The links at these positions, run one after the other, perhaps on gradients times a number."""
         found = self.segments.get((scaled, positions))
         if found is None:
-            made = Segment(positions, [self.links[i].transform for i in positions], scaled)
+            made = FusedChain(positions, [self.links[i].transform for i in positions], scaled)
             found = self.segments[scaled, positions] = made
         return found
 
@@ -202,96 +169,6 @@ def meet(a: Link, b: Link) -> bool:
     return all([labels.get(id(m.labels), m.label) == m.label for m in b.masks if isinstance(m, Label)])
 
 
-class Segment:
-    """Consecutive leafwise links that one program or kernel runs."""
-
-    def __init__(self, positions: Sequence[int], values: Sequence[Primitive], scaled: bool = False) -> None:
-        self.scaled = scaled  # whether it begins with gradients times a number, which comes from a whole transform before it
-        self.items = [(i, value, fields_of(value)) for i, value in zip(positions, values)]
-        self.declarations = [SCALED] * scaled + [value.declaration for value in values]
-        self.names = " -> ".join([d.name for d in self.declarations])
-        self.encoded = [(j, f) for j, (_, _, info) in enumerate(self.items) for f, yes in enumerate(info.encoded) if yes]
-        self.details: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
-        self.hypers = arguments_of(values)
-        self.kernel: Kernel | None = None
-        self.first = 0
-        self.split: tuple[Segment, Segment] | None = None  # before the kernel, and the kernel's own; None if the kernel is all
-        for kernel in KERNELS:
-            k = tail(kernel, self.declarations)
-            n = 0 if k is None else max(k - scaled, 0)
-            if k is not None and (k == 0 or kernel.tails) and suits(values[n:]):
-                self.kernel = kernel
-                if k:
-                    self.split = Segment(positions[:n], values[:n], scaled), Segment(positions[n:], values[n:])
-                self.first = k
-                break
-
-    @property
-    def head(self) -> Segment:
-        """What runs before the kernel."""
-        return self if self.split is None else self.split[0]
-
-    @property
-    def tail(self) -> Segment:
-        """What the kernel computes."""
-        return self if self.split is None else self.split[1]
-
-    def joins(self, params: list[Tensor]) -> bool:
-        """Whether these may as well be one vector: of a state that has all its fields."""
-        recipe = details(self, tuple([(False,) * len(info.names) for _, _, info in self.items]))
-        return joinable(params, program(recipe, True, False, False, *self.declarations, form="single"))
-
-
-def constants(values: Sequence[Primitive]) -> list[Any] | None:
-    """All hyperparameters in order as the arguments of a program, or None if one is a tensor or a schedule."""
-    found: list[Any] = []
-    for value in values:
-        for name in value.declaration.hypers:
-            x = value.arguments[name]
-            for y in x if isinstance(x, tuple) else (x,):
-                if isinstance(y, float):
-                    found.append(y)
-                elif y is None:
-                    if isinstance(x, tuple):
-                        found.append(y)
-                else:
-                    return None
-    return found
-
-
-def arguments_of(values: Sequence[Primitive]) -> dict[str, Any]:
-    """The arguments of all these transforms by name, and the names of the transforms themselves."""
-    merged: dict[str, Any] = {}
-    for value in values:
-        merged[value.declaration.name] = True
-        merged.update(value.arguments)
-    return merged
-
-
-def suits(values: Sequence[Primitive]) -> bool:
-    """Whether a kernel can take these hyperparameters: numbers that the CPU holds, but for the learning rate."""
-    return not any(
-        [
-            isinstance(y, Tensor) and not y.is_cpu and name != "lr"
-            for value in values
-            for name in value.declaration.hypers
-            for y in pytree.tree_leaves(value.arguments[name])
-        ]
-    )
-
-
-def tail(kernel: Kernel, declarations: Sequence[LinkDeclaration]) -> int | None:
-    """Where the tail that a kernel computes begins in a chain, or None."""
-    i = len(declarations)
-    for declaration, optional in reversed(kernel.pattern):
-        if i and declarations[i - 1] is declaration:
-            i -= 1
-        elif not optional:
-            return None
-    return i
-
-
 def packed_links(plan: Plan) -> set[int]:
     """The links whose states the packed executor would keep in one piece of memory: elementwise, without a kernel."""
     found: set[int] = set()
@@ -309,45 +186,3 @@ def packed_links(plan: Plan) -> set[int]:
                 # torch adds a sparse tensor to one with a storage offset in the wrong place, beyond the end of its memory
                 found |= {i for i in stage.positions if plan.links[i].transform.declaration.sparse != "rows"}
     return found
-
-
-def absent(fields: Any) -> tuple[tuple[bool, ...], ...]:
-    """Which fields of their states these parameters do not have."""
-    return tuple([tuple([c[0] is None for c in own]) for own in fields])
-
-
-def encodes(segment: Segment, fields: Any) -> bool:
-    """Whether any of these parameters' state is kept in another dtype than it is computed with in."""
-    return any([fields[j][f][0] is not None for j, f in segment.encoded])
-
-
-def details(segment: Segment, absent: tuple[tuple[bool, ...], ...]) -> tuple[Any, ...]:
-    """What a recipe says of these links when their states lack these fields, but for their declarations."""
-    found = segment.details.get(absent)
-    if found is None:
-        parts = [detail(v, a) for (_, v, _), a in zip(segment.items, absent)]
-        found = segment.details[absent] = tuple([((), (), (0,))] * segment.scaled + parts)
-    return found
-
-
-def detail(value: Primitive, absent: tuple[bool, ...]) -> tuple[Any, ...]:
-    """What a recipe says of one link, as in `Part`."""
-    d, a = value.declaration, value.arguments
-    tuples = tuple([len(x) if isinstance(x, tuple) else -1 if x is None else 0 for x in [a[n] for n in d.hypers]])
-    return (absent if d.state else (), tuple([a[n] for n in d.switches]), tuples)
-
-
-JOINED = 2**13
-"""Parameters of so many elements on average are treated as one vector where their derivatives are recorded; four times as
-many where there are more operations than a `SHORT` program has, which then run once."""
-
-BRIEF = 2
-"""To put tensors together and take the result apart costs as much as so many operations on each of them."""
-
-
-def joinable(params: list[Tensor], single: Program) -> bool:
-    """Whether it costs less to put tensors together, compute once, and take the result apart, than to compute often."""
-    if len(params) < 2 or single.length <= BRIEF or not single.elementwise:
-        return False
-    limit = JOINED if single.length <= SHORT else 4 * JOINED
-    return sum([maths.bottom(p)[0].numel() for p in params]) <= limit * len(params)

@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 
 from purestep._core.plain import PLAIN, plain
-from purestep._engine.engine import Call, Executor, choose, one
-from purestep._engine.guards import Looks
-from purestep._engine.plan import Kernel, Plan, Segment
+from purestep._engine.guards import Look, Looks
+from purestep._engine.numbers import Numbers
+from purestep._engine.plan import Plan
+from purestep._engine.run import choose, one
+from purestep._executors.chains import FusedChain, Kernel
+from purestep._executors.task import Env, ExecutorName, Ownership, Task, execute
+
+PRIVATE = Ownership(given=True, private=True)
+"""An optimizer's own step: the state is its own, and it writes the counters itself."""
+
+UNKNOWN = Look.unknown()
 
 ZERO = torch.zeros(())
 """The counter of what does not count."""
@@ -26,7 +34,7 @@ ZERO = torch.zeros(())
 class Solo(NamedTuple):
     """A plan that is one segment, with plain numbers."""
 
-    segment: Segment
+    segment: FusedChain
     kernel: Kernel | None
     names: tuple[str, ...]  # of the fields that are more than a number per parameter, as a kernel knows them
     keys: tuple[str, ...]  # the same, as the chain's state calls them
@@ -57,7 +65,7 @@ class Solo(NamedTuple):
         grads: list[Any],
         params: list[Tensor],
         states: Sequence[Mapping[str, Any]],
-        executor: Executor | None = None,
+        executor: ExecutorName | None = None,
     ) -> bool:
         """The update that was made last, with new gradients and numbers, and nothing on the way to it.
 
@@ -68,10 +76,11 @@ class Solo(NamedTuple):
         except KeyError:
             return False
         everything = [*params, *grads, *flat.from_iterable(columns)]
-        if looks.fit(everything) is None:
+        look = looks.fit(everything)
+        if look is None:
             if not (plain(everything) and self.takes(params, grads, columns, [])):
                 return False
-            looks.learn(everything)
+            look = looks.learn(everything) or UNKNOWN
         vectors: list[Tensor] = []
         counts: list[Any] = []
         for k, column in enumerate(counters):
@@ -88,7 +97,7 @@ class Solo(NamedTuple):
                 vector.add_(1)
             self.run(params, grads, columns, counts[0] if counts else 0, counters[0][0] if counters else ZERO)
         else:
-            self.repeat(grads, params, states, columns, counters, vectors, executor)
+            self.repeat(grads, params, states, columns, counters, vectors, executor, look)
         return True
 
     def columns(self, states: Sequence[Mapping[str, Any]]) -> tuple[list[list[Any]], list[list[Any]]]:
@@ -109,7 +118,8 @@ class Solo(NamedTuple):
         columns: list[list[Tensor]],
         counters: list[list[Tensor]],
         vectors: list[Tensor],
-        executor: Executor | None,
+        executor: ExecutorName | None,
+        look: Look,
     ) -> None:
         """The program of the plan, in place."""
         fields: list[list[Any]] = [[None] * len(info.names) for _, _, info in self.segment.items]
@@ -117,11 +127,10 @@ class Solo(NamedTuple):
             fields[j][f] = column
         for (_, j, f), column in zip(self.counters, counters):
             fields[j][f] = column[:1]
-        call = Call(
-            grads, params, [], lambda masks: [], "program",
-            apply=True, donate=True, alone=False, executor=executor, private=True, seen=True,
-        )  # fmt: skip
-        _, news = call.execute(self.segment, grads, params, fields, True)
+        env = Env("program", executor, PRIVATE)
+        task = Task(self.segment, (grads, params, fields), True, env, Numbers(env))
+        task.facts = look.facts
+        _, news = execute(task)
         for column, (j, f) in zip(columns, self.places):
             if not all(map(operator.is_, column, news[j][f])):
                 torch._foreach_copy_(column, news[j][f])

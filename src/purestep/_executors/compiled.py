@@ -18,6 +18,8 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from purestep._core.threads import OPENMP, SERIAL, one_thread
+from purestep._executors.foreach import collected
+from purestep._executors.task import Result, Task
 from purestep._trace.program import LeafDeclaration, Program, program
 
 WARM = 2**16
@@ -28,8 +30,28 @@ Function: TypeAlias = Callable[..., list[Tensor]]
 _lock = threading.Lock()
 
 
+class Compiled:
+    """The whole chain as one kernel, made by Inductor."""
+
+    name = "compiled"
+    when = "`compile=True`, elementwise transforms"
+    how = "one kernel of Inductor's for the whole chain, for tensors of any shape"
+
+    def declines(self, task: Task) -> str | None:
+        if task.env.mode != "program" or task.env.wanted != "compiled":
+            return "nobody asked for it, or the step is recorded or traced"
+        return None
+
+    def run(self, task: Task) -> Result | None:
+        def calculated(columns: list[Any], numbers: list[Any]) -> Any:
+            given, owns = (task.grads, task.params, columns), task.env.own.given
+            return run_compiled(task.recipe, task.chain.declarations, given, numbers, apply=task.applies, donate=owns)
+
+        return collected(task, calculated)
+
+
 @torch.no_grad()
-def run(
+def run_compiled(
     recipe: tuple[Any, ...],
     declarations: Sequence[LeafDeclaration],
     given: tuple[list[Tensor], list[Tensor], list[Any]],

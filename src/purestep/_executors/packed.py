@@ -1,114 +1,91 @@
-"""Many small tensors as one.
-
-On a CPU a small tensor costs what a call costs, about a microsecond for every operation, and not what its numbers cost. So a
-program of elementwise operations is run on one long tensor instead. Gradients and parameters are copied into it and back;
-the tensors of a state are made consecutive pieces of one piece of memory, once, and recognised as such afterwards.
-"""
+"""Many small tensors as one long one."""
 
 from __future__ import annotations
 
-import contextlib
-from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-COUNT = 16
-"""From this many tensors on."""
-
-SIZE = 4096
-"""Up to this many elements in the average tensor; beyond that the copies cost more than the calls they save."""
-
-
-POOL = 4
-"""The buffers of so many different models are kept for the next step."""
-
-_free: OrderedDict[Any, Scratch] = OrderedDict()
+from purestep._core.lists import overwrite
+from purestep._executors.chains import encodes
+from purestep._executors.flat_buffer import FlatBuffer, borrow, give_back, split
+from purestep._executors.task import Result, Task, execute
+from purestep._executors.tiles import pieces
 
 
-def borrow(like: Sequence[Tensor], shapes: list[torch.Size]) -> Scratch:
-    """Buffers for tensors of these shapes and this dtype; to be given back with `give_back`."""
-    found = _free.pop((like[0].dtype, len(shapes), shapes[0], shapes[-1]), None)
-    return found if found is not None and found.shapes == shapes else Scratch(like)
+class Packed:
+    """Many small tensors as one: a program costs what its calls cost, and there is one call a line for all of them."""
+
+    name = "packed"
+    when = "many small tensors, elementwise transforms, on a CPU"
+    how = "the program on one long vector; the state's tensors are pieces of one"
+
+    def declines(self, task: Task) -> str | None:
+        env = task.env
+        if env.mode != "program":
+            return "the step is recorded or traced"
+        if task.nested:
+            return "the tensors are packed already"
+        if env.wanted in ("foreach", "fused"):
+            return f"{env.wanted} was asked for"
+        if task.applies and task.chain.kernel is not None and env.wanted != "compiled":
+            return "torch has a kernel for this chain, which costs less than to gather the tensors"
+        if not task.fact("packable"):
+            return "the tensors are few or large, or their dtypes, shapes or memory layouts differ"
+        if encodes(task.chain, task.fields):
+            return "the state is kept in few bits"
+        program = task.program(False, True, env.own.given)
+        return None if program.elementwise and program.parts else "the chain is not elementwise"
+
+    def run(self, task: Task) -> Result:
+        buffer = borrow(task.params, [p.shape for p in task.params])
+        try:
+            if task.env.wanted == "compiled":
+                return in_buffer(task, buffer)
+            with torch._C._AutoDispatchBelowAutograd():
+                return in_buffer(task, buffer)
+        finally:
+            give_back(buffer)
 
 
-def give_back(scratch: Scratch) -> None:
-    """Keep these buffers for the next step, and let go of those that were not used for the longest time."""
-    _free[scratch.dtype, len(scratch.shapes), scratch.shapes[0], scratch.shapes[-1]] = scratch
-    with contextlib.suppress(KeyError):  # another thread may have taken the last one
-        for _ in range(len(_free) - POOL):
-            _free.popitem(last=False)
+def in_buffer(task: Task, buffer: FlatBuffer) -> Result:
+    """Run a task on one vector for each of its lists, in memory that was made for it."""
+    grads, params, given = task.grads, task.params, task.env.own.given
+    places = [(j, f) for j, (_, _, info) in enumerate(task.chain.items) for f in info.tensors]
+    places = [(j, f) for j, f in places if task.fields[j][f][0] is not None]
+    flats: list[list[Any]] = [[c[:1] for c in own] for own in task.fields]
+    old = [list(own) for own in task.fields]
+    for j, f in places:
+        flat = buffer.joined(old[j][f])
+        if flat is None:
+            old[j][f], flat = buffer.join(old[j][f])
+        flats[j][f] = cut(task, flat)
+    torch._foreach_copy_(buffer.grads, grads)
+    reads = task.program(False, True, given).reads_params
+    adds = task.applies and not reads  # the updates are added to the parameters where these are
+    if reads:
+        torch._foreach_copy_(buffer.params, params)
+    inner = task.on(cut(task, buffer.grad), cut(task, buffer.param), flats, applies=task.applies and not adds)
+    inner.owns_grads = True
+    out, news = execute(inner)
+    for j, f in places:
+        if news[j][f][0] is flats[j][f][0]:
+            news[j][f] = old[j][f]
+        else:
+            news[j][f] = split(torch.cat(news[j][f]), params)
+    if adds:
+        overwrite(cut(task, buffer.grad), out)
+        if given:
+            torch._foreach_add_(params, buffer.grads)
+            return Result(params, news)
+        return Result(list(torch._foreach_add(params, buffer.grads)), news)
+    if task.applies and given:
+        torch._foreach_copy_(params, buffer.params)
+        return Result(params, news)
+    return Result(split(torch.cat(out), params), news)
 
 
-class Scratch:
-    """One long tensor, and its pieces in the shapes of some tensors."""
-
-    def __init__(self, like: Sequence[Tensor]) -> None:
-        self.shapes = [x.shape for x in like]
-        self.dtype = like[0].dtype
-        sizes = [x.numel() for x in like]
-        self.size = sum(sizes)
-        self.starts = [0, *accumulate(sizes[:-1])]
-        self.grads, self.grad = self.make(like)
-        self.params, self.param = self.make(like)
-
-    def make(self, like: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        flat = like[0].new_empty(self.size)
-        return split(flat, like), flat
-
-    def joined(self, xs: Sequence[Tensor]) -> Tensor | None:
-        """The one tensor that these are the consecutive pieces of, if there is one."""
-        first = xs[0]
-        width, start = first.element_size(), first.data_ptr()
-        if list(map(Tensor.data_ptr, xs)) != [start + width * k for k in self.starts]:
-            return None
-        memory = first.untyped_storage()
-        if start + width * self.size > memory.data_ptr() + memory.nbytes():
-            return None
-        return first.as_strided((self.size,), (1,))
-
-    def join(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The same numbers as pieces of one new tensor."""
-        pieces, flat = self.make(xs)
-        torch._foreach_copy_(pieces, list(xs))
-        return pieces, flat
-
-
-def joined(xs: Sequence[Tensor]) -> Tensor:
-    """All of them as one new vector."""
-    flat: Tensor = _flatten_dense_tensors(xs)  # type: ignore[no-untyped-call]
-    return flat
-
-
-def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Consecutive pieces of one long tensor, in the shapes of these."""
-    pieces: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call]
-    return list(pieces)
-
-
-def apart(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Consecutive pieces of one long tensor, in these shapes, as tensors that are no views: each has a version of its own."""
-    storage, start, pieces = flat.untyped_storage(), 0, []
-    for shape in shapes:
-        pieces.append(flat.new_empty(0).set_(storage, start, shape))  # type: ignore[call-overload]
-        start += shape.numel()
-    return pieces
-
-
-def offset(xs: Sequence[Tensor], flat: Tensor, k: float) -> list[Tensor]:
-    """`xs` plus `k` times the consecutive pieces of one long tensor."""
-    return list(torch._foreach_add(list(xs), split(flat, xs), alpha=k))
-
-
-def small(xs: Sequence[Tensor]) -> bool:
-    """Whether these are many small tensors, each in one piece."""
-    return (
-        len(xs) >= COUNT
-        and xs[0].is_cpu
-        and sum(map(Tensor.numel, xs)) <= SIZE * len(xs)
-        and all(map(Tensor.is_contiguous, xs))
-    )
+def cut(task: Task, flat: Tensor) -> list[Tensor]:
+    """One long tensor as a program takes it: in tiles that fit the cache; a compiled kernel sees it once anyway."""
+    return [flat] if task.env.wanted == "compiled" else pieces(flat)

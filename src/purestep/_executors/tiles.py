@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep._executors.packed import SIZE
+from purestep._executors.flat_buffer import SIZE
 from purestep._trace.program import LeafDeclaration, Program, program
 
 SHORT = 4

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.autograd import forward_ad
 
-from purestep._core.plain import plain
+from purestep._executors.task import Result, Task
 from purestep._executors.tiles import CHUNK, SHORT, Blocks, calculate, room
+from purestep._executors.vmap_level import VmapLevel
 from purestep._trace.program import LeafDeclaration, program
 
 LARGE = 2**16
@@ -28,61 +27,38 @@ FEW = 2**22
 """Up to so many elements in all members together, small ones are run at once: temporaries cost less than blocks."""
 
 
-class Level(NamedTuple):
-    """The innermost level of `torch.func`, a vmap around nothing but eager operations."""
+class Vmapped:
+    """All members of a vmap, and all parameters, at once."""
 
-    number: int
-    size: int
+    name = "vmapped"
+    when = "inside one `torch.func.vmap` around nothing but eager operations, elementwise transforms"
+    how = "the program on stacked tensors, outside of the vmap: one foreach call for all parameters of all members"
 
-    @classmethod
-    def now(cls) -> Level | None:
-        """None if there is no such level, or if something else looks on."""
-        if torch.compiler.is_compiling():
+    def declines(self, task: Task) -> str | None:
+        if task.env.level is None:
+            return "this is not the inside of a single vmap"
+        return None if task.counters_equal else "the parameters have made different numbers of updates"
+
+    def run(self, task: Task) -> Result | None:
+        columns, places, news = task.arranged()
+        numbers = task.numbers.of_chain(task.chain, task.fields)
+        level = task.env.level
+        assert level is not None
+        found = run_stacked(
+            level, task.recipe, task.chain.declarations, (task.grads, task.params, columns), numbers, task.applies
+        )
+        if found is None:
             return None
-        stack = functorch.get_interpreter_stack()
-        if (
-            stack is None
-            or len(stack) != 1
-            or stack[0].key() != functorch.TransformType.Vmap
-            or forward_ad._current_level >= 0
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._len_torch_function_stack() > 0
-        ):
-            return None
-        return cls(stack[0].level(), functorch.CVmapInterpreterPtr(stack[0]).batchSize())
-
-    def stacked(self, x: Tensor) -> Tensor | None:
-        """A tensor with the batch in its first dimension; None if it is not batched, not plain, or autograd follows it."""
-        if not functorch.is_batchedtensor(x):
-            return None
-        inside, dim = functorch.get_unwrapped(x), functorch.maybe_get_bdim(x)
-        if not plain([inside]):
-            return None
-        if torch.is_grad_enabled() and inside.requires_grad:
-            return None
-        return (inside.movedim(dim, 0) if dim else inside).contiguous()
-
-    def read(self, x: Any) -> Any:
-        """A number: as it is, or a tensor of one for each member if they differ; None if they cannot be known."""
-        if not isinstance(x, Tensor):
-            return x
-        column = functorch.get_unwrapped(x) if functorch.is_batchedtensor(x) else x
-        if not column.is_cpu or (torch.is_grad_enabled() and column.requires_grad) or x.dim():
-            return None
-        with torch._C._DisableFuncTorch():
-            values = column.tolist()
-        if not isinstance(values, list):
-            return values
-        return values[0] if values.count(values[0]) == len(values) else column
-
-    def batched(self, x: Tensor) -> Tensor:
-        """A stacked tensor as one of this level."""
-        made: Tensor = functorch._add_batch_dim(x, 0, self.number)
-        return made
+        for (j, f), x in zip(places, found[1:]):
+            news[j][f] = x
+        for own, new in zip(task.fields, news):
+            for f, (old, x) in enumerate(zip(own, new)):
+                new[f] = x if x is None or isinstance(x, list) else [task.numbers.counted(old[0], x)] * len(task.params)
+        return Result(list(found[0]), news)
 
 
-def run(
-    level: Level,
+def run_stacked(
+    level: VmapLevel,
     recipe: tuple[Any, ...],
     declarations: Sequence[LeafDeclaration],
     given: tuple[list[Tensor], list[Tensor], list[Any]],
@@ -115,7 +91,7 @@ def run(
     return tuple([outside(level, x) for x in results])
 
 
-def outside(level: Level, x: Any) -> Any:
+def outside(level: VmapLevel, x: Any) -> Any:
     """A result of stacked tensors, as what it is to a member."""
     if isinstance(x, (list, tuple)):
         return [level.batched(y) for y in x]

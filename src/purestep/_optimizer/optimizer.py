@@ -37,12 +37,13 @@ from purestep._core.primitives import Fields, Link, Primitive, fields_of, fresh_
 from purestep._core.tree import Spec, quote
 from purestep._core.values import same
 from purestep._engine.counters import Counters, together, traced
-from purestep._engine.engine import Call, Executor, Mode, choose
 from purestep._engine.guards import Looks
 from purestep._engine.plan import Group, Plan, packed_links
 from purestep._engine.repeat import solo_of
+from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import Touched
-from purestep._executors.packed import apart, joined, small
+from purestep._executors.flat_buffer import apart, joined, small
+from purestep._executors.task import Env, ExecutorName, Mode, Ownership
 from purestep._optimizer.begun import Begun, kind, options_of, reads, reads_whole, renewed
 from purestep._optimizer.following import Following, Schedules, follows, kept, number
 from purestep._optimizer.shared import Place, Shared
@@ -1232,19 +1233,17 @@ class Optimizer(torch.optim.Optimizer):
                 lambda k: self._paths()[params[k]],
             )
             grads, given, columns = touched.grads, touched.params, touched.states
-        call = Call(
-            grads, given, columns, lambda masks: self._selected(masks, params), mode,
-            apply=True, donate=not torch.is_grad_enabled(), alone=False, executor=executor, private=True,
-            copies=touched is None and "value_and_grad" in extras, extras=extras,
-        )  # fmt: skip
+        inputs = Inputs(grads, given, columns, lambda masks: self._selected(masks, params), extras)
+        own = Ownership(given=not torch.is_grad_enabled(), private=True, copies=touched is None and "value_and_grad" in extras)
+        env = Env(mode, executor, own, grads + given)
         try:
-            out, after = call.run(together_)
+            out, after = run_chain(together_, inputs, env, apply=True)
         except BaseException as error:
             if "value_and_grad" in extras and not self._keep_progress(error, together_[0].plan):
                 overwrite(params, given)
             raise
         if touched is not None:
-            out, after = touched.scatter(out, after, True, call.donate)
+            out, after = touched.scatter(out, after, True, env.own.given)
         if torch.is_grad_enabled():
             for p, x in zip(params, out):
                 if x is not p:
@@ -1303,7 +1302,7 @@ class Optimizer(torch.optim.Optimizer):
             self.shared[name] = x
         return True
 
-    def _executor(self, group: Mapping[str, Any]) -> Executor | None:
+    def _executor(self, group: Mapping[str, Any]) -> ExecutorName | None:
         """What the flags ask of the engine."""
         if group.get("fused"):
             return "fused"

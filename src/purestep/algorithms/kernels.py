@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from purestep._core.threads import divided
-from purestep._engine.plan import KERNELS, Kernel
+from purestep._executors.chains import KERNELS, Kernel
 from purestep.algorithms.adagrad import scale_by_adagrad
 from purestep.algorithms.adam import scale_by_adam, scale_by_amsgrad
 from purestep.transforms.decay import decay

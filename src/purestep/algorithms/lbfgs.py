@@ -24,8 +24,8 @@ from purestep._core import sharded
 from purestep._core.hyper import Extra, Hyper, NonNegative, Steps
 from purestep._core.maths import counter, maximum, minimum, precise, root, some, transforming, where
 from purestep._core.plain import plain
-from purestep._engine.engine import choose
-from purestep._executors.packed import joined, offset
+from purestep._engine.run import choose
+from purestep._executors.flat_buffer import joined, offset
 from purestep._optimizer.optimizer import NOTHING, Optimizer, Params, check_number, over
 from purestep._optimizer.shared import Place
 from purestep.transform import whole

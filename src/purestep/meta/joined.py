@@ -14,8 +14,8 @@ from torch import Tensor
 from purestep._core import tree
 from purestep._core.lists import flattened, parted
 from purestep._core.plain import plain
-from purestep._engine.engine import agree
-from purestep.transform import Transform
+from purestep._executors.task import same_number
+from purestep.transform import Transform, columns_of, trees_of
 
 
 def joins(opt: Transform, state: Any, leaves: list[Any], spec: tree.Spec) -> bool:
@@ -25,13 +25,13 @@ def joins(opt: Transform, state: Any, leaves: list[Any], spec: tree.Spec) -> boo
         return False
     if torch.compiler.is_compiling():  # the compiler finds out for itself
         return False
-    states = [opt._columns(link, s, spec) for link, s in zip(opt.links, opt._split(state))]
+    states = columns_of(opt.plan, opt._split(state), spec)
     fields = opt.plan.fields
     counters = [c for s, info in zip(states, fields) for c, scalar in zip(s, info.scalars) if scalar]
     return (
         len({(p.dtype, p.device) for p in leaves}) == 1
         and all([x is not None for s in states for c in s for x in c])
-        and all([agree(c) for c in counters])
+        and all([same_number(c) for c in counters])
         and all([x.dtype == p.dtype for s, f in zip(states, fields) for k in f.tensors for x, p in zip(s[k], leaves)])
         and opt.plan.segment(stages[0].positions).joins(leaves)
     )
@@ -40,16 +40,14 @@ def joins(opt: Transform, state: Any, leaves: list[Any], spec: tree.Spec) -> boo
 def join_state(opt: Transform, state: Any, spec: tree.Spec) -> Any:
     """The state of one vector that holds all parameters: a counter of each kind, and the other fields as vectors."""
     made = []
-    for link, s, info in zip(opt.links, opt._split(state), opt.plan.fields):
-        columns = [[c[0]] if scalar else [flattened(c)] for c, scalar in zip(opt._columns(link, s, spec), info.scalars)]
-        made.append(opt._tree(link, columns, tree.BARE))
-    return opt._join(made)
+    for s, info in zip(columns_of(opt.plan, opt._split(state), spec), opt.plan.fields):
+        made.append([[c[0]] if scalar else [flattened(c)] for c, scalar in zip(s, info.scalars)])
+    return opt._join(trees_of(opt.plan, made, tree.BARE))
 
 
 def part_state(opt: Transform, state: Any, leaves: list[Tensor], spec: tree.Spec) -> Any:
     """`join_state` undone."""
     made = []
-    for link, s, info in zip(opt.links, opt._split(state), opt.plan.fields):
-        columns = [[c] * len(leaves) if scalar else parted(c, leaves) for c, scalar in zip(s, info.scalars)]
-        made.append(opt._tree(link, columns, spec))
-    return opt._join(made)
+    for s, info in zip(opt._split(state), opt.plan.fields):
+        made.append([[c] * len(leaves) if scalar else parted(c, leaves) for c, scalar in zip(s, info.scalars)])
+    return opt._join(trees_of(opt.plan, made, spec))

@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 
 from purestep._core import tree
 from purestep._core.masks import Memo, select
-from purestep._engine.engine import Call, choose
 from purestep._engine.plan import Group
-from purestep.transform import Transform
+from purestep._engine.run import Inputs, choose, run_chain
+from purestep._executors.task import Env, Ownership
+from purestep.transform import Transform, columns_of, trees_of
 
 
 class Loop:
@@ -24,7 +25,7 @@ class Loop:
 
     def __init__(self, opt: Transform, state: Any, params: list[Tensor], spec: tree.Spec) -> None:
         self.opt, self.params, self.spec = opt, params, spec
-        self.states = [opt._columns(link, s, spec) for link, s in zip(opt.links, opt._split(state))]
+        self.states = columns_of(opt.plan, opt._split(state), spec)
         self.groups = [Group(opt.plan, range(len(params)))]
 
     @classmethod
@@ -42,14 +43,12 @@ class Loop:
         gradients, params, opt = tree.flatten_like(grads, self.spec, "grads"), self.params, self.opt
         kept = [c if isinstance(c, list) else pytree.tree_leaves(c) for s in self.states for c in s]
         memo: Memo = {}
-        call = Call(
-            gradients, params, self.states, lambda masks: select(masks, params, self.spec, memo),
-            choose(None, params, gradients, *kept, opt.plan.tensors),
-            apply=True, donate=False, alone=True, executor=None,
-        )  # fmt: skip
-        self.params, self.states = call.run(self.groups)
+        inputs = Inputs(gradients, params, self.states, lambda masks: select(masks, params, self.spec, memo))
+        mode = choose(None, params, gradients, *kept, opt.plan.tensors)
+        env = Env(mode, None, Ownership(counters=True), gradients + params)
+        self.params, self.states = run_chain(self.groups, inputs, env, apply=True)
         return tree.unflatten(self.params, self.spec)
 
     def state(self) -> Any:
         """The state, as the transform returns it."""
-        return self.opt._join([self.opt._tree(link, s, self.spec) for link, s in zip(self.opt.links, self.states)])
+        return self.opt._join(trees_of(self.opt.plan, self.states, self.spec))

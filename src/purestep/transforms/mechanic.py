@@ -9,7 +9,7 @@ from torch import Tensor
 
 from purestep._core.hyper import Hyper, NonNegative, Period, Positive
 from purestep._core.maths import Scalar, counter, inner, maximum, minimum, multiply, number, origin, root, where
-from purestep._engine.engine import Inner
+from purestep._engine.nesting import Inner
 from purestep.transform import Transform, nested
 
 MOST = 16  # of the betas 1 - 0.1, 1 - 0.01, … the last that is not 1 in float64

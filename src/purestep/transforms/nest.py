@@ -9,7 +9,7 @@ from torch import Tensor, zeros_like
 
 from purestep._core.hyper import Period, UnitInterval, Whole, check_steps
 from purestep._core.maths import Scalar, counter, finite, lerp, select, where
-from purestep._engine.engine import Inner
+from purestep._engine.nesting import Inner
 from purestep.transform import Transform, nested
 
 Limit: TypeAlias = Annotated[int | None, Whole(optional=True)]

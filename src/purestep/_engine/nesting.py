@@ -1,0 +1,175 @@
+"""Transforms that wrap others: what the function of such a transform sees of the ones inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from purestep._core import maths
+from purestep._core.lists import overwrite, pick, put
+from purestep._core.plain import plain
+from purestep._core.primitives import Fields
+from purestep._engine.plan import Group
+from purestep._executors.task import Env
+
+
+class Inner:
+    """A transform inside another, as the function of that one sees it.
+
+    It is pure, as a `Transform` is, but takes and returns lists over the parameters; its state is a value to be passed on.
+    Extra arguments and masks are seen to.
+    """
+
+    def __init__(self, run: Any, groups: Sequence[Group], rows: list[int] | None, apply: bool) -> None:
+        self._around = run  # the `purestep._engine.run.Run` of the transform that wraps this one
+        self._env: Env = run.env
+        self._apply = apply  # what are called updates here are new parameters, then
+        self._rows, self._groups, self._fields = rows, groups, groups[0].plan.fields
+        if rows is not None:
+            below = [len([k for k in rows if k < g.rows.start]) for g in groups] + [len(rows)]
+            self._groups = [Group(g.plan, range(*ends)) for g, *ends in zip(groups, below, below[1:])]
+
+    def update(self, gs: list[Tensor], state: Any, params: list[Tensor], *, donate: bool = False) -> tuple[list[Tensor], Any]:
+        """The updates and the new state.
+
+        Args:
+            gs: the gradients.
+            state: what the field `inner` of the state holds, or what the last update returned.
+            params: the parameters.
+            donate: promises that `state` will not be looked at again, so that its memory can be reused if the user gave it
+                away.
+        """
+        return self._run(gs, state, params, self._apply, donate)
+
+    def step(self, gs: list[Tensor], state: Any, params: list[Tensor], *, donate: bool = False) -> tuple[list[Tensor], Any]:
+        """The new parameters and the new state, for a function that `moves`: `update`, and to apply the updates.
+
+        With `donate` it promises that neither `state` nor `params` will be looked at again.
+        """
+        return self._run(gs, state, params, True, donate and self._around.moved)
+
+    def _run(self, gs: Any, state: Any, params: Any, apply: bool, donate: bool) -> tuple[list[Tensor], Any]:
+        states = [list(s) for s in state]
+        result: tuple[list[Tensor], Any] = self._around.nested(self, (list(gs), list(params), states), apply, donate)
+        return result
+
+    def when(
+        self, flag: Any, gs: list[Tensor], state: Any, params: list[Tensor], otherwise: list[Tensor] | None = None
+    ) -> tuple[list[Tensor], Any]:
+        """`update` where `flag` holds; elsewhere the updates are `otherwise`, and the state stays as it is.
+
+        Where the flag can be read (on a CPU, outside `torch.func`), what is not wanted is not computed. `state` must not be
+        looked at again.
+
+        Args:
+            flag: a bool, or a 0-d tensor of one, which may differ in each member of a batch.
+            gs: the gradients.
+            state: as in `update`.
+            params: the parameters.
+            otherwise: by default nothing, so that the parameters keep every bit.
+        """
+        env, flag = self._env, self.read(flag)
+        if flag is True:
+            return self.update(gs, state, params, donate=True)
+        if self._apply:
+            otherwise = params if otherwise is None else [(p + u).to(p.dtype) for p, u in zip(params, otherwise)]
+        elif otherwise is None:
+            otherwise = [torch.zeros_like(g).neg() for g in gs]  # minus zero: adding zero would make 0 of -0
+        if flag is False:
+            return otherwise, state
+        if env.mode != "program":  # the derivative of what is not taken must be finite, too
+            gs = maths.select(flag, gs, [torch.zeros_like(g) for g in gs])
+        us, new = self.update(gs, state, params)
+        after = maths.select(flag, new, state)
+        return maths.select(flag, us, otherwise), [
+            reused(env, (old, x, ()), f) for old, x, f in zip(state, after, self._fields)
+        ]
+
+    def plus(self, xs: list[Tensor], ys: list[Tensor], k: Any = 1) -> list[Tensor]:
+        """Tensors of the state plus a `k`-th of others; in their own memory, if that was given away. Do not use them again."""
+        if self._env.mode == "program" and isinstance(k, Tensor) and k.is_cpu:
+            k = k.item()
+        if self._env.mode != "program" or isinstance(k, Tensor) or not plain(xs, ys):
+            return [(x + y / k).to(x.dtype) for x, y in zip(xs, ys)]
+        if not self._env.own.given:
+            return list(torch._foreach_add(xs, ys, alpha=1 / k))
+        torch._foreach_add_(xs, ys, alpha=1 / k)
+        return xs
+
+    def emptied(self, xs: list[Tensor], used: Any) -> list[Tensor]:
+        """Zeros in place of tensors of the state, in their own memory if it was given away and nothing else is in it.
+
+        Args:
+            xs: the tensors, which must not be used again.
+            used: the updates and the state that `update` has made of them. What it does in place is in memory of its own.
+        """
+        own = self._apply and not any([stage.whole for stage in self._groups[0].plan.stages])
+        if self._env.mode == "program" and self._env.own.given and plain(xs) and (own or not shared(xs, used)):
+            torch._foreach_zero_(xs)
+            return xs
+        return [torch.zeros_like(x) for x in xs]
+
+    def read(self, flag: Any) -> Any:
+        """A flag as a bool, if there is no one to wait for: on a CPU, outside `torch.func` and `torch.compile`."""
+        if isinstance(flag, Tensor):
+            return bool(flag) if self._env.mode == "program" and flag.is_cpu else flag.bool()
+        return bool(flag)
+
+    def state(self, states: Sequence[Any]) -> list[Any]:
+        """The state of these links, of the parameters that there are."""
+        return [[pick(c, self._rows) if leaf else c for c, leaf in zip(s, f.leaves)] for s, f in zip(states, self._fields)]
+
+    def put(self, olds: Sequence[Any], news: Sequence[Any]) -> list[Any]:
+        """The new state, with that of the other parameters as it was."""
+        if self._rows is None:
+            return [list(s) for s in news]
+        return [
+            [put(x, self._rows, y) if leaf else y for x, y, leaf in zip(old, new, f.leaves)]
+            for old, new, f in zip(olds, news, self._fields)
+        ]
+
+
+def reused(env: Env, states: tuple[Sequence[Any], Sequence[Any], Any], info: Fields) -> list[Any]:
+    """New fields in the memory of the old ones, if that was given away, and where neither they nor the updates are in it.
+
+    `states` are the old state, the new one, and the updates. Counters may be someone else's, too.
+    """
+    olds, news, updates = states
+    result = list(news[: len(info.names)])
+    if not env.own.given or env.mode != "program":
+        return result
+    columns = [old if leaf else [old] for old, leaf in zip(olds, info.leaves)]
+    held = {id(x) for column in columns for x in column}
+    for f, (old, leaf) in enumerate(zip(columns, info.leaves)):
+        new = result[f] if leaf else [result[f]]
+        pairs = [(x, y) for x, y in zip(old, new) if isinstance(x, Tensor) and isinstance(y, Tensor)]
+        mine = env.own.counters or (leaf and not info.scalars[f])
+        if not pairs or not mine or any([id(y) in held for _, y in pairs]):
+            continue
+        if leaf and shared([x for x, _ in pairs], updates):
+            continue
+        overwrite(*map(list, zip(*pairs)))
+        result[f] = [y if x is None else x for x, y in zip(old, new)] if leaf else old[0]
+    return result
+
+
+def shared(xs: list[Tensor], used: Any) -> bool:
+    """Whether any of these tensors, or a view of it, is found elsewhere, or may be."""
+    found = [y for y in pytree.tree_leaves(used) if isinstance(y, Tensor)]
+    if not plain(xs, found):
+        return True  # what is not plain need not say where its numbers are
+    memory = {x.untyped_storage()._cdata for x in xs}
+    return any([y.untyped_storage()._cdata in memory for y in found])
+
+
+def check_nested(d: Any, after: Any, count: int) -> None:
+    """Refuse what a nested transform returned in place of its state and that of so many links."""
+    if not isinstance(after, d.state) or not isinstance(after.inner, list) or len(after.inner) != count:
+        raise TypeError(
+            f"{d.name} must return (updates, {d.state.__name__}) with the state of the inner transform in its field 'inner', "
+            f"but its second value is {after!r}."
+        )

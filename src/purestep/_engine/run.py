@@ -1,0 +1,388 @@
+"""One update of all parameters: lists in, lists out.
+
+`run_chain` goes through the stages of a plan. A stage is a run of consecutive leafwise transforms, or one whole transform. The
+parameters of a leafwise stage are sorted into *buckets*, which differ in what a program cannot take as an input: dtype,
+device, type, masks, the number of updates so far. Almost always there is one bucket, and finding that out is all it costs.
+Each bucket is a `Task`, and the first executor that takes a task runs it.
+
+What the functions of a chain bring in by themselves (a schedule, a whole transform, an extra argument) may have a history that
+no input has. Where autograd looks on, `run_chain` looks at what comes out of them, and records everything from the first of
+them on that requires grad.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep._core import maths, sharded
+from purestep._core.lists import alike, first_places, overwrite, pick, put
+from purestep._core.plain import plain
+from purestep._core.primitives import EmptyState, Link, fresh_state
+from purestep._engine.counters import CounterWrite, commit
+from purestep._engine.nesting import Inner, check_nested, reused
+from purestep._engine.numbers import Numbers
+from purestep._engine.plan import Group, Stage
+from purestep._executors import registry as registry
+from purestep._executors.chains import FUSED_DTYPES, FusedChain
+from purestep._executors.flat_buffer import COUNT, SIZE
+from purestep._executors.leaf_function import requires_grad
+from purestep._executors.task import Env, ExecutorName, Mode, Ownership, Task, execute, run_plain
+
+Mask = Callable[[tuple[Any, ...]], "list[bool]"]
+
+
+def choose(wanted: ExecutorName | None, *tensors: Iterable[Any]) -> Mode:
+    """How leaf functions are run in a call that takes these tensors."""
+    if wanted == "leaf" or maths.transforming():
+        return "leaf"
+    if torch.is_grad_enabled() and any([any([t is not None and t.requires_grad for t in x]) for x in tensors]):
+        return "leaf"
+    return "traced" if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 else "program"
+
+
+class Inputs:
+    """The lists of one update. Every parameter has a gradient: the others never get here.
+
+    `states` holds, per transform, a list of its state's fields, and a field is a list over the parameters (or, in a whole
+    transform, also a value of its own). `mask` says which of these parameters some masks select. `extras` are the arguments
+    that some whole transforms ask for at each update.
+    """
+
+    __slots__ = ("extras", "facts", "grads", "mask", "params", "plain", "states")
+
+    def __init__(
+        self,
+        grads: list[Any],
+        params: list[Any],
+        states: list[Any],
+        mask: Mask,
+        extras: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.grads, self.params, self.states, self.mask, self.extras = grads, params, states, mask, extras
+        self.plain = False  # whether all tensors are known to be plain
+        self.facts: dict[Any, Any] | None = None  # what is known of them: see `Task.facts`
+
+    def selected(self, link: Link) -> list[bool] | None:
+        """Whether a transform acts on each parameter; None if it acts on all."""
+        return self.mask(link.masks) if link.masks else None
+
+
+def run_chain(groups: Sequence[Group], inputs: Inputs, env: Env, apply: bool) -> tuple[list[Any], list[Any]]:
+    """The new parameters (or the updates), and the new states."""
+    if not inputs.params:
+        return inputs.grads, inputs.states
+    return Run(groups, inputs, env, apply).result()
+
+
+class Run:
+    """What changes while a chain runs."""
+
+    def __init__(self, groups: Sequence[Group], inputs: Inputs, env: Env, apply: bool) -> None:
+        self.groups, self.inputs, self.env, self.apply = groups, inputs, env, apply
+        self.plan = groups[0].plan
+        self.grads, self.params, self.states = inputs.grads, inputs.params, inputs.states
+        self.numbers = Numbers(env)
+        self.factor: Any = None  # what the gradients are still to be multiplied by
+        self.moved = False  # whether the last transform has applied its updates itself
+        self.writes: list[CounterWrite] = []
+
+    def result(self) -> tuple[list[Any], list[Any]]:
+        """Run all stages: the new parameters (or the updates), and the new states."""
+        last = self.plan.stages[-1]
+        for n, stage in enumerate(self.plan.stages):
+            if stage.whole:
+                self.scale()
+                self.whole(n)
+            elif self.moved:
+                self.home(self.plan.stages[-2])
+            elif stage.stop > stage.start or self.apply:
+                self.leafwise(n, self.apply and stage is last)
+        self.scale()
+        if self.writes:
+            own = self.env.own
+            commit(self.writes, self.states, self.plan.fields, own.given and own.counters)
+        return self.grads, self.states
+
+    def home(self, whole: Stage) -> None:
+        """Write what the last transform, a whole one, has moved to the parameters, if they were given away."""
+        if self.env.wanted == "fused" and whole.inner is None:
+            demand_kernel(self.plan.segment(()), self.params)
+        new = not self.env.own.copies and not all(map(operator.is_, self.grads, self.params))
+        if self.env.own.given and new and not maths.recorded(self.grads + self.params):
+            self.grads = overwrite(self.params, self.grads)
+
+    def scale(self) -> None:
+        """Multiply the gradients by the number that they are still to be multiplied by."""
+        if self.factor is not None:
+            factor = self.factor if isinstance(self.factor, Tensor) else torch.tensor(self.factor, dtype=torch.float64)
+            self.grads, self.factor = maths.multiply(self.grads, factor), None
+
+    # -- whole transforms
+
+    def whole(self, n: int) -> None:
+        """The `n`-th stage, a whole transform, with those that it wraps."""
+        stage = self.plan.stages[n]
+        i = stage.start
+        link, info, fields = self.plan.links[i], self.plan.fields[i], self.states[i]
+        d = link.transform.declaration
+        on = self.inputs.selected(link)
+        rows = None if on is None else [k for k, yes in enumerate(on) if yes]
+        if rows == []:
+            return  # none of its parameters has a gradient
+        count = fields[info.step] if info.step >= 0 else None
+        lower = self.numbers.lower
+        arguments = {n: lower(x, count) if n in d.intervals else x for n, x in link.transform.arguments.items()}
+        arguments |= {n: self.extra(n, rows) for n in d.extras}
+        given: list[Any] = [pick(c, rows) if leaf else c for c, leaf in zip(fields, info.leaves)]
+        self.moved = self.apply and n == self.plan.final and rows is None and (d.moves or d.passes)
+        inner = None
+        if stage.inner is not None:
+            arguments[d.inner] = inner = self.inner(n, rows, d)
+            given.append(inner.state(self.states[i + 1 : stage.stop]))
+        state = EmptyState() if d.state is None else d.state(*given)
+        new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **arguments)
+        if self.env.watched and (requires_grad(new) or requires_grad(after)):
+            self.env.record()
+        if inner is not None:
+            check_nested(d, after, stage.stop - i - 1)
+            self.states[i + 1 : stage.stop] = inner.put(self.states[i + 1 : stage.stop], after.inner)
+            after = reused(self.env, (state, after, new), info)
+        self.keep(i, after, rows)
+        self.updated(d, new, rows)
+
+    def inner(self, n: int, rows: list[int] | None, declaration: Any) -> Inner:
+        """The transforms that the `n`-th stage wraps."""
+        plans: list[Any] = [g.plan.stages[n].inner for g in self.groups]
+        within = [Group(plan, g.rows) for plan, g in zip(plans, self.groups)]
+        return Inner(self, within, rows, self.moved and declaration.passes)
+
+    def keep(self, i: int, after: Any, rows: list[int] | None) -> None:
+        """Keep what a whole transform has returned as its state."""
+        info, fields = self.plan.fields[i], self.states[i]
+        if self.plan.links[i].transform.declaration.state is not None:
+            self.states[i] = [list(x) if leaf else x for x, leaf in zip(after, info.leaves)]
+            if rows is not None:
+                self.states[i] = [put(c, rows, x) if leaf else x for c, x, leaf in zip(fields, after, info.leaves)]
+        elif info.step >= 0:
+            self.states[i] = [fields[info.step] + 1]
+
+    def updated(self, d: Any, new: Any, rows: list[int] | None) -> None:
+        """Keep what a whole transform has returned as its updates."""
+        if d.scales:
+            if rows is None and self.env.mode == "program":
+                self.factor = new.item() if isinstance(new, Tensor) and new.is_cpu else new
+                return
+            new = maths.multiply(pick(self.grads, rows), torch.as_tensor(new))
+        if d.moves and not self.moved:
+            new = [x - p for x, p in zip(new, pick(self.params, rows))]
+        self.grads = list(new) if rows is None else put(self.grads, rows, new)
+
+    def nested(
+        self, inner: Inner, lists: tuple[list[Any], list[Any], list[Any]], apply: bool, donate: bool
+    ) -> tuple[list[Any], list[Any]]:
+        """Run a chain inside this one."""
+        env, rows = self.env, inner._rows
+        own = Ownership(given=donate and env.own.given, counters=env.own.counters and rows is None)
+        mask: Mask = lambda masks: pick(self.inputs.mask(masks), rows)  # noqa: E731
+        inputs = Inputs(*lists, mask, {name: self.extra(name, rows) for name in self.inputs.extras})
+        inputs.plain = self.inputs.plain
+        within = Env(env.mode, env.wanted, own, [*inputs.grads, *inputs.params])
+        result = run_chain(inner._groups, inputs, within, apply)
+        if within.mode != env.mode:
+            env.record()
+        return result
+
+    def extra(self, name: str, rows: list[int] | None) -> Any:
+        """An extra argument, for some of the parameters: a function of all is one of these, the others held fixed."""
+        given = self.inputs.extras[name]
+        if name in self.plan.trees:
+            return pick(given, rows)
+        if name == "value":
+            return sharded.whole(given)
+        if rows is None or name != "value_and_grad":
+            return given
+
+        def some(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            value, grads = given(put(self.params, rows, params))
+            return value, pick(grads, rows)
+
+        return some
+
+    # -- leafwise transforms
+
+    def leafwise(self, n: int, apply: bool) -> None:
+        """The `n`-th stage, a run of consecutive leafwise transforms, with `params + updates` at its end if `apply`."""
+        groups, stage = self.groups, self.plan.stages[n]
+        if self.env.wanted == "fused" and apply:
+            for plan, _ in groups:
+                demand_kernel(plan.segment(plan.stages[n].positions), self.params)
+        if stage.scheduled and self.env.watched:
+            for plan, rows in groups:  # the schedules must be known before anything is overwritten
+                for i in plan.stages[n].scheduled:
+                    on, column = self.inputs.selected(plan.links[i]), self.states[i][plan.fields[i].step]
+                    self.numbers.evaluate(plan.links[i].transform, [column[k] for k in rows if on is None or on[k]])
+        odd = None if self.inputs.plain else self.unusual(stage)
+        elsewhere = isinstance(self.factor, Tensor) and not alike([p.device for p in self.params])
+        if self.env.mode == "leaf" or elsewhere or odd is not None:
+            self.scale()
+        scaled = self.factor is not None
+        sorting = Sorting(self, stage, odd, apply)
+        chain = groups[0].plan.segment(stage.positions, scaled) if len(groups) == 1 and sorting.uniform() else None
+        if chain is not None and not sorting.splits(chain):
+            self.grads = self.bucket(chain, None, apply)
+        else:
+            out = list(self.grads)
+            for group in groups:
+                for ks, positions in sorting.buckets(group, group.plan.stages[n]):
+                    chain, strange = group.plan.segment(positions, scaled), odd is not None and odd[ks[0]]
+                    for k, u in zip(ks, self.bucket(chain, ks, apply, strange)):
+                        out[k] = u
+            self.grads = out
+        self.factor = None
+
+    def unusual(self, stage: Stage) -> list[bool] | None:
+        """Which parameters have tensors in this stage that are not plain; None if they all are."""
+        lists = [self.grads, self.params, *[self.states[i][f] for i, f in stage.columns]]
+        if plain(*lists, optional=True):
+            return None
+        return [not plain(row, optional=True) for row in zip(*lists)]
+
+    def bucket(self, chain: FusedChain, rows: list[int] | None, apply: bool, odd: bool = False) -> list[Any]:
+        """Run these transforms on these rows, keep their states, and return the updates, or the parameters if `apply`."""
+        grads, params = pick(self.grads, rows), pick(self.params, rows)
+        fields: list[list[Any]] = []
+        for i, _, _ in chain.items:
+            fields.append(self.states[i] if rows is None else [pick(c, rows) for c in self.states[i]])
+        if (rows is not None or self.inputs.facts is None) and self.begun(chain, rows, fields, params):
+            return self.parts(chain, ([*range(len(self.params))] if rows is None else rows, fields), apply, odd)
+        task = Task(chain, (grads, params, fields), apply, self.env, self.numbers)
+        task.factor, task.odd = self.factor, odd
+        task.facts = self.inputs.facts if rows is None else None
+        updates, news = execute(task) if odd else run_plain(task)
+        for (i, _, info), new in zip(chain.items, news):
+            for f, (x, scalar) in enumerate(zip(new, info.scalars)):
+                if x is None:
+                    continue  # a field that these parameters do not have
+                if scalar and self.env.mode != "leaf":
+                    self.writes.append(CounterWrite(i, f, rows, x))
+                    continue
+                self.states[i][f] = x if rows is None else put(self.states[i][f], rows, x)
+        return updates
+
+    def begun(self, chain: FusedChain, rows: list[int] | None, fields: list[list[Any]], params: list[Any]) -> bool:
+        """Make the states that these parameters do not have: a transform was off, or they were masked, when `init` ran.
+
+        Returns:
+            whether some of them lack other fields than the others, as large ones may lack those that small ones have.
+        """
+        for (i, value, _), own in zip(chain.items, fields):
+            if own and own[0][0] is None and all([c[0] is None for c in own]):
+                own[:] = [list(c) for c in zip(*[fresh_state(value, p) for p in params])]
+                for f, column in enumerate(own):
+                    self.states[i][f] = column if rows is None else put(self.states[i][f], rows, column)
+                if not all([alike([x is None for x in column]) for column in own]):
+                    return True
+        return False
+
+    def parts(self, chain: FusedChain, given: tuple[list[int], list[list[Any]]], apply: bool, odd: bool) -> list[Any]:
+        """`bucket`, of rows whose states, which are given too, lack different fields."""
+        rows, fields = given
+        found: dict[tuple[bool, ...], list[int]] = {}
+        for k in range(len(rows)):
+            found.setdefault(tuple([c[k] is None for own in fields for c in own]), []).append(k)
+        out: list[Any] = [None] * len(rows)
+        for ks in found.values():
+            for k, u in zip(ks, self.bucket(chain, [rows[k] for k in ks], apply, odd)):
+                out[k] = u
+        return out
+
+
+class Sorting:
+    """The parameters of a leafwise stage, sorted into buckets."""
+
+    def __init__(self, run: Run, stage: Stage, odd: list[bool] | None, apply: bool) -> None:
+        self.run, self.stage, self.odd, self.apply = run, stage, odd, apply
+        self.mode = run.env.mode
+
+    def uniform(self) -> bool:
+        """Whether all parameters can be taken together."""
+        stage, states, facts = self.stage, self.run.states, self.run.inputs.facts
+        if stage.masked or self.odd is not None:
+            return False
+        for i, f in stage.scalars:
+            if states[i][f][0] is None or (self.mode != "leaf" and not one(states[i][f], self.mode)):
+                return False
+        if facts is None:
+            return self.alike()
+        if ("uniform", stage.start) not in facts:
+            facts["uniform", stage.start] = self.alike()
+        return bool(facts["uniform", stage.start])
+
+    def alike(self) -> bool:
+        """Whether all parameters have one dtype and device, and a state."""
+        stage, params, states = self.stage, self.run.params, self.run.states
+        for i, f in stage.columns:
+            if not all([x is not None for x in states[i][f]]):
+                return False
+        return alike([p.dtype for p in params]) and (all([p.is_cpu for p in params]) or alike([p.device for p in params]))
+
+    def splits(self, chain: FusedChain) -> bool:
+        """Whether there are small tensors that are better packed, and large ones that are not."""
+        env, params = self.run.env, self.run.params
+        if env.wanted != "compiled" or self.mode != "program":
+            return False
+        if self.apply and chain.kernel is not None and env.own.given and not chain.first:
+            return False  # a kernel of torch's takes them all
+        few = sum([p.numel() <= SIZE for p in params])
+        return COUNT <= few < len(params)
+
+    def buckets(self, group: Group, stage: Stage) -> list[tuple[list[int], tuple[int, ...]]]:
+        """The rows that one program can take together, and the transforms that act on them."""
+        plan, rows = group.plan, group.rows
+        selected, states = self.run.inputs.selected, self.run.states
+        params = [self.run.params[k] for k in rows]
+        masks = [None if m is None else [m[k] for k in rows] for m in [selected(plan.links[i]) for i in stage.positions]]
+        keys: list[Sequence[Any]] = [[(p.dtype, p.device) for p in params], *[m for m in masks if m is not None]]
+        if self.odd is not None:
+            keys.append([self.odd[k] and (2 if sharded.is_sharded(self.run.params[k]) else 1) for k in rows])
+        if self.splits(plan.segment(stage.positions)):
+            keys.append([p.numel() <= SIZE for p in params])
+        for i, f in (*stage.columns, *stage.scalars):
+            values = [states[i][f][k] for k in rows]
+            keys.append([x is None for x in values])
+            if (i, f) in stage.scalars and self.mode != "leaf":
+                readable = self.mode == "program" and all([x is None or x.is_cpu for x in values])
+                number = self.run.numbers.number
+                keys.append([x if x is None else number(x) for x in values] if readable else first_places(values))
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for k, key in enumerate(zip(*keys)):
+            found.setdefault(key, []).append(k)
+        return [
+            ([rows[k] for k in ks], tuple([i for i, m in zip(stage.positions, masks) if m is None or m[ks[0]]]))
+            for ks in found.values()
+        ]
+
+
+def demand_kernel(chain: FusedChain, params: list[Tensor]) -> None:
+    """Refuse to do without a kernel, unless it is only the memory layout, or the type, of a tensor that is in the way."""
+    odd = [p for p in params if p.dtype not in FUSED_DTYPES]
+    if chain.kernel is None or odd:
+        p = odd[0] if odd else params[0]
+        raise RuntimeError(
+            "fused=True needs a chain that ends in what a torch._fused_* kernel computes, on floating-point tensors, with "
+            f"plain numbers as hyperparameters; {chain.names or 'an empty chain'} on {p.dtype} ({p.device}) is not that. "
+            "Leave fused out, and the fastest way that fits is chosen."
+        )
+
+
+def one(values: list[Any], mode: Mode) -> bool:
+    """Whether all are one and the same object."""
+    if mode == "traced":
+        return all([x is values[0] for x in values])
+    return len(set(map(id, values))) == 1

@@ -1,0 +1,104 @@
+"""Sharded tensors: on the part that this process has, or in full where a chain must see whole tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep._core import maths, sharded
+from purestep._core.plain import plain
+from purestep._executors.one_by_one import OneByOne, written
+from purestep._executors.task import Result, Task, run_plain
+
+_one_by_one = OneByOne()
+
+
+class ByParts:
+    """Sharded tensors (`torch.distributed.tensor.DTensor`)."""
+
+    name = "by parts"
+    when = "sharded tensors"
+    how = "elementwise transforms on the part that each process has, by the executors below; others on the gathered tensor"
+
+    def declines(self, task: Task) -> str | None:
+        return None if task.odd and sharded.is_sharded(task.params[0]) else "no parameter is sharded"
+
+    def run(self, task: Task) -> Result:
+        env = task.env
+        wanted = env.wanted
+        if wanted == "compiled":  # a part that is empty here, and not elsewhere, would be compiled for alone
+            env.wanted = None
+        try:
+            recipe = task.program(False, False, False, "single")
+            # a derivative with respect to a number is a sum over all parts
+            followed = env.mode != "program" and (wanted != "leaf" or torch.is_grad_enabled() or maths.transforming())
+            like = [own[f] for (_, _, info), own in zip(task.chain.items, task.fields) for f in info.tensors]
+            task.grads = sharded.alike(task.grads, task.params, like, "number {}".format)  # a whole transform may change it
+            return (in_part if recipe.elementwise and not followed else in_full)(task)
+        finally:
+            env.wanted = wanted
+
+
+def in_part(task: Task) -> Result:
+    """What is elementwise, on the parts that are here."""
+    env, fields = task.env, task.fields
+    with torch.no_grad():  # a part is the very tensor, then, and not a view of it
+        inside = [[[sharded.local(x) for x in c] for c in own] for own in fields]
+        params = [sharded.local(p) for p in task.params]
+        found, inner = any_of(task.on([sharded.local(g) for g in task.grads], params, inside))
+        updates = [wrapped(x, y, p) for x, y, p in zip(found, params, task.params)]
+        news = [
+            [
+                x if x is None or (scalar and env.mode != "leaf") else [wrapped(*row) for row in zip(x, y, old)]
+                for x, y, old, scalar in zip(*columns, info.scalars)
+            ]
+            for columns, (_, _, info) in zip(zip(inner, inside, fields), task.chain.items)
+        ]
+    if env.overwrites and env.mode != "traced":
+        written_to = [*(task.params if task.applies else ()), *[x for c in task.columns for x in c if sharded.is_sharded(x)]]
+        torch.autograd.graph.increment_version(written_to)
+    return Result(updates, news)
+
+
+def in_full(task: Task) -> Result:
+    """What must see whole tensors, on each of them in turn, by every process."""
+    overwrites, fields = task.env.overwrites, task.fields
+    updates: list[Any] = []
+    news: list[list[Any]] = [[None] * len(own) for own in fields]
+    with task.env.reading():  # a tensor that is here in full may be the memory of one that is not to be written yet
+        for k, (g, p) in enumerate(zip(task.grads, task.params)):
+            row = [[[sharded.whole(c[k])] for c in own] for own in fields]
+            g_whole = sharded.whole(g)
+            (update,), found = any_of(task.on([g_whole], [sharded.whole(p)], row))
+            updates.append(written(spread(update, g_whole, g, p), p, overwrites and task.applies))
+            for columns, own, given, new, (_, _, info) in zip(news, fields, row, found, task.chain.items):
+                for f, (x, scalar) in enumerate(zip(new, info.scalars)):
+                    if x is None:
+                        continue
+                    if scalar and task.env.mode != "leaf":
+                        columns[f] = x  # the same for all parameters of a task
+                        continue
+                    columns[f] = columns[f] or []
+                    old = own[f][k]
+                    columns[f].append(x[0] if scalar else written(spread(x[0], given[f][0], old, old), old, overwrites))
+    return Result(updates, news)
+
+
+def spread(x: Any, given: Any, old: Any, like: Any) -> Any:
+    """A whole tensor, spread as `like` is; `old` if it is the whole tensor that was `given` for it."""
+    return old if x is given else sharded.spread(x, like)
+
+
+def any_of(task: Task) -> Result:
+    """Run a task on tensors of one process, which may still not be plain."""
+    task.nested = False
+    if plain(task.grads, task.params, *task.columns, optional=True):
+        return run_plain(task)
+    return _one_by_one.run(task)
+
+
+def wrapped(x: Tensor, old: Tensor, like: Tensor) -> Tensor:
+    """A part of a sharded tensor as such a tensor: as the same, if it is the same part."""
+    return like if x is old else sharded.wrapped(x, like)

@@ -1,0 +1,101 @@
+"""The program of all parameters at once, on lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep._core.lists import cast
+from purestep._executors.chains import MERGED_DTYPES
+from purestep._executors.task import Result, Task
+from purestep._executors.tiles import calculate
+from purestep._trace.program import runner
+
+
+class Traced:
+    """The program on lists, in operations that whoever traces may record."""
+
+    name = "traced"
+    when = "while `torch.compile`, `make_fx` or `torch.export` looks on"
+    how = "the same program on lists of tensors; numbers stay tensors"
+
+    def declines(self, task: Task) -> str | None:
+        return None if task.env.mode == "traced" else "nothing is traced"
+
+    def run(self, task: Task) -> Result:
+        own = task.env.own.given
+
+        def calculated(columns: list[Any], numbers: list[Any]) -> Any:
+            run = runner(task.recipe, task.applies, task.owns_grads, own, *task.chain.declarations)
+            return run(task.grads, task.params, *columns, *numbers)
+
+        return finished(task, calculated)
+
+
+class Foreach:
+    """The program on lists of tensors, one foreach call for each of its lines; large tensors in tiles that fit the cache."""
+
+    name = "foreach"
+    when = "everything else"
+    how = "the program on all parameters at once, one foreach call a line; large tensors in tiles that fit the cache"
+
+    def declines(self, task: Task) -> str | None:
+        return None
+
+    def run(self, task: Task) -> Result:
+        if task.env.wanted == "compiled":
+            return run_foreach(task)
+        with torch._C._AutoDispatchBelowAutograd():  # nothing requires grad; to ask each tensor costs a tenth of a step
+            return run_foreach(task)
+
+
+def run_foreach(task: Task) -> Result:
+    """The program of a chain on lists, with torch's kernels in the place of several lines where they compute the same."""
+
+    def calculated(columns: list[Any], numbers: list[Any]) -> Any:
+        given = (task.grads, task.params, columns)
+        return calculate(
+            task.recipe, task.chain.declarations, given, numbers,
+            apply=task.applies, own=task.owns_grads, donate=task.env.own.given, kernels=merges(task),
+        )  # fmt: skip
+
+    return finished(task, calculated)
+
+
+def collected(task: Task, calculated: Callable[[list[Any], list[Any]], Any]) -> Result | None:
+    """What a program returns for a task, in the task's form; None if `calculated` returns None."""
+    columns, places, news = task.arranged()
+    numbers = task.all_numbers()
+    found = calculated(columns, numbers)
+    if found is None:
+        return None
+    updates, *results = found
+    if any([isinstance(x, Tensor) for x in (*columns, *numbers)]):  # a 0-d parameter is promoted by a 0-d number
+        dtype = task.params[0].dtype
+        own = [True, *[place not in task.chain.encoded for place in places]]
+        updates, *results = [
+            cast(x, dtype) if yes and isinstance(x, (list, tuple)) else x for yes, x in zip(own, (updates, *results))
+        ]
+    for (j, f), x in zip(places, results):
+        news[j][f] = list(x) if isinstance(x, tuple) else x
+    return Result(list(updates) if isinstance(updates, tuple) else updates, news)
+
+
+def finished(task: Task, calculated: Callable[[list[Any], list[Any]], Any]) -> Result:
+    """`collected`, of what is always calculated."""
+    found = collected(task, calculated)
+    assert found is not None
+    return found
+
+
+def merges(task: Task) -> bool:
+    """Whether a kernel of torch's computes several lines of this program, and is right for these tensors."""
+    p = task.params[0]
+    if task.env.wanted is not None or not p.is_cpu or p.dtype not in MERGED_DTYPES:
+        return False
+    if not task.program(task.applies, task.owns_grads, True, "kernels").merged:
+        return False
+    return bool(task.fact("ordinary"))

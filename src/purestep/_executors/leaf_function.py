@@ -1,0 +1,70 @@
+"""One leaf function on one tensor, and what goes in and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep._core import maths
+from purestep._core.plain import plain
+from purestep._core.primitives import Fields, Primitive, evaluated
+from purestep._trace.program import call
+
+
+def leaf_update(value: Primitive, info: Fields, g: Tensor, columns: list[Any], p: Tensor) -> tuple[Tensor, list[Any]]:
+    """One leafwise transform on one parameter: its function on bare tensors. State is stored in the dtype it came in."""
+    d = value.declaration
+    count = lifted(columns[info.step]) if info.step >= 0 else None
+    hypers = {n: evaluated(x, count) if n in d.intervals else x for n, x in value.arguments.items()}
+    if d.state is None:
+        u, _ = call(d, g, None, p, hypers)
+        return shaped_like(g, u), [] if count is None else [stored(columns[0], count + 1)]
+    state = d.state(*[lifted(c) if scalar and c is not None else c for c, scalar in zip(columns, info.scalars)])
+    u, new = call(d, g, state, p, hypers)
+    return shaped_like(g, u), [x if c is None else stored(c, shaped_like(c, x)) for c, x in zip(columns, new)]
+
+
+def apart(results: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+    """What a leaf function returns, each tensor in memory that it shares with no other, nor with its inputs."""
+    held = {maths.memory(x) for x in given if isinstance(x, Tensor)}
+    found: list[Any] = []
+    for x in results:
+        if isinstance(x, Tensor):
+            if not plain([maths.bottom(x)[0]]):
+                x = x.clone()  # nobody knows where it is
+            elif maths.memory(x) in held or 0 in x.stride():
+                x = x.clone(memory_format=torch.contiguous_format)
+            held.add(maths.memory(x))
+        found.append(x)
+    return found
+
+
+def lifted(x: Tensor) -> Tensor:
+    """A counter in the precision that numbers are computed in."""
+    return x.to(maths.precise(x.device))
+
+
+def stored(old: Tensor, x: Any) -> Tensor:
+    """The new value of a state field, in the dtype and on the device of the old."""
+    if isinstance(x, Tensor):
+        return x if x.dtype == old.dtype else x.to(old.dtype)
+    return torch.full((), x, dtype=old.dtype, device=old.device)
+
+
+def shaped_like(like: Tensor, x: Any) -> Any:
+    """What a leaf function returns in the place of a tensor, in its shape."""
+    if isinstance(x, Tensor):
+        return x.expand(like.shape) if x.dim() < like.dim() else x
+    return torch.full_like(like, x) if like.dim() else x
+
+
+def requires_grad(x: Any) -> bool:
+    """Whether autograd follows any of the tensors in what a function has returned."""
+    if isinstance(x, Tensor):
+        return x.requires_grad
+    if isinstance(x, (list, tuple)):
+        return any([y.requires_grad if isinstance(y, Tensor) else requires_grad(y) for y in x if y is not None])
+    return isinstance(x, dict) and any(map(requires_grad, x.values()))

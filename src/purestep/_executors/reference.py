@@ -1,0 +1,94 @@
+"""The leaf functions themselves, one parameter after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from purestep._core.lists import overwrite, widest
+from purestep._executors.chains import encodes
+from purestep._executors.leaf_function import apart, leaf_update, requires_grad
+from purestep._executors.task import Result, Task
+
+
+class Reference:
+    """The leaf functions themselves: what all other executors have to agree with."""
+
+    name = "reference"
+    when = '`executor="leaf"`; where a history is recorded, parameters and state of different dtypes'
+    how = "the leaf functions themselves, one parameter at a time: an error appears on its author's line"
+
+    def declines(self, task: Task) -> str | None:
+        if task.env.mode == "leaf" and (task.env.wanted == "leaf" or mixed_history(task)):
+            return None
+        return "nobody asked for it, and the dtypes of parameters and state are the same"
+
+    def run(self, task: Task) -> Result:
+        return leaf_by_leaf(task)
+
+
+class Promoted:
+    """The leaf functions where parameters and state have different dtypes: promoted by torch's rules, and stored as before."""
+
+    name = "promoted"
+    when = "parameters and state of different dtypes"
+    how = "the leaf functions, one parameter at a time, in the wider dtype"
+
+    def declines(self, task: Task) -> str | None:
+        if task.env.mode != "leaf" and task.fact("mixed"):
+            return None
+        return "parameters and state have one dtype"
+
+    def run(self, task: Task) -> Result:
+        given = task.env.own.given
+        updates, news = leaf_by_leaf(task)
+        for (_, _, info), old, new in zip(task.chain.items, task.fields, news):
+            for f, scalar in enumerate(info.scalars):
+                if scalar:
+                    new[f] = new[f][0]
+                elif given and old[f][0] is not None:
+                    new[f] = overwrite(old[f], new[f])
+        return Result(overwrite(task.params, updates) if task.applies and given else updates, news)
+
+
+def mixed_history(task: Task) -> bool:
+    """Whether a field that is like the parameters has another dtype, or is kept in fewer bits than it is computed with."""
+    dtype = task.params[0].dtype
+    if dtype.itemsize < 4 and encodes(task.chain, task.fields):
+        return True
+    like = [own[f] for (_, _, info), own in zip(task.chain.items, task.fields) for f in info.tensors]
+    return not all([x is None or x.dtype == dtype for column in like for x in column])
+
+
+def leaf_by_leaf(task: Task) -> Result:
+    """Run the leaf functions of a chain on one parameter after the other, in place where the memory was given away."""
+    chain, fields, factor = task.chain, task.fields, task.factor
+    widens = encodes(chain, fields)
+    writes = task.env.writes
+    out: list[Any] = []
+    news: list[list[Any]] = [[[] for _ in columns] for columns in fields]
+    for k, (g, p) in enumerate(zip(task.grads, task.params)):
+        u, dtype = g, p.dtype
+        wide = widest(dtype, [own[f][k] for (_, _, info), own in zip(chain.items, fields) for f in info.tensors])
+        if widens:  # numbers that are kept in few bits are computed with in many
+            wide = torch.promote_types(wide, torch.float32)
+        if wide != dtype:  # a state of higher precision than its parameter: the mathematics is done in the state's
+            u, p = g.to(wide), p.to(wide)
+        if chain.scaled and factor is not None:
+            u = (u * factor).to(u.dtype)
+        for (_, value, info), columns, new in zip(chain.items, fields, news):
+            old = [c[k] for c in columns]
+            given = [x.to(wide) if like and x is not None else x for x, like in zip(old, info.like)]
+            was = [u, p, *given]
+            u, state = leaf_update(value, info, u, given, p)
+            *state, u = apart([*state, u], was)  # the state's memory may be given away later, and the rest is someone else's
+            in_place = writes and not (torch.is_grad_enabled() and requires_grad((u, *state)))
+            for column, x, y, like in zip(new, state, old, info.like):
+                column.append(x if x is None or not like else y.copy_(x) if in_place else x.to(y.dtype))
+        if task.applies:
+            u = p + u
+            if writes and not (torch.is_grad_enabled() and u.requires_grad):
+                u = task.params[k].copy_(u)
+        out.append(u if u.dtype == dtype else u.to(dtype))
+    return Result(out, news)

@@ -1,0 +1,21 @@
+"""The executors, in the order in which they are asked whether they take a task."""
+
+from __future__ import annotations
+
+from purestep._executors.by_parts import ByParts
+from purestep._executors.compiled import Compiled
+from purestep._executors.complex_pairs import ComplexPairs
+from purestep._executors.foreach import Foreach, Traced
+from purestep._executors.one_by_one import OneByOne
+from purestep._executors.one_tensor import Joined, SingleTensor
+from purestep._executors.packed import Packed
+from purestep._executors.reference import Promoted, Reference
+from purestep._executors.task import EXECUTORS
+from purestep._executors.torch_fused import TorchFused
+from purestep._executors.vmapped import Vmapped
+
+EXECUTORS[:] = [
+    ByParts(), OneByOne(), ComplexPairs(),
+    Reference(), Vmapped(), Joined(), SingleTensor(),  # mode leaf
+    TorchFused(), Packed(), Compiled(), Promoted(), Traced(), Foreach(),
+]  # fmt: skip

@@ -199,6 +199,9 @@ class Machine(RuleBasedStateMachine):
     def change_the_momentum(self, momentum: float) -> None:
         if self.name != "SGD" and not (self.options.get("momentum") and self.stepped):
             return  # torch's RMSprop makes its buffer at the first step or never
+        states = [s for optimizer in self.optimizers for s in optimizer.state.values()]
+        if self.name == "RMSprop" and momentum and any("momentum_buffer" not in s for s in states):
+            return  # and fails later where it has none
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 if momentum or not group.get("nesterov"):
@@ -295,8 +298,6 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 20))
     def forget_a_state(self, which: int) -> None:
         if self.name == "Adagrad":  # torch's makes its state in the constructor alone
-            return
-        if self.name == "RMSprop" and self.options.get("momentum"):  # torch's lacks the buffer if momentum is 0 at that step
             return
         for optimizer, own in self.both():
             optimizer.state.pop(own[which % len(own)], None)

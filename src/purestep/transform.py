@@ -36,6 +36,7 @@ from purestep._core.primitives import (
     state_type,
 )
 from purestep._core.values import call_of, factory_of, show
+from purestep._engine.explain import Explanation, watched
 from purestep._engine.guards import Looks
 from purestep._engine.nesting import Inner
 from purestep._engine.plan import Group, Plan
@@ -43,7 +44,7 @@ from purestep._engine.repeat import solo_of
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import Touched
 from purestep._executors.chains import detail
-from purestep._executors.task import EXECUTOR_NAMES, Env, ExecutorName, Ownership
+from purestep._executors.task import EXECUTOR_NAMES, WATCH, Env, ExecutorName, Ownership
 from purestep._trace.program import program
 
 P = ParamSpec("P")
@@ -195,6 +196,54 @@ class Transform:
         """
         return self._advance(grads, state, params, True, donate, executor_of(compile, executor), extras)
 
+    def explain(
+        self,
+        grads: PyTree,
+        state: Any,
+        params: PyTree,
+        *,
+        donate: bool = False,
+        compile: bool = False,
+        executor: ExecutorName | None = None,
+        **extras: Any,
+    ) -> Explanation:
+        """How `step` would run on these arguments: which executor takes which parameters, and why those before it declined.
+
+        A step is made on copies, so nothing of the arguments changes, but functions among them are called.
+
+        Args:
+            grads: the gradients, as for `step`; and so are all other arguments.
+            state: the state.
+            params: the parameters.
+            donate: whether the memory of `state` and `params` would be given away.
+            compile: whether Inductor would be asked for.
+            executor: which executor would be asked for.
+            **extras: what some transforms ask for at each update.
+
+        Returns:
+            a value that prints as a table: for each run of transforms the executor, how many parameters and elements, their
+            dtype and device; then reasons, whether the step cache hits, and the memory that the step takes.
+
+        Raises:
+            ValueError, TypeError: as `step` does.
+
+        >>> import torch, purestep as ps
+        >>> opt, params = ps.adamw(1e-3), {"w": torch.ones(3, 2), "b": torch.ones(3)}
+        >>> print(opt.explain(params, opt.init_state(params), params, donate=True))
+        transforms                                                      executor  parameters  elements  dtype    device
+        --------------------------------------------------------------  --------  ----------  --------  -------  ------
+        scale_by_adam -> add_decayed_weights -> scale_by_learning_rate  fused     2           9         float32  cpu
+        The step cache misses; the mode is 'program'.
+        Beside temporaries it takes 0 bytes of new memory.
+        """
+        wanted = executor_of(compile, executor)
+        leaves, spec = tree.flatten(params)
+        columns = columns_of(self.plan, self._split(state), spec)
+        everything = [*leaves, *tree.flatten_like(grads, spec, "grads"), *distinct(self.plan, columns)]
+        last = self.plan.seen(len(leaves), len(everything)).last
+        cached = last is not None and not maths.transforming() and last.fits(everything)
+        return watched(lambda g, s, p: self._advance(g, s, p, True, donate, wanted, extras), (grads, state, params), cached)
+
     def _advance(
         self,
         grads: PyTree,
@@ -215,7 +264,7 @@ class Transform:
         everything = [*leaves, *gradients, *distinct(plan, states)] if eager else []  # which tensors are one is no constant
         looks = plan.seen(len(leaves), len(everything)) if eager else Looks()
         known = looks.fit(everything)  # guard hit: these tensors were checked before, and none of them requires grad
-        if apply and donate and executor in (None, "fused", "compiled") and eager:
+        if apply and donate and executor in (None, "fused", "compiled") and eager and WATCH.decided is None:
             solo = solo_of(plan)
             if solo is not None and solo.at_once(gradients, leaves, states, known is not None and known.plain):
                 if known is None:

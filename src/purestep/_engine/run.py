@@ -32,7 +32,7 @@ from purestep._executors import registry as registry
 from purestep._executors.chains import FUSED_DTYPES, FusedChain
 from purestep._executors.flat_buffer import COUNT, SIZE
 from purestep._executors.leaf_function import requires_grad
-from purestep._executors.task import Env, ExecutorName, Mode, Ownership, Task, execute, run_plain
+from purestep._executors.task import WATCH, Decided, Env, ExecutorName, Mode, Ownership, Task, execute, run_plain
 
 Mask = Callable[[tuple[Any, ...]], "list[bool]"]
 
@@ -146,6 +146,8 @@ class Run:
             arguments[d.inner] = inner = self.inner(n, rows, d)
             given.append(inner.state(self.states[i + 1 : stage.stop]))
         state = EmptyState() if d.state is None else d.state(*given)
+        if WATCH.decided is not None:
+            WATCH.decided.append(Decided(d.name, "whole", pick(self.params, rows), self.env.mode, False, {}))
         new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **arguments)
         if self.env.watched and (requires_grad(new) or requires_grad(after)):
             self.env.record()

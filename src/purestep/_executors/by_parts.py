@@ -10,12 +10,12 @@ from torch import Tensor
 from purestep._core import maths, sharded
 from purestep._core.plain import plain
 from purestep._executors.one_by_one import OneByOne, written
-from purestep._executors.task import Result, Task, run_plain
+from purestep._executors.task import Base, Result, Task, run_plain
 
 _one_by_one = OneByOne()
 
 
-class ByParts:
+class ByParts(Base):
     """Sharded tensors (`torch.distributed.tensor.DTensor`)."""
 
     name = "by parts"

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from purestep._core.threads import OPENMP, SERIAL, one_thread
 from purestep._executors.foreach import collected
-from purestep._executors.task import Result, Task
+from purestep._executors.task import Base, Result, Task
 from purestep._trace.program import LeafDeclaration, Program, program
 
 WARM = 2**16
@@ -30,7 +30,7 @@ Function: TypeAlias = Callable[..., list[Tensor]]
 _lock = threading.Lock()
 
 
-class Compiled:
+class Compiled(Base):
     """The whole chain as one kernel, made by Inductor."""
 
     name = "compiled"

@@ -6,10 +6,10 @@ from typing import Any
 
 from purestep._core.lists import imaginary, real
 from purestep._executors.chains import FusedChain
-from purestep._executors.task import Result, Task, execute
+from purestep._executors.task import Base, Result, Task, execute
 
 
-class ComplexPairs:
+class ComplexPairs(Base):
     """Complex tensors as pairs of real numbers, in the same memory."""
 
     name = "complex"

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from purestep._core.lists import cast
 from purestep._executors.chains import MERGED_DTYPES
-from purestep._executors.task import Result, Task
+from purestep._executors.task import Base, Result, Task
 from purestep._executors.tiles import calculate
 from purestep._trace.program import runner
 
 
-class Traced:
+class Traced(Base):
     """The program on lists, in operations that whoever traces may record."""
 
     name = "traced"
@@ -35,7 +35,7 @@ class Traced:
         return finished(task, calculated)
 
 
-class Foreach:
+class Foreach(Base):
     """The program on lists of tensors, one foreach call for each of its lines; large tensors in tiles that fit the cache."""
 
     name = "foreach"

@@ -9,10 +9,10 @@ from purestep._executors.chains import encodes
 from purestep._executors.complex_pairs import in_reals, out_of_reals
 from purestep._executors.one_tensor import one
 from purestep._executors.reference import leaf_by_leaf
-from purestep._executors.task import Result, Task
+from purestep._executors.task import Base, Result, Task
 
 
-class OneByOne:
+class OneByOne(Base):
     """Tensors of types that nobody has proved the fast ways right for, one after the other, out of place.
 
     Updates are added to the parameters at last, in place where these were given away: that is what every type of parameters

@@ -10,11 +10,11 @@ from torch import Tensor
 from purestep._core.lists import flattened, parted
 from purestep._executors.chains import joinable
 from purestep._executors.leaf_function import stored
-from purestep._executors.task import Result, Task
+from purestep._executors.task import Base, Result, Task
 from purestep._trace.program import runner
 
 
-class Joined:
+class Joined(Base):
     """Small tensors as one vector, in operations that can be differentiated and batched."""
 
     name = "joined"
@@ -46,7 +46,7 @@ class Joined:
         return Result(parted(update, params), many)
 
 
-class SingleTensor:
+class SingleTensor(Base):
     """The program of one tensor, parameter by parameter."""
 
     name = "single"

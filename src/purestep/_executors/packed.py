@@ -10,11 +10,11 @@ from torch import Tensor
 from purestep._core.lists import overwrite
 from purestep._executors.chains import encodes
 from purestep._executors.flat_buffer import FlatBuffer, borrow, give_back, split
-from purestep._executors.task import Result, Task, execute
+from purestep._executors.task import Base, Result, Task, execute
 from purestep._executors.tiles import pieces
 
 
-class Packed:
+class Packed(Base):
     """Many small tensors as one: a program costs what its calls cost, and there is one call a line for all of them."""
 
     name = "packed"
@@ -37,6 +37,9 @@ class Packed:
             return "the state is kept in few bits"
         program = task.program(False, True, env.own.given)
         return None if program.elementwise and program.parts else "the chain is not elementwise"
+
+    def workspace(self, task: Task) -> int:
+        return 2 * sum([p.numel() * p.element_size() for p in task.params])
 
     def run(self, task: Task) -> Result:
         buffer = borrow(task.params, [p.shape for p in task.params])

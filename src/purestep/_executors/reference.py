@@ -9,10 +9,10 @@ import torch
 from purestep._core.lists import overwrite, widest
 from purestep._executors.chains import encodes
 from purestep._executors.leaf_function import apart, leaf_update, requires_grad
-from purestep._executors.task import Result, Task
+from purestep._executors.task import Base, Result, Task
 
 
-class Reference:
+class Reference(Base):
     """The leaf functions themselves: what all other executors have to agree with."""
 
     name = "reference"
@@ -28,7 +28,7 @@ class Reference:
         return leaf_by_leaf(task)
 
 
-class Promoted:
+class Promoted(Base):
     """The leaf functions where parameters and state have different dtypes: promoted by torch's rules, and stored as before."""
 
     name = "promoted"

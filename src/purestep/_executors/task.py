@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -287,6 +288,18 @@ class Executor(Protocol):
         """The updates and the new state; None if it turns out on the way, before anything is written, that it cannot."""
         ...
 
+    def workspace(self, task: Task) -> int:
+        """How many bytes of buffers it keeps for the next step."""
+        ...
+
+
+class Base:
+    """What most executors have in common."""
+
+    def workspace(self, task: Task) -> int:
+        """How many bytes of buffers it keeps for the next step."""
+        return 0
+
 
 EXECUTORS: list[Executor] = []
 """In the order in which they are asked; filled by `purestep._executors.registry`."""
@@ -300,13 +313,35 @@ class Decision(NamedTuple):
     executor: Executor
 
 
+class Decided(NamedTuple):
+    """What `explain` is told of a task, or of a whole transform."""
+
+    names: str
+    executor: str
+    params: list[Any]
+    mode: str
+    nested: bool
+    declined: dict[str, str]
+    workspace: int = 0  # bytes of buffers
+
+
+class Watch(threading.local):
+    """What `explain` listens to: what is decided in this thread, while it lasts."""
+
+    decided: list[Decided] | None = None
+    reasons: Callable[[Task, str], dict[str, str]] | None = None
+
+
+WATCH = Watch()
+
+
 def execute(task: Task) -> Result:
     """Run a task with the first executor that takes it.
 
     Where a guard has found the tensors of an earlier call, it is the executor that took them then.
     """
     env, facts, chain = task.env, task.facts, task.chain
-    if facts is None or env.mode != "program" or task.nested:
+    if facts is None or env.mode != "program" or task.nested or WATCH.decided is not None:
         return decide(task)[1]
     asked = (task.applies, env.wanted, env.own.given)
     last = chain.decision
@@ -323,10 +358,24 @@ def decide(task: Task) -> tuple[Executor, Result]:
     """The executor that takes a task, and what it returns."""
     for executor in EXECUTORS:
         if executor.declines(task) is None:
+            place = None if WATCH.decided is None else len(WATCH.decided)
             found = executor.run(task)
             if found is not None:
+                if place is not None:
+                    tell(task, executor, place)
                 return executor, found
     raise AssertionError("The last executor takes every task.")
+
+
+def tell(task: Task, executor: Executor, place: int) -> None:
+    """Tell `explain` which executor ran a task; those that it ran inside, from `place` on, come after it."""
+    decided, why = WATCH.decided, WATCH.reasons
+    if decided is not None:
+        declined = {} if why is None else why(task, executor.name)
+        names, env = task.chain.names, task.env
+        decided.insert(
+            place, Decided(names, executor.name, task.params, env.mode, task.nested, declined, executor.workspace(task))
+        )
 
 
 def run_plain(task: Task) -> Result:

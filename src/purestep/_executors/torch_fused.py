@@ -12,11 +12,11 @@ from torch import Tensor
 from purestep._core.lists import clones
 from purestep._executors.foreach import run_foreach
 from purestep._executors.leaf_function import stored
-from purestep._executors.task import Result, Task, all_ordinary
+from purestep._executors.task import Base, Result, Task, all_ordinary
 from purestep._executors.tiles import chunks, through
 
 
-class TorchFused:
+class TorchFused(Base):
     """One of torch's fused kernels, after a program of what comes before it in the chain."""
 
     name = "fused"

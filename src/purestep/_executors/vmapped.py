@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
-from purestep._executors.task import Result, Task
+from purestep._executors.task import Base, Result, Task
 from purestep._executors.tiles import CHUNK, SHORT, Blocks, calculate, room
 from purestep._executors.vmap_level import VmapLevel
 from purestep._trace.program import LeafDeclaration, program
@@ -27,7 +27,7 @@ FEW = 2**22
 """Up to so many elements in all members together, small ones are run at once: temporaries cost less than blocks."""
 
 
-class Vmapped:
+class Vmapped(Base):
     """All members of a vmap, and all parameters, at once."""
 
     name = "vmapped"

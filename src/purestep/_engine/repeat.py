@@ -19,7 +19,7 @@ from purestep._engine.guards import Look, Looks
 from purestep._engine.numbers import Numbers
 from purestep._engine.plan import Plan
 from purestep._engine.run import choose, one
-from purestep._executors.chains import FusedChain, Kernel
+from purestep._executors.chains import FusedChain, Kernel, details
 from purestep._executors.task import Env, ExecutorName, Ownership, Task, execute
 
 PRIVATE = Ownership(given=True, private=True)
@@ -40,6 +40,7 @@ class Solo(NamedTuple):
     keys: tuple[str, ...]  # the same, as the chain's state calls them
     places: tuple[tuple[int, int], ...]  # the item of the segment and the number of each of these fields
     counters: tuple[tuple[str, int, int], ...]  # the key, the item and the number of those that are one number
+    recipe: Any  # of the program
 
     @classmethod
     def of(cls, plan: Plan) -> Solo | None:
@@ -57,7 +58,8 @@ class Solo(NamedTuple):
         counters = tuple(
             [(plan.keys[i][f], j, f) for j, (i, _, info) in enumerate(segment.items) for f, s in enumerate(info.scalars) if s]
         )
-        return cls(segment, segment.kernel, tuple(names), tuple(keys), places, counters)
+        recipe = details(segment, tuple([(False,) * len(info.names) for _, _, info in segment.items]))
+        return cls(segment, segment.kernel, tuple(names), tuple(keys), places, counters, recipe)
 
     def again(
         self,
@@ -71,8 +73,13 @@ class Solo(NamedTuple):
 
         Nothing has changed if it is False: then more is new than those, and it takes a `Call` to look at it.
         """
+        columns: list[list[Any]] = []
+        counters: list[list[Any]] = []
         try:
-            columns, counters = self.columns(states)
+            for key in self.keys:
+                columns.append([s[key] for s in states])  # noqa: PERF401  (a comprehension around it is one call more)
+            for key, _, _ in self.counters:
+                counters.append([s[key] for s in states])
         except KeyError:
             return False
         everything = [*params, *grads, *flat.from_iterable(columns)]
@@ -97,46 +104,46 @@ class Solo(NamedTuple):
                 vector.add_(1)
             self.run(params, grads, columns, counts[0] if counts else 0, counters[0][0] if counters else ZERO)
         else:
-            self.repeat(grads, params, states, columns, counters, vectors, executor, look)
+            self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), look.facts)
         return True
-
-    def columns(self, states: Sequence[Mapping[str, Any]]) -> tuple[list[list[Any]], list[list[Any]]]:
-        """The fields of these states, each a list over the parameters, and the counters."""
-        columns = [[s[key] for s in states] for key in self.keys]
-        counters = [[s[key] for s in states] for key, _, _ in self.counters]
-        return columns, counters
 
     def distinct(self, vectors: list[Tensor]) -> list[Tensor]:
         """The counters of these as vectors, each once: several items may have the same."""
         return list({key: vector for (key, _, _), vector in zip(self.counters, vectors)}.values())
 
+    def numbers(self, executor: ExecutorName | None, counters: list[list[Tensor]], counts: list[Any]) -> Numbers:
+        """What numbers the step takes: the counters have been read."""
+        numbers = Numbers(Env("program", executor, PRIVATE))
+        for column, count in zip(counters, counts):
+            numbers.read[id(column[0])] = count
+        return numbers
+
     def repeat(
         self,
-        grads: list[Any],
-        params: list[Tensor],
-        states: Any,
+        lists: tuple[list[Any], list[Tensor]],
         columns: list[list[Tensor]],
         counters: list[list[Tensor]],
         vectors: list[Tensor],
-        executor: ExecutorName | None,
-        look: Look,
+        numbers: Numbers,
+        facts: dict[Any, Any] | None,
     ) -> None:
         """The program of the plan, in place."""
-        fields: list[list[Any]] = [[None] * len(info.names) for _, _, info in self.segment.items]
+        fields: list[list[Any]] = []
+        for _, _, info in self.segment.items:
+            fields.append([None] * len(info.names))
         for (j, f), column in zip(self.places, columns):
             fields[j][f] = column
         for (_, j, f), column in zip(self.counters, counters):
             fields[j][f] = column[:1]
-        env = Env("program", executor, PRIVATE)
-        task = Task(self.segment, (grads, params, fields), True, env, Numbers(env))
-        task.facts = look.facts
+        task = Task(self.segment, (*lists, fields), True, numbers.env, numbers)
+        task.facts, task.recipe = facts, self.recipe
         _, news = execute(task)
         for column, (j, f) in zip(columns, self.places):
-            if not all(map(operator.is_, column, news[j][f])):
+            if news[j][f] is not column and not all(map(operator.is_, column, news[j][f])):
                 torch._foreach_copy_(column, news[j][f])
         for vector, (_, j, f) in zip(vectors, self.counters):
             vector.fill_(news[j][f])
-        torch.autograd.graph.increment_version(params)
+        torch.autograd.graph.increment_version(lists[1])
 
     def at_once(self, grads: list[Any], params: list[Any], states: list[Any], plain: bool) -> bool:
         """The update of parameters and states that were given away, all of them in place, by a kernel, if there is one and

@@ -73,7 +73,7 @@ def collected(task: Task, calculated: Callable[[list[Any], list[Any]], Any]) -> 
     if found is None:
         return None
     updates, *results = found
-    if any([isinstance(x, Tensor) for x in (*columns, *numbers)]):  # a 0-d parameter is promoted by a 0-d number
+    if tensors_among(columns) or tensors_among(numbers):  # a 0-d parameter is promoted by a 0-d number
         dtype = task.params[0].dtype
         own = [True, *[place not in task.chain.encoded for place in places]]
         updates, *results = [
@@ -82,6 +82,14 @@ def collected(task: Task, calculated: Callable[[list[Any], list[Any]], Any]) -> 
     for (j, f), x in zip(places, results):
         news[j][f] = list(x) if isinstance(x, tuple) else x
     return Result(list(updates) if isinstance(updates, tuple) else updates, news)
+
+
+def tensors_among(values: list[Any]) -> bool:
+    """Whether any of these is a tensor."""
+    for x in values:  # noqa: SIM110  (any() would be one call more)
+        if isinstance(x, Tensor):
+            return True
+    return False
 
 
 def finished(task: Task, calculated: Callable[[list[Any], list[Any]], Any]) -> Result:

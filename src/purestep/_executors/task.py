@@ -141,6 +141,10 @@ class Task:
             self._recipe = details(self.chain, absent(self.fields))
         return self._recipe
 
+    @recipe.setter
+    def recipe(self, recipe: Any) -> None:
+        self._recipe = recipe
+
     def program(self, applies: bool, owns: bool, given: bool, form: Form = "lists") -> Program:
         """The program of this chain."""
         return program(self.recipe, applies, owns, given, *self.chain.declarations, form=form)
@@ -179,7 +183,9 @@ class Task:
     def arranged(self) -> Arranged:
         """The fields as a program takes and returns them."""
         number, columns, places = self.numbers.number, [], []
-        news: list[list[Any]] = [[None] * len(own) for own in self.fields]
+        news: list[list[Any]] = []
+        for own in self.fields:
+            news.append([None] * len(own))  # noqa: PERF401  (a comprehension is a call)
         for j, ((_, value, info), own) in enumerate(zip(self.chain.items, self.fields)):
             for f, (c, scalar) in enumerate(zip(own, info.scalars)):
                 if c[0] is None:
@@ -265,7 +271,7 @@ def mixed(task: Task) -> bool:
 
 
 FACTS: dict[str, Callable[[Task], Any]] = {
-    "in order": in_order, "packable": packable, "ordinary": ordinary, "mixed": mixed,
+    "in order": in_order, "packable": packable, "mixed": mixed, "ordinary": ordinary,
 }  # fmt: skip
 """What executors ask of tensors; it depends on their types, dtypes, devices, shapes and strides alone, which guards look at."""
 

@@ -59,93 +59,17 @@ class Direction(NamedTuple):
     lines: list[Op]  # of the mean, which overwrite m
 
 
-class FusionPass:
-    """The search for lines that one kernel computes.
+class Lines:
+    """The lines of a program while some of them are fused, and the memory that their results are in."""
 
-    The kernel takes the place of the last of them. So no remaining line may read what the kernel writes before the kernel has
-    written it, and none may overwrite what the kernel reads before the kernel has read it.
-    """
-
-    def __init__(self, ops: list[Op], graph: fx.Graph, values: Values) -> None:
+    def __init__(self, ops: list[Op], values: Values) -> None:
         self.ops = [dataclasses.replace(op) for op in ops]
-        self.graph, self.values = graph, values
-        self.by = {op.out: op for op in self.ops}
+        self.values = values
+        self.by = {op.out: op for op in self.ops}  # the original line of each list
 
-    def run(self) -> list[Op]:
-        """The lines after fusion."""
-        for last in list(self.ops):
-            found = self.adam(last) or self.sgd(last)
-            if found is not None:
-                self.preserve(found.line.args[1], last, found.gone)
-                self.ops = [found.line if op is last else op for op in self.ops if op not in found.gone]
-        return self.ops
-
-    def adam(self, last: Op) -> Fusion | None:
-        """The fused line `adam_` for the lines that end in this one: p + k*x/(c*sqrt(v) + e), those of v, and those of x."""
-        if last.name != "addcdiv" or last.inplace != 0:
-            return None
-        p, x, divisor, k = last.args
-        root = self.root(divisor)
-        square = None if root is None else self.mean_square(root.v)
-        direction = None if square is None else self.direction(x, square.g)
-        if root is None or square is None or direction is None:
-            return None
-        further = {root.v: 3} | ({x: 2} if direction.lines else {})
-        gone = [*root.lines, *square.lines, *direction.lines]
-        if self.read_before(last, further, gone):
-            return None
-        numbers = [direction.b1, square.b2, self.factor(last, root), root.added.args[1] if root.added else 0.0, k]
-        line = Op(last.out, "adam", [p, square.g, direction.m, square.v, *numbers], inplace=0, further=further)
-        return Fusion(line, gone)
-
-    def root(self, node: fx.Node) -> Root | None:
-        """The lines that make a list from the root of another; None if the list is made in another way."""
-        added = self.with_number(node, "add")
-        node = added.args[0] if added else node
-        outer = self.with_number(node, "mul", "div")
-        node = outer.args[0] if outer else node
-        root = self.by.get(node)
-        if root is None or root.name != "sqrt" or self.values.uses[node] != 1:
-            return None
-        inner = self.with_number(root.args[0], "mul", "div")
-        v = inner.args[0] if inner else root.args[0]
-        return Root(v, inner, outer, added, [op for op in (added, outer, root, inner) if op is not None])
-
-    def mean_square(self, node: fx.Node) -> MeanSquare | None:
-        """The lines that make a list as a running mean of squares in place; None if the list is made in another way."""
-        square = self.by.get(node)
-        if square is None or square.name != "addcmul" or square.inplace != 0 or square.args[1] is not square.args[2]:
-            return None
-        old, g, _, weight = square.args
-        decayed = self.with_number(old, "mul")
-        if decayed is None or decayed.inplace != 0 or complement(weight) is not decayed.args[1]:
-            return None
-        v, b2 = decayed.args
-        return MeanSquare(v, g, b2, [square, decayed])
-
-    def direction(self, x: fx.Node, g: fx.Node) -> Direction | None:
-        """A list as a direction that the kernel can take; None if the kernel cannot."""
-        if x is g:
-            return Direction(None, 0.0, [])
-        mean = self.by.get(x)
-        if mean is None:
-            return None
-        if self.values.uses[x] == 1 and (self.is_temporary(x) or self.home(x) is self.home(g)):
-            return Direction(x, 1.0, [])  # the kernel may overwrite x
-        if mean.name != "lerp" or mean.inplace != 0 or mean.args[1] is not g:
-            return None
-        b1 = complement(mean.args[2])
-        return None if b1 is None else Direction(mean.args[0], b1, [mean])
-
-    def sgd(self, last: Op) -> Fusion | None:
-        """The fused line `sgd_` for the lines that end in this one: p + k*(g + decay*p)."""
-        if last.name != "axpy" or last.inplace != 0:
-            return None
-        p, x, k = last.args
-        decayed = self.by.get(x)
-        if decayed is None or decayed.name != "axpy" or decayed.args[1] is not p or self.values.uses[x] != 1:
-            return None
-        return Fusion(Op(last.out, "sgd", [p, decayed.args[0], decayed.args[2], k], inplace=0), [decayed])
+    def replace(self, last: Op, fusion: Fusion) -> None:
+        """Put a fused line in the place of the last of the lines that it replaces."""
+        self.ops = [fusion.line if op is last else op for op in self.ops if op not in fusion.gone]
 
     def with_number(self, node: fx.Node, *names: str) -> Op | None:
         """The line that makes this list from another one and a number, if it has one of these names and is read once."""
@@ -177,6 +101,93 @@ class FusionPass:
         for op in self.ops[start : self.ops.index(last)]:
             if op.inplace is not None and op not in gone and self.home(op.args[op.inplace]) is home:
                 op.inplace = None
+
+
+class FusionPass:
+    """The search for lines that one kernel computes.
+
+    The kernel takes the place of the last of them. So no remaining line may read what the kernel writes before the kernel has
+    written it, and none may overwrite what the kernel reads before the kernel has read it.
+    """
+
+    def __init__(self, ops: list[Op], graph: fx.Graph, values: Values) -> None:
+        self.lines, self.graph, self.values = Lines(ops, values), graph, values
+
+    def run(self) -> list[Op]:
+        """The lines after fusion."""
+        for last in list(self.lines.ops):
+            found = self.adam(last) or self.sgd(last)
+            if found is not None:
+                self.lines.preserve(found.line.args[1], last, found.gone)
+                self.lines.replace(last, found)
+        return self.lines.ops
+
+    def adam(self, last: Op) -> Fusion | None:
+        """The fused line `adam_` for the lines that end in this one: p + k*x/(c*sqrt(v) + e), those of v, and those of x."""
+        if last.name != "addcdiv" or last.inplace != 0:
+            return None
+        p, x, divisor, k = last.args
+        root = self.root(divisor)
+        square = None if root is None else self.mean_square(root.v)
+        direction = None if square is None else self.direction(x, square.g)
+        if root is None or square is None or direction is None:
+            return None
+        further = {root.v: 3} | ({x: 2} if direction.lines else {})
+        gone = [*root.lines, *square.lines, *direction.lines]
+        if self.lines.read_before(last, further, gone):
+            return None
+        numbers = [direction.b1, square.b2, self.factor(last, root), root.added.args[1] if root.added else 0.0, k]
+        line = Op(last.out, "adam", [p, square.g, direction.m, square.v, *numbers], inplace=0, further=further)
+        return Fusion(line, gone)
+
+    def root(self, node: fx.Node) -> Root | None:
+        """The lines that make a list from the root of another; None if the list is made in another way."""
+        added = self.lines.with_number(node, "add")
+        node = added.args[0] if added else node
+        outer = self.lines.with_number(node, "mul", "div")
+        node = outer.args[0] if outer else node
+        root = self.lines.by.get(node)
+        if root is None or root.name != "sqrt" or self.values.uses[node] != 1:
+            return None
+        inner = self.lines.with_number(root.args[0], "mul", "div")
+        v = inner.args[0] if inner else root.args[0]
+        return Root(v, inner, outer, added, [op for op in (added, outer, root, inner) if op is not None])
+
+    def mean_square(self, node: fx.Node) -> MeanSquare | None:
+        """The lines that make a list as a running mean of squares in place; None if the list is made in another way."""
+        square = self.lines.by.get(node)
+        if square is None or square.name != "addcmul" or square.inplace != 0 or square.args[1] is not square.args[2]:
+            return None
+        old, g, _, weight = square.args
+        decayed = self.lines.with_number(old, "mul")
+        if decayed is None or decayed.inplace != 0 or complement(weight) is not decayed.args[1]:
+            return None
+        v, b2 = decayed.args
+        return MeanSquare(v, g, b2, [square, decayed])
+
+    def direction(self, x: fx.Node, g: fx.Node) -> Direction | None:
+        """A list as a direction that the kernel can take; None if the kernel cannot."""
+        if x is g:
+            return Direction(None, 0.0, [])
+        mean = self.lines.by.get(x)
+        if mean is None:
+            return None
+        if self.values.uses[x] == 1 and (self.lines.is_temporary(x) or self.lines.home(x) is self.lines.home(g)):
+            return Direction(x, 1.0, [])  # the kernel may overwrite x
+        if mean.name != "lerp" or mean.inplace != 0 or mean.args[1] is not g:
+            return None
+        b1 = complement(mean.args[2])
+        return None if b1 is None else Direction(mean.args[0], b1, [mean])
+
+    def sgd(self, last: Op) -> Fusion | None:
+        """The fused line `sgd_` for the lines that end in this one: p + k*(g + decay*p)."""
+        if last.name != "axpy" or last.inplace != 0:
+            return None
+        p, x, k = last.args
+        decayed = self.lines.by.get(x)
+        if decayed is None or decayed.name != "axpy" or decayed.args[1] is not p or self.values.uses[x] != 1:
+            return None
+        return Fusion(Op(last.out, "sgd", [p, decayed.args[0], decayed.args[2], k], inplace=0), [decayed])
 
     def factor(self, last: Op, root: Root) -> Any:
         """The number c of `adam_`: outer * sqrt(inner), as a number of the program."""

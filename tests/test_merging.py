@@ -14,8 +14,7 @@ import purestep as ps
 import purestep._executors.tiles
 from purestep import optim
 from purestep._core import threads
-from purestep._trace import fusion as merging
-from purestep._trace import program
+from purestep._trace import fused, program
 from tests.problems import difference
 
 SHAPES = [(3, 4), (5,), (), (1,), (70, 3), (0,)]
@@ -357,7 +356,7 @@ def test_the_program() -> None:
 
 def test_a_mean_that_nearly_stays() -> None:
     """The weight of `NEARLY` changes no number, and corrects no bias."""
-    assert merging.NEARLY < 1
-    assert 1 - merging.NEARLY ** float(merging.MANY) == 1  # exactly: exp(-128) is lost next to it
+    assert fused.NEARLY < 1
+    assert 1 - fused.NEARLY ** float(fused.MANY) == 1  # exactly: exp(-128) is lost next to it
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(x + (1 - merging.NEARLY) * (x.flip(0) - x), x)
+    assert torch.equal(x + (1 - fused.NEARLY) * (x.flip(0) - x), x)

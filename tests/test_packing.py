@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = purestep._executors.packed.in_buffer
 
     def in_buffer(*args: Any) -> Any:
-        counted.append(1)
+        counted.append(len(args[0].params))
         return original(*args)
 
     monkeypatch.setattr("purestep._executors.packed.in_buffer", in_buffer)

@@ -13,6 +13,7 @@ from purestep._core import maths
 from purestep._core.primitives import SCALED, LinkDeclaration, Primitive, fields_of
 from purestep._executors.tiles import SHORT
 from purestep._trace.program import Program, program
+from purestep._trace.recipe import NUMBER, OFF, LeafSpec
 
 
 class Kernel(NamedTuple):
@@ -58,7 +59,7 @@ class FusedChain:
         self.declarations = [SCALED] * scaled + [value.declaration for value in values]
         self.names = " -> ".join([d.name for d in self.declarations])
         self.encoded = [(j, f) for j, (_, _, info) in enumerate(self.items) for f, yes in enumerate(info.encoded) if yes]
-        self.details: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.details: dict[tuple[Any, ...], tuple[LeafSpec, ...]] = {}
         self.decision: Any = None  # see `purestep._executors.task.Decision`
         self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
         self.hypers = arguments_of(values)
@@ -150,20 +151,20 @@ def encodes(segment: FusedChain, fields: Any) -> bool:
     return any([fields[j][f][0] is not None for j, f in segment.encoded])
 
 
-def details(segment: FusedChain, absent: tuple[tuple[bool, ...], ...]) -> tuple[Any, ...]:
-    """What a recipe says of these links when their states lack these fields, but for their declarations."""
+def details(segment: FusedChain, absent: tuple[tuple[bool, ...], ...]) -> tuple[LeafSpec, ...]:
+    """What a recipe says of these transforms when their states lack these fields, except for their declarations."""
     found = segment.details.get(absent)
     if found is None:
         parts = [detail(v, a) for (_, v, _), a in zip(segment.items, absent)]
-        found = segment.details[absent] = tuple([((), (), (0,))] * segment.scaled + parts)
+        found = segment.details[absent] = tuple([LeafSpec((), (), (NUMBER,))] * segment.scaled + parts)
     return found
 
 
-def detail(value: Primitive, absent: tuple[bool, ...]) -> tuple[Any, ...]:
-    """What a recipe says of one link, as in `Part`."""
+def detail(value: Primitive, absent: tuple[bool, ...]) -> LeafSpec:
+    """What a recipe says of one transform, except for its declaration."""
     d, a = value.declaration, value.arguments
-    tuples = tuple([len(x) if isinstance(x, tuple) else -1 if x is None else 0 for x in [a[n] for n in d.hypers]])
-    return (absent if d.state else (), tuple([a[n] for n in d.switches]), tuples)
+    hypers = tuple([len(x) if isinstance(x, tuple) else OFF if x is None else NUMBER for x in [a[n] for n in d.hypers]])
+    return LeafSpec(absent if d.state else (), tuple([a[n] for n in d.switches]), hypers)
 
 
 JOINED = 2**13

@@ -143,7 +143,7 @@ def test_an_error_while_loading_changes_nothing(make: Any, monkeypatch: pytest.M
     _, optimizer = begin(make)
     saved = copy.deepcopy(optimizer.state_dict())
     before = Everything(optimizer)
-    monkeypatch.setattr(type(optimizer), "_keep_precision", lambda *_: 1 / 0)
+    monkeypatch.setattr("purestep._optimizer.optimizer.keep_precision", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         optimizer.load_state_dict(saved)
     before.check()

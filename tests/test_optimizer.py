@@ -1691,7 +1691,7 @@ def test_numbers_of_all_kinds(lr: Any) -> None:
 
 def test_a_captured_step_reads_the_learning_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU there are no graphs: what one would capture is a step that finds its learning rate in a tensor."""
-    monkeypatch.setattr("purestep._optimizer.optimizer.captures", lambda p: True)
+    monkeypatch.setattr("purestep._optimizer.options.captures", lambda p: True)
     for make in (
         lambda p: optim.AdamW(p, lr=0.5, capturable=True),
         lambda p: optim.Optimizer(p, ps.chain(ps.clip_by_global_norm(9.0), ps.sgd(lr=0.5, momentum=0.9)), capturable=True),
@@ -1700,22 +1700,22 @@ def test_a_captured_step_reads_the_learning_rates(monkeypatch: pytest.MonkeyPatc
         optimizer = make([p])
         p.grad = torch.ones(3)
         optimizer.step()
-        (transform,) = optimizer._transforms()
+        (transform,) = optimizer._options.transforms(optimizer.param_groups)
         rate = transform.hyperparams["lr"]
         assert isinstance(rate, Tensor)
         assert optimizer.param_groups[0]["lr"] == 0.5  # as torch has it
         optimizer.param_groups[0]["lr"] = 0.25
         with monkeypatch.context() as patch:
-            patch.setattr("purestep._optimizer.optimizer.capturing", lambda: True)
+            patch.setattr("purestep._optimizer.options.capturing", lambda: True)
             optimizer.step()
             assert rate == 0.5
         optimizer.param_groups[0]["lr"] = 0.125
         optimizer.refresh()
         assert rate == 0.125
-        assert optimizer._transforms()[0].hyperparams["lr"] is rate
+        assert optimizer._options.transforms(optimizer.param_groups)[0].hyperparams["lr"] is rate
         copy = pickle.loads(pickle.dumps(optimizer))
         copy.step()
-        assert copy._transforms()[0].hyperparams["lr"] == 0.125
+        assert copy._options.transforms(copy.param_groups)[0].hyperparams["lr"] == 0.125
 
 
 @pytest.mark.gpu

@@ -311,7 +311,7 @@ def test_what_is_written_into_a_state_before_the_first_step_counts(name: str, wa
         p = nn.Parameter(torch.zeros(3))
         optimizer = getattr(optim, name)([p], **options, **FLAGS[flags])
         if at == "given":  # the same numbers in the functional form
-            opt = optimizer._transforms()[0]
+            opt = optimizer._options.transforms(optimizer.param_groups)[0]
             params = [torch.zeros(3)]
             state = opt.init_state(params)
             value = FILLED[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ FOLDER = Path(make.__file__).parent
 OLD = make.transforms()
 
 
-def load(name: str) -> object:
+def load(name: str) -> Any:
     return pickle.loads((FOLDER / f"{name}.pkl").read_bytes())
 
 
@@ -41,6 +42,18 @@ def test_an_optimizer_continues() -> None:
             p.grad = torch.ones_like(p)
         o.step()
     torch.testing.assert_close(params, others)
+
+
+def test_an_optimizer_before_its_first_step() -> None:
+    results = []
+    for optimizer in (load("fresh"), make.fresh()):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        results.append((params, optimizer.state_dict()["state"]))
+    torch.testing.assert_close(*results)
 
 
 def test_schedules() -> None:

@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler
 
 import purestep as ps
 from purestep import optim
-from purestep._optimizer.optimizer import mirrored
+from purestep._optimizer.mirror import mirrored
 
 # --------------------------------------------------------------------------------------------- parameters without a shape
 

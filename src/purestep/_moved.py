@@ -7,9 +7,10 @@ import sys
 import torch
 
 from purestep._core import masks, primitives, values
-from purestep._optimizer import optimizer
+from purestep._optimizer import begun, optimizer
 
 MODULES = {
+    "purestep.begun": begun,
     "purestep.links": primitives,
     "purestep.masks": masks,
     "purestep.optimizer": optimizer,

@@ -2,7 +2,7 @@
 
 A *leafwise* transform treats each parameter on its own: a function of one tensor, written once, out of place. A *whole*
 transform sees all parameters together. `chain` puts transforms one after the other. Pytrees enter and leave here, and only
-here; what happens to the lists in between is `purestep._engine.engine`'s.
+here; what happens to the lists in between is `purestep._engine.run`'s.
 """
 
 from __future__ import annotations

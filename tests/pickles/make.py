@@ -68,6 +68,12 @@ def optimizer() -> tuple[list[torch.Tensor], optim.Optimizer]:
     return own, made
 
 
+def fresh() -> optim.Optimizer:
+    """An optimizer of a partition before its first step."""
+    own = [(n, torch.nn.Parameter(x)) for n, x in params().items()]
+    return optim.Optimizer(own, transforms()["partition"])
+
+
 def schedule() -> Any:
     return schedules.join([schedules.linear(0.0, 1.0, total_steps=10), schedules.cosine(1.0, total_steps=100)], [10])
 
@@ -76,6 +82,7 @@ def main() -> None:
     for name, transform in transforms().items():
         (HERE / f"{name}.pkl").write_bytes(pickle.dumps((transform, *steps(transform)), protocol=4))
     (HERE / "optimizer.pkl").write_bytes(pickle.dumps(optimizer(), protocol=4))
+    (HERE / "fresh.pkl").write_bytes(pickle.dumps(fresh(), protocol=4))
     (HERE / "schedules.pkl").write_bytes(pickle.dumps(schedule(), protocol=4))
 
 

@@ -11,13 +11,13 @@ than a tensor promises, and only of plain tensors are all of these true and test
   memory, and a pointer can be handed to a kernel.
 * torch's fused kernels: the same, and a dtype that the kernel is known to be right for
   (`purestep._engine.plan.Kernel.computes`).
-* below autograd (`purestep._engine.engine`, `purestep._engine.repeat`): nothing above the backend has to see an operation.
+* below autograd (`purestep._executors`, `purestep._engine.repeat`): nothing above the backend has to see an operation.
 * remembered steps (`purestep._engine.repeat`, `purestep._engine.guards`): what is the same object is the same memory.
   `torch.compile`'s guards ask for exact types, so what they know to be plain is.
 
 None of it is true of a `DTensor`, of a tensor whose numbers are kept in few bits, or of a subclass that watches what is
 done to it, as a user's own may. The engine runs such tensors by themselves, in operations of torch's that anyone could call:
-`purestep._engine.engine.Call.odd`. What is sharded is the concern of `purestep._core.sharded`.
+`Task.odd` in `purestep._executors.task`. What is sharded is the concern of `purestep._core.sharded`.
 """
 
 from __future__ import annotations

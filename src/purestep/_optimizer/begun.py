@@ -16,8 +16,10 @@ from torch.utils import _pytree as pytree
 
 from purestep._core import sharded
 from purestep._core.plain import plain
-from purestep._core.primitives import Primitive, fresh_state, fresh_whole_state
+from purestep._core.primitives import Primitive, fields_of, fresh_state, fresh_whole_state
 from purestep._core.values import same
+from purestep._engine.counters import traced
+from purestep.transform import Transform
 
 
 class Begun(NamedTuple):
@@ -56,17 +58,40 @@ def options_of(value: Primitive) -> dict[str, Any]:
     return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, chosen)
 
 
-def reads(value: Primitive, p: Tensor) -> bool:
-    """Whether the first state of a leafwise transform depends on the values of the parameter, and not only on its kind."""
-    zeros, ones = (fresh_state(value, x) for x in probes(p))
-    pairs = [(x, y) for x, y in zip(zeros, ones) if isinstance(x, Tensor) and isinstance(y, Tensor)]
-    return any([x.shape != y.shape or not torch.equal(x, y) for x, y in pairs])
+def options_in(transform: Transform) -> dict[str, Any]:
+    """The hyperparameters that first states depend on, by the name of the first field of each state."""
+    links = [(names, link.transform) for names, link in zip(transform.plan.keys, transform.links)]
+    return {names[0]: options_of(value) for names, value in links if names and value.declaration.init_names}
 
 
-def reads_whole(value: Primitive, p: Tensor) -> set[int]:
-    """Which fields of the first state of a whole transform depend on the values of the parameters, by their number."""
-    zeros, ones = (list(fresh_whole_state(value, [x])) for x in probes(p))
-    return {f for f, (x, y) in enumerate(zip(zeros, ones)) if not same(x, y)}
+class Dependence:
+    """Says which first states depend on the values of parameters. Each declaration is probed once."""
+
+    def __init__(self) -> None:
+        self._leafwise: dict[Any, bool] = {}
+        self._whole: dict[Any, set[int]] = {}
+
+    def leafwise(self, value: Primitive, p: Tensor) -> bool:
+        """Whether the first state of a leafwise transform depends on the values of the parameter, and not only on its kind."""
+        found = self._leafwise.get(value.declaration)
+        if found is None:
+            if traced() or p.is_meta:
+                return True
+            zeros, ones = (fresh_state(value, x) for x in probes(p.detach()))
+            pairs = [(x, y) for x, y in zip(zeros, ones) if isinstance(x, Tensor) and isinstance(y, Tensor)]
+            found = any([x.shape != y.shape or not torch.equal(x, y) for x, y in pairs])
+            self._leafwise[value.declaration] = found
+        return found
+
+    def whole(self, value: Primitive, p: Tensor) -> set[int]:
+        """The fields of the first state of a whole transform that depend on the values of the parameters, by their number."""
+        found = self._whole.get(value.declaration)
+        if found is None:
+            if traced() or p.is_meta:
+                return set(range(len(fields_of(value).names)))
+            zeros, ones = (list(fresh_whole_state(value, [x])) for x in probes(p.detach()))
+            found = self._whole[value.declaration] = {f for f, (x, y) in enumerate(zip(zeros, ones)) if not same(x, y)}
+        return found
 
 
 def probes(p: Tensor) -> list[Tensor]:

@@ -7,7 +7,8 @@ group's `lr` is another, somebody has written it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain as chained
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch import Tensor
 from purestep._core.hyper import several
 from purestep._core.maths import readable
 from purestep._core.values import Schedule, as_schedule
+from purestep._optimizer.selection import Contents
 from purestep.schedules.pieces import scale
+from purestep.transform import Transform
 
 SHOWN = "scheduled_"
 """What the number that the optimizer has shown for an option is called in the group: this and the option's name."""
@@ -141,14 +144,19 @@ class Schedules:
                 if name in group and x.replaced(group, name):
                     group[SHOWN + name] = None
 
-    def show(self, group: dict[str, Any], count: Callable[[Any], Any]) -> None:
-        """Show the numbers of the last step in a group; `count` says how many updates a schedule has seen, if it can."""
-        for name, x in self.of(group).items():
-            if group.get(SHOWN + name) is None or INITIAL + name in group:
-                continue
-            steps = count(x.option(group, name))
-            x.steps = x.steps if steps is None else steps
-            group[name] = group[SHOWN + name] = x.at(x.steps)
+    def show(self, contents: Contents, transforms: list[Transform], exactly: bool = False) -> None:
+        """Show in the groups the numbers that schedules had at the last step.
+
+        A counter on a device is waited for only if the numbers are to be shown `exactly`; else the steps are counted here.
+        """
+        for group, transform in zip(contents.groups, transforms):
+            for name, x in self.of(group).items():
+                if group.get(SHOWN + name) is None or INITIAL + name in group:
+                    continue
+                count = updates(contents, group, transform, x.option(group, name))
+                if count is not None and (not isinstance(count, Tensor) or readable(count) or (exactly and not count.is_meta)):
+                    x.steps = int(count)
+                group[name] = group[SHOWN + name] = x.at(x.steps)
 
     def by_place(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """The schedules of these groups, to be given to others."""
@@ -164,3 +172,18 @@ class Schedules:
                     group.setdefault(SHOWN + name, group[name])
                     made.put(group, name, Following(schedule), None)
         return made
+
+
+def updates(contents: Contents, group: dict[str, Any], transform: Transform, schedule: Any) -> Any:
+    """How many updates the part of a transform that follows this schedule has made, of the first parameter that moved."""
+    wanted = {id(x) for x in (schedule if isinstance(schedule, tuple) else (schedule,)) if follows(x)}
+    for link, names, info in zip(transform.links, transform.plan.keys, transform.plan.fields):
+        given = link.transform.arguments.values()
+        if info.step < 0 or not wanted & {id(y) for x in given for y in (x if isinstance(x, tuple) else (x,))}:
+            continue
+        key = names[info.step]
+        if not info.leaves[info.step]:
+            return contents.shared.get(key)
+        states = [(p, s) for p in group["params"] if (s := contents.of(p)) and key in s]
+        return next(chained([s[key] for p, s in states if p.grad is not None], [s[key] for _, s in states]), None)
+    return None

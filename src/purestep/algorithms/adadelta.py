@@ -8,7 +8,8 @@ from torch import Tensor, zeros_like
 
 from purestep._core.hyper import Hyper, NonNegative, UnitInterval
 from purestep._core.maths import Scalar, counter, root
-from purestep._optimizer.optimizer import Optimizer, Params, over
+from purestep._optimizer.mirror import over
+from purestep._optimizer.optimizer import Optimizer, Params
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction, scale_by_learning_rate

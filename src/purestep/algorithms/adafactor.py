@@ -10,7 +10,8 @@ from torch.linalg import vector_norm
 
 from purestep._core.hyper import Hyper, Interval, NonNegative
 from purestep._core.maths import Scalar, counter, lerp, maximum, minimum, operation, readable, root, transforming
-from purestep._optimizer.optimizer import Optimizer, Params, over
+from purestep._optimizer.mirror import over
+from purestep._optimizer.optimizer import Optimizer, Params
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.norms import ELSEWHERE, real
 from purestep.transforms.scale import direction

@@ -26,8 +26,10 @@ from purestep._core.maths import counter, maximum, minimum, precise, root, some,
 from purestep._core.plain import plain
 from purestep._engine.run import choose
 from purestep._executors.flat_buffer import joined, offset
-from purestep._optimizer.optimizer import NOTHING, Optimizer, Params, check_number, over
-from purestep._optimizer.shared import Place
+from purestep._optimizer.checkpoint import check_number
+from purestep._optimizer.mirror import over
+from purestep._optimizer.optimizer import Optimizer, Params
+from purestep._optimizer.shared import NOTHING, Place
 from purestep.transform import whole
 
 Number: TypeAlias = Any  # a float, or a 0-d tensor

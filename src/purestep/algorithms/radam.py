@@ -6,7 +6,8 @@ from torch import Tensor
 
 from purestep._core.hyper import Betas, Hyper, NonNegative
 from purestep._core.maths import maximum, root, where
-from purestep._optimizer.optimizer import Optimizer, Params, over
+from purestep._optimizer.mirror import over
+from purestep._optimizer.optimizer import Optimizer, Params
 from purestep.algorithms.adam import AdamState, moments
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.decay import add_decayed_weights

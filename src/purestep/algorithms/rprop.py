@@ -8,7 +8,8 @@ from torch import Tensor, sign, zeros_like
 
 from purestep._core.hyper import Hyper, Interval, NonNegative
 from purestep._core.maths import Scalar, counter, filled, maximum, minimum, where
-from purestep._optimizer.optimizer import Optimizer, Params, over
+from purestep._optimizer.mirror import over
+from purestep._optimizer.optimizer import Optimizer, Params
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.scale import direction, scale
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from purestep._core.hyper import Hyper
-from purestep._optimizer.optimizer import Optimizer, Params, over
+from purestep._optimizer.mirror import over
+from purestep._optimizer.optimizer import Optimizer, Params
 from purestep.transform import Transform, chain
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.momentum import trace
@@ -69,11 +68,3 @@ class SGD(Optimizer):
         nesterov: bool = False, *, maximize: bool = False, foreach: bool | None = None, differentiable: bool = False,
         fused: bool | None = None, compile: bool = False,
     ) -> None: ...  # fmt: skip
-
-    def _fill(self, params: list[Tensor], transform: Transform) -> None:
-        """As in torch a parameter whose buffer is taken away begins anew: the first gradient enters undamped."""
-        keeps = any([not off and "momentum_buffer" in names for off, names in zip(transform.plan.off, transform.plan.keys)])
-        for p in params if keeps and not self._schedules else ():  # schedules count on
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p].pop("step", None)
-        super()._fill(params, transform)

@@ -8,7 +8,8 @@ from torch import Tensor, zeros_like
 
 from purestep._core.hyper import Betas, Hyper, Positive
 from purestep._core.maths import Scalar, counter, precise, root
-from purestep._optimizer.optimizer import Optimizer, Params, over
+from purestep._optimizer.mirror import over
+from purestep._optimizer.optimizer import Optimizer, Params
 from purestep.algorithms.adam import moments
 from purestep.transform import Transform, chain, leafwise
 from purestep.transforms.scale import direction, scale_by_learning_rate
@@ -108,7 +109,8 @@ class SparseAdam(Optimizer):
     def _accept(self, grads: list[Tensor], params: list[Tensor]) -> None:
         for g, p in zip(grads, params):
             if not g.is_sparse:
+                path = self._selection.paths(self.param_groups)[p]
                 raise RuntimeError(
-                    f"SparseAdam needs sparse gradients, but that of {self._paths()[p]!r} is dense. Use Adam for it, or create "
+                    f"SparseAdam needs sparse gradients, but that of {path!r} is dense. Use Adam for it, or create "
                     "the embedding with sparse=True."
                 )

@@ -1,0 +1,205 @@
+"""Loading a state: what is loaded is checked before anything changes, and keeps its precision."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from purestep._core.primitives import Fields, Primitive, fields_of, fresh_state
+from purestep._engine.counters import together
+from purestep._optimizer.options import Options
+from purestep._optimizer.selection import Contents
+from purestep.transform import Transform
+
+
+def cleaned(states: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The states of a state dict without the empty dicts that `torch.distributed.checkpoint` leaves for fields it lacks."""
+    return {
+        k: {n: x for n, x in v.items() if x is not None and x != {}} if isinstance(v, dict) else v for k, v in states.items()
+    }
+
+
+def with_labels(saved: list[dict[str, Any]], contents: Contents) -> list[dict[str, Any]]:
+    """The groups of a state dict with the labels that a partition's groups have, where they have none."""
+    if not contents.selection.partitioned or len(saved) != len(contents.groups):
+        return saved
+    return [{"label": g["label"], **old} for old, g in zip(saved, contents.groups)]
+
+
+# -- checks
+
+
+def check_loaded(
+    state_dict: dict[str, Any], contents: Contents, options: Options, owner: str, fallback: Mapping[str, Any]
+) -> None:
+    """Refuse a state dict that is not this optimizer's, the `owner`'s. Another number of groups is refused by torch."""
+    saved = state_dict.get("param_groups", [])
+    if len(saved) != len(contents.groups):
+        return
+    check_groups(saved, options, contents, owner, fallback)
+    for old, group in zip(saved, contents.groups):
+        transform = options.transform({**fallback, **old}, contents.groups)
+        check_states(state_dict["state"], old["params"], group, transform, contents)
+
+
+def check_groups(
+    saved: list[dict[str, Any]], options: Options, contents: Contents, owner: str, fallback: Mapping[str, Any]
+) -> None:
+    """Refuse loaded groups that have other labels or lack an option, for which there is no `fallback`."""
+    for i, (group, own) in enumerate(zip(saved, contents.groups)):
+        if contents.selection.partitioned and group["label"] != own["label"]:
+            raise ValueError(
+                f"Group {i} of the loaded state has the label {group['label']!r}, but here it is {own['label']!r}. Give "
+                "the optimizer its parameters and groups in the order in which they were saved."
+            )
+        for name in options.names(group):
+            if name not in group and name not in fallback:
+                raise ValueError(f"The loaded state has no option {name!r}, which {owner} needs: it is another's.")
+
+
+def check_states(
+    states: Mapping[Any, Any], ids: list[Any], group: Mapping[str, Any], transform: Transform, contents: Contents
+) -> None:
+    """Refuse the loaded states of a group's parameters, under these ids, if they are not what its transform has."""
+    links = [
+        (link, keys, contents.selected(link.masks, group["params"]))
+        for link, keys, off in zip(transform.links, transform.plan.keys, transform.plan.off)
+        if keys and not off
+    ]
+    for k, (key, p, path) in enumerate(zip(ids, group["params"], group.get("param_names", ids))):
+        state = states.get(key, {})
+        if not isinstance(state, dict):
+            raise ValueError(f"The loaded state of {path!r} must be a dict of its fields by name, but is {state!r}.")
+        acting = [(link.transform, keys) for link, keys, on in links if on[k] and not is_lazy(p) and state]
+        here = [any([state.get(name) is not None for name in keys if name != "step"]) for _, keys in acting]
+        for (value, keys), found in zip(acting, here):
+            if found or value.declaration.off is None or not any(here):  # what was switched on later begins anew
+                check_fields(value, keys, state, contents, p, path)
+
+
+def check_fields(
+    value: Primitive, keys: tuple[str, ...], state: dict[str, Any], contents: Contents, p: Tensor, path: str
+) -> None:
+    """Refuse what is loaded for one parameter if it is not what a transform has for it."""
+    info, owner, whole = fields_of(value), value.declaration.name, value.declaration.whole
+    own = contents.of(p)
+    fresh = [own.get(name) for name in keys] if whole else fresh_state(value, like_meta(p))
+    for name, like, encoded, scalar, leaf, new in zip(keys, info.like, info.encoded, info.scalars, info.leaves, fresh):
+        x = state.get(name)
+        if not leaf:
+            continue
+        if x is None:
+            if (like or encoded) and new is not None:
+                raise ValueError(
+                    f"The loaded state has no {name!r} for {path!r}, which {owner} needs: it is another algorithm's."
+                )
+            continue
+        if scalar:
+            check_number(x, f"The loaded state's {name!r} for {path!r}", owner, p)
+        elif isinstance(new, Tensor) or not whole:
+            check_tensor(x, new, f"The loaded state has {name!r}", f"for {path!r}", owner, p)
+
+
+def check_shared(loaded: Mapping[str, Any], here: Mapping[str, Any], p: Tensor) -> None:
+    """Refuse what is loaded for all parameters together if it is not what is here. `p` is the parameter that keeps it."""
+    owner = "the transform that keeps it"
+    for name, new in here.items() if loaded else ():
+        x = loaded.get(name)
+        if x is None:
+            continue
+        if isinstance(new, Tensor) and not new.dim():
+            check_number(x, f"The loaded state's {name!r}", owner, p)
+        elif isinstance(new, Tensor):
+            check_tensor(x, new, f"The loaded state has {name!r}", "for all parameters", owner, p)
+        elif isinstance(new, tuple) and not (
+            isinstance(x, (tuple, list)) and all([isinstance(y, (Tensor, int, float)) for y in pytree.tree_leaves(x)])
+        ):
+            raise ValueError(f"The loaded state's {name!r} must be several tensors, but is {x!r}.")
+
+
+def check_number(x: Any, subject: str, owner: str, p: Tensor) -> None:
+    """Refuse a loaded counter that is not one number that can be read."""
+    if isinstance(x, Tensor):
+        good = x.numel() == 1 and not x.dim() and not x.is_complex() and (p.is_meta or not x.is_meta)
+        found = f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype} on {x.device}"
+    else:
+        good, found = isinstance(x, numbers.Real) and not isinstance(x, bool), repr(x)
+    if not good:
+        raise ValueError(f"{subject} must be one real number, as {owner} needs it, but is {found}.")
+
+
+def check_tensor(x: Any, new: Tensor | None, subject: str, where: str, owner: str, p: Tensor) -> None:
+    """Refuse a loaded field that is not a tensor of the shape that it has here, or has no values."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{subject} {where} that is no tensor but {x!r}, but {owner} needs a tensor.")
+    if new is None or x.shape != new.shape:
+        raise ValueError(
+            f"{subject} of shape {tuple(x.shape)} {where}, but {owner} needs "
+            f"{'none' if new is None else tuple(new.shape)} for a parameter of shape {tuple(p.shape)}. Load a "
+            "checkpoint of the same model, with its parameters in the same order."
+        )
+    if x.is_meta and not p.is_meta:
+        raise ValueError(f"{subject} {where} on the meta device, where it has no values. Load it with them.")
+
+
+# -- after torch has loaded
+
+
+def keep_precision(state_dict: dict[str, Any], contents: Contents, transforms: list[Transform]) -> None:
+    """Counters, codes, and the float32 state of half-precision parameters, as they were saved; torch has just cast them."""
+    for old, group, transform in zip(state_dict["param_groups"], contents.groups, transforms):
+        own = scalars_of(transform) | names_of(transform, operator.attrgetter("encoded"))
+        for key, p in zip(old["params"], group["params"]):
+            half = p.dtype in (torch.bfloat16, torch.float16)
+            for name, x in state_dict["state"].get(key, {}).items():
+                if isinstance(x, Tensor) and (name in own or (half and x.dtype == torch.float32)):
+                    contents.state[p][name] = x.to(p.device, copy=True)
+
+
+def lay_out(contents: Contents, group: dict[str, Any], transform: Transform, anew: bool) -> None:
+    """Give each parameter of a group counters of its own, one after the other in memory.
+
+    Copies of an optimizer keep their counters, which other processes may share, where these are tensors of their own.
+    """
+    for name in scalars_of(transform):
+        kinds: dict[Any, list[tuple[dict[str, Any], Tensor]]] = {}
+        for p in group["params"]:
+            state = contents.state.get(p, {})
+            x = state.get(name)
+            if isinstance(x, dict):  # torch's distributed checkpoints: no such entry
+                del state[name]
+            elif x is not None:  # numbers, as torch saved them before 1.12, become tensors
+                x = x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float32)
+                kinds.setdefault((x.dtype, x.device), []).append((state, x))
+        for entries in kinds.values():
+            xs = [x for _, x in entries]
+            if anew or not all([state[name] is x for state, x in entries]) or len({x.data_ptr() for x in xs}) < len(xs):
+                for (state, _), x in zip(entries, together(xs)):
+                    state[name] = x
+
+
+def scalars_of(transform: Transform) -> set[str]:
+    """The names of the fields that hold one number per parameter."""
+    return names_of(transform, operator.attrgetter("scalars"))
+
+
+def names_of(transform: Transform, role: Callable[[Fields], tuple[bool, ...]]) -> set[str]:
+    """The names of the fields that play a role."""
+    return {
+        name
+        for link, keys in zip(transform.links, transform.plan.keys)
+        for name, yes in zip(keys, role(fields_of(link.transform)))
+        if yes
+    }
+
+
+def like_meta(p: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype, and of no other type, without memory."""
+    return torch.empty(p.shape, dtype=p.dtype, device="meta")

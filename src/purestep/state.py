@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import tree
 from purestep._core.maths import readable
 from purestep._core.primitives import EmptyState, ScheduleState, state_type
+from purestep._core.torch_api import tree_map
 from purestep._core.values import Schedule
 from purestep.transform import PyTree, Transform
 
@@ -206,7 +206,7 @@ def map_params(function: Callable[..., Any], state: Any, *others: PyTree, rest: 
             elif role == "like" or (rest is not None and role == "other"):
                 new.append(apply(function if role == "like" else rest, place + name, v, inner, role == "other"))  # type: ignore[arg-type]
             else:
-                new.append(pytree.tree_map(copied, v))
+                new.append(tree_map(copied, v))
         return type(x)(*new) if hasattr(x, "_fields") else type(x)(new)
 
     return visit(state, "state", others)

@@ -15,8 +15,6 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
 from purestep._core import maths, sharded, tree
@@ -35,6 +33,7 @@ from purestep._core.primitives import (
     is_off,
     state_type,
 )
+from purestep._core.torch_api import SequenceKey, is_batched, register_pytree_node, tree_leaves
 from purestep._core.values import call_of, factory_of, show
 from purestep._engine.engine import EXECUTORS, Call, Executor, Inner, choose
 from purestep._engine.guards import Looks
@@ -243,7 +242,7 @@ class Transform:
             extras[name] = like_params(extras[name], name, plan, leaves, rows, spec, mask)
         followed = [plan.tensors, *[extras[name] for name in plan.trees]]
         if known is None:
-            followed += [live, given, *[c if isinstance(c, list) else pytree.tree_leaves(c) for s in chosen for c in s]]
+            followed += [live, given, *[c if isinstance(c, list) else tree_leaves(c) for s in chosen for c in s]]
         mode = choose(executor, *followed)
         before = [list(s) for s in states]
         groups = [Group(plan, range(len(given)))]
@@ -476,13 +475,13 @@ class Composite(Transform):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        pytree.register_pytree_node(
+        register_pytree_node(
             cls,
             lambda x: (list(x.children), x.context),
             lambda children, context: _composite(cls, children, context),
             serialized_type_name=f"purestep.{cls.__qualname__}",
             flatten_with_keys_fn=lambda x: (  # pyright: ignore[reportArgumentType]
-                [(pytree.SequenceKey(i), c) for i, c in enumerate(x.children)],
+                [(SequenceKey(i), c) for i, c in enumerate(x.children)],
                 x.context,
             ),
         )
@@ -823,7 +822,7 @@ def share(column: list[Any], params: list[Any]) -> list[Any]:
     shared: dict[Any, Any] = {}
     result = []
     for x, p in zip(column, params):
-        if x is None or functorch.is_batchedtensor(x):
+        if x is None or is_batched(x):
             result.append(x)
         else:
             result.append(shared.setdefault((p.device, x.dtype), x))

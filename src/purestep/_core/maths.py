@@ -13,7 +13,6 @@ from typing import Annotated, Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.linalg import vector_norm
@@ -21,6 +20,21 @@ from torch.linalg import vector_norm
 from purestep._core import sharded
 from purestep._core.plain import bare, plain
 from purestep._core.recorder import recorder
+from purestep._core.torch_api import (
+    DisableFuncTorch,
+    Interpreter,
+    TransformType,
+    batch_dim_of,
+    dispatch_mode_count,
+    foreach_mul,
+    foreach_norm,
+    get_unwrapped,
+    innermost_interpreter,
+    interpreter_stack,
+    is_batched,
+    is_wrapped,
+    level_of,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -102,7 +116,7 @@ def where(condition: Any, x: Any, y: Any) -> Any:
         chosen, other = (x, y) if condition else (y, x)
         return torch.full_like(other, chosen) if isinstance(other, Tensor) and not isinstance(chosen, Tensor) else chosen
     if not isinstance(x, Tensor) and not isinstance(y, Tensor):
-        if x == y and functorch.is_batchedtensor(condition) and not condition.dim():
+        if x == y and is_batched(condition) and not condition.dim():
             return x  # one number for all members, instead of one for each
         x = torch.full((), x, dtype=precise(condition.device), device=condition.device)  # made there: no copy to wait for
     return torch.where(condition, x, y)
@@ -164,9 +178,9 @@ def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
         found = map(root, squares(tensors)) if order == 2.0 else [sharded.whole(vector_norm(x, order)) for x in tensors]
         return torch.stack([n.to(device, wide(x)) for n, x in zip(found, tensors)])
     if order != 2.0 or max(map(Tensor.numel, tensors)) <= LONG:
-        return torch.stack([x.to(device) for x in torch._foreach_norm(tensors, order)])
+        return torch.stack([x.to(device) for x in foreach_norm(tensors, order)])
     long = [x.is_cpu and x.numel() > LONG and x.dtype in DOT and x.is_contiguous() for x in tensors]
-    others = iter(torch._foreach_norm([x for x, yes in zip(tensors, long) if not yes]) if not all(long) else ())
+    others = iter(foreach_norm([x for x, yes in zip(tensors, long) if not yes]) if not all(long) else ())
     return torch.stack([length(x) if yes else next(others).to(device) for x, yes in zip(tensors, long)])
 
 
@@ -257,18 +271,18 @@ def origin(step: Tensor, ps: list[Tensor], x0: list[Tensor]) -> list[Tensor]:
 
 def transforming() -> bool:
     """Whether a `torch.func` transform, or forward-mode differentiation, is running."""
-    level = functorch.peek_interpreter_stack()
-    return isinstance(level, functorch.CInterpreter) or forward_ad._current_level >= 0
+    level = innermost_interpreter()
+    return isinstance(level, Interpreter) or forward_ad._current_level >= 0
 
 
 def differentiating(x: Tensor) -> bool:
     """Whether a derivative may be taken of what is done to `x`: under `torch.func.vmap` alone, none is."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:  # what is traced may be differentiated later
+    if torch.compiler.is_compiling() or dispatch_mode_count() > 0:  # what is traced may be differentiated later
         return transforming() or torch.is_grad_enabled()
     if forward_ad._current_level >= 0:
         return True
     if transforming():
-        if any([level.key() != functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()]):
+        if any([level.key() != TransformType.Vmap for level in interpreter_stack() or ()]):
             return True
         x = bottom(x)[0]
     return torch.is_grad_enabled() and x.requires_grad
@@ -280,20 +294,20 @@ def readable(x: Tensor) -> bool:
         transforming()
         or (torch.is_grad_enabled() and x.requires_grad)
         or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or dispatch_mode_count() > 0
     )
 
 
 def followed(x: Tensor) -> bool:
     """Whether autograd or a `torch.func` transform knows this tensor: it may have derivatives, or be a batch."""
     forward = forward_ad._current_level >= 0
-    while functorch.is_functorch_wrapped_tensor(x):
-        if x.requires_grad or forward or functorch.is_batchedtensor(x):  # below another level tangents are not to be seen
+    while is_wrapped(x):
+        if x.requires_grad or forward or is_batched(x):  # below another level tangents are not to be seen
             return True
-        x = functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
     if not forward:
         return x.requires_grad
-    with torch._C._DisableFuncTorch():
+    with DisableFuncTorch():
         return x.requires_grad or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
@@ -302,18 +316,18 @@ def recording(x: Any) -> bool:
     respect to it needs no further level."""
     if not isinstance(x, Tensor) or not x.requires_grad:
         return False
-    level = functorch.peek_interpreter_stack()
-    if not isinstance(level, functorch.CInterpreter):
+    level = innermost_interpreter()
+    if not isinstance(level, Interpreter):
         return not forward_ad._current_level >= 0
-    return bool(level.key() == functorch.TransformType.Grad and functorch.maybe_get_level(x) == level.level())
+    return bool(level.key() == TransformType.Grad and level_of(x) == level.level())
 
 
 def bottom(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
     """What is below all levels of `torch.func`, and how it is wrapped: tensors that agree in both are the same."""
     levels = []
-    while functorch.is_functorch_wrapped_tensor(x):
-        levels.append((functorch.maybe_get_level(x), functorch.maybe_get_bdim(x)))
-        x = functorch.get_unwrapped(x)
+    while is_wrapped(x):
+        levels.append((level_of(x), batch_dim_of(x)))
+        x = get_unwrapped(x)
     return x, tuple(levels)
 
 
@@ -333,11 +347,11 @@ def some(flag: Any) -> bool:
     """
     if not isinstance(flag, Tensor):
         return bool(flag)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or dispatch_mode_count() > 0:
         return True
-    while functorch.is_functorch_wrapped_tensor(flag):
-        flag = functorch.get_unwrapped(flag)
-    with torch._C._DisableFuncTorch():
+    while is_wrapped(flag):
+        flag = get_unwrapped(flag)
+    with DisableFuncTorch():
         return bool(flag.any())
 
 
@@ -365,7 +379,7 @@ def multiply(tensors: list[Tensor], k: Tensor) -> list[Tensor]:
         return [(x * sharded.everywhere(k.to(x.device), x)).to(x.dtype) for x in tensors]
     if recorded([*tensors, k]) or not all([x.device == k.device for x in tensors]):
         return [(x * k.to(x.device)).to(x.dtype) for x in tensors]
-    return [y.to(x.dtype) for x, y in zip(tensors, torch._foreach_mul(tensors, k))]  # a 0-d tensor is promoted by `k`
+    return [y.to(x.dtype) for x, y in zip(tensors, foreach_mul(tensors, k))]  # a 0-d tensor is promoted by `k`
 
 
 def inner(xs: list[Tensor], ys: list[Tensor]) -> Tensor:

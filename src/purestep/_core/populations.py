@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import maths, tree
+from purestep._core.torch_api import tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.dev
             return torch.tensor(x, dtype=dtype or maths.precise(torch.device(device or "cpu")), device=device)
         return x
 
-    return pytree.tree_map(convert, transform)
+    return tree_map(convert, transform)
 
 
 def in_dims(transform: Any) -> Any:
@@ -45,7 +45,7 @@ def in_dims(transform: Any) -> Any:
     >>> ps.in_dims(ps.chain(ps.scale(torch.tensor([0.1, 0.2])), ps.trace(0.9)))
     chain(scale(0), trace(None, dampening=None, nesterov=False))
     """
-    return pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) and x.dim() > 0 else None, transform)
+    return tree_map(lambda x: 0 if isinstance(x, Tensor) and x.dim() > 0 else None, transform)
 
 
 def out_dims(tree: Any) -> Any:
@@ -61,7 +61,7 @@ def out_dims(tree: Any) -> Any:
     >>> step = torch.func.vmap(opt.step, in_dims=(0, dims, 0), out_dims=(0, dims))
     >>> members, state = step(torch.ones(5, 2), state, members)
     """
-    return pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, tree)
+    return tree_map(lambda x: 0 if isinstance(x, Tensor) else None, tree)
 
 
 def stack(members: Sequence[T]) -> T:
@@ -83,10 +83,10 @@ def stack(members: Sequence[T]) -> T:
     members = list(members)
     if not members:
         raise ValueError("stack needs at least one member, but got none.")
-    first, spec = pytree.tree_flatten(members[0])
+    first, spec = tree_flatten(members[0])
     columns: list[list[Any]] = [[x] for x in first]
     for k, member in enumerate(members[1:], start=1):
-        leaves, other = pytree.tree_flatten(member)
+        leaves, other = tree_flatten(member)
         if other != spec:
             raise ValueError(
                 f"The members of a population must have one structure, but number {k} is {member!r}, and number 0 is "
@@ -97,9 +97,9 @@ def stack(members: Sequence[T]) -> T:
     differ = [any([isinstance(x, Tensor) for x in c]) or any([x != c[0] for x in c]) for c in columns]
     if not any(differ):
         differ = [isinstance(c[0], numbers.Real) for c in columns]
-    paths = [tree.dotted(path) for path, _ in pytree.tree_flatten_with_path(members[0])[0]]
+    paths = [tree.dotted(path) for path, _ in tree_flatten_with_path(members[0])[0]]
     made = [together(c, path) if yes else c[0] for c, yes, path in zip(columns, differ, paths)]
-    return pytree.tree_unflatten(made, spec)
+    return tree_unflatten(made, spec)
 
 
 def together(column: list[Any], path: str) -> Tensor:
@@ -133,4 +133,4 @@ def detach(tree: T) -> T:
     def cut(x: Any) -> Any:
         return made.setdefault(id(x), x.detach()) if isinstance(x, Tensor) else x
 
-    return pytree.tree_map(cut, tree)
+    return tree_map(cut, tree)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from purestep._core.torch_api import dispatch_mode_count
 from purestep._executors.packed import apart
 
 
@@ -58,7 +59,7 @@ def ordinary(counters: Sequence[Any]) -> bool:
 
 def traced() -> bool:
     """Whether operations are recorded, so that no value may be read."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or dispatch_mode_count() > 0
 
 
 class Known(NamedTuple):

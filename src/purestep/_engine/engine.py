@@ -30,7 +30,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import maths, sharded
 from purestep._core.lists import (
@@ -50,6 +49,16 @@ from purestep._core.lists import (
 )
 from purestep._core.plain import plain
 from purestep._core.primitives import EmptyState, Fields, Link, Primitive, evaluated, fresh_state, single
+from purestep._core.torch_api import (
+    BelowAutograd,
+    DisableFuncTorch,
+    dispatch_mode_count,
+    foreach_add,
+    foreach_add_,
+    foreach_copy_,
+    foreach_zero_,
+    tree_leaves,
+)
 from purestep._core.values import Schedule
 from purestep._engine.plan import FUSED_DTYPES, MERGED_DTYPES, Group, Segment, Stage, absent, details, encodes, joinable
 from purestep._executors import compiled
@@ -537,7 +546,7 @@ class Call:
     def execute(self, segment: Segment, grads: Any, params: Any, fields: Any, apply: bool) -> tuple[Any, Any]:
         """Run these links, in the way that suits the tensors; what it writes in place is below autograd's sight."""
         given = (segment, grads, params, fields)
-        below = torch._C._AutoDispatchBelowAutograd  # nothing requires grad; to ask each tensor costs a tenth of a step
+        below = BelowAutograd  # nothing requires grad; to ask each tensor costs a tenth of a step
         if self.executor == "compiled":
             with below():
                 found = self.fused(*given) if self.fuses(segment, apply) else None
@@ -700,10 +709,10 @@ class Call:
             if flat is None:
                 given[j][f], flat = scratch.join(given[j][f])
             flats[j][f] = self.pieces(flat)
-        torch._foreach_copy_(scratch.grads, grads)
+        foreach_copy_(scratch.grads, grads)
         add = apply and not reads  # the updates to the parameters where these are
         if reads:
-            torch._foreach_copy_(scratch.params, params)
+            foreach_copy_(scratch.params, params)
         own, self.own = self.own, True
         out, news = self.program(segment, self.pieces(scratch.grad), self.pieces(scratch.param), flats, apply and not add)
         self.own = own
@@ -715,11 +724,11 @@ class Call:
         if add:
             overwrite(self.pieces(scratch.grad), out)
             if self.donate:
-                torch._foreach_add_(params, scratch.grads)
+                foreach_add_(params, scratch.grads)
                 return params, news
-            return list(torch._foreach_add(params, scratch.grads)), news
+            return list(foreach_add(params, scratch.grads)), news
         if apply and self.donate:
-            torch._foreach_copy_(params, scratch.params)
+            foreach_copy_(params, scratch.params)
             return params, news
         return split(torch.cat(out), params), news
 
@@ -905,10 +914,10 @@ class Call:
             return lifted(x)
         if self.mode == "program":
             return x.item()
-        if torch._C._len_torch_dispatch_stack() > 0 or maths.followed(x):
+        if dispatch_mode_count() > 0 or maths.followed(x):
             value = None if self.level is None else self.level.read(x)
             return value if isinstance(value, float) else lifted(x)
-        with torch._C._DisableFuncTorch():  # nothing that is running has anything to do with this tensor
+        with DisableFuncTorch():  # nothing that is running has anything to do with this tensor
             return maths.bottom(x)[0].item()
 
     def equal(self, counters: list[Any]) -> bool:
@@ -918,7 +927,7 @@ class Call:
         first, *others = [self.level.read(x) for x in counters]
         if not isinstance(first, Tensor):
             return first is not None and all([not isinstance(x, Tensor) and x == first for x in others])
-        with torch._C._DisableFuncTorch():
+        with DisableFuncTorch():
             return all([isinstance(x, Tensor) and torch.equal(x, first) for x in others])
 
     def value(self, x: Schedule, count: Tensor | None) -> Any:
@@ -1056,8 +1065,8 @@ class Inner:
         if self._call.mode != "program" or isinstance(k, Tensor) or not plain(xs, ys):
             return [(x + y / k).to(x.dtype) for x, y in zip(xs, ys)]
         if not self._call.donate:
-            return list(torch._foreach_add(xs, ys, alpha=1 / k))
-        torch._foreach_add_(xs, ys, alpha=1 / k)
+            return list(foreach_add(xs, ys, alpha=1 / k))
+        foreach_add_(xs, ys, alpha=1 / k)
         return xs
 
     def emptied(self, xs: list[Tensor], used: Any) -> list[Tensor]:
@@ -1069,7 +1078,7 @@ class Inner:
         """
         own = self._apply and not any([stage.whole for stage in self._groups[0].plan.stages])
         if self._call.mode == "program" and self._call.donate and plain(xs) and (own or not shared(xs, used)):
-            torch._foreach_zero_(xs)
+            foreach_zero_(xs)
             return xs
         return [torch.zeros_like(x) for x in xs]
 
@@ -1095,7 +1104,7 @@ class Inner:
 
 def shared(xs: list[Tensor], used: Any) -> bool:
     """Whether any of these tensors, or a view of it, is found elsewhere, or may be."""
-    found = [y for y in pytree.tree_leaves(used) if isinstance(y, Tensor)]
+    found = [y for y in tree_leaves(used) if isinstance(y, Tensor)]
     if not plain(xs, found):
         return True  # what is not plain need not say where its numbers are
     memory = {x.untyped_storage()._cdata for x in xs}
@@ -1140,7 +1149,7 @@ def choose(executor: Executor | None, *tensors: Iterable[Any]) -> Mode:
         return "leaf"
     if torch.is_grad_enabled() and any([any([t is not None and t.requires_grad for t in x]) for x in tensors]):
         return "leaf"
-    return "traced" if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 else "program"
+    return "traced" if torch.compiler.is_compiling() or dispatch_mode_count() > 0 else "program"
 
 
 def leaf_update(value: Primitive, info: Fields, g: Tensor, columns: list[Any], p: Tensor) -> tuple[Tensor, list[Any]]:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import maths
 from purestep._core.masks import Label
 from purestep._core.primitives import SCALED, Link, LinkDeclaration, Primitive, fields_of, is_off, scheduled
+from purestep._core.torch_api import FUSED_SGD_TAKES_HALF, tree_leaves
 from purestep._engine.guards import Looks
 from purestep._executors.tiles import SHORT
 from purestep._trace.program import Program, program
@@ -51,8 +51,7 @@ FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfl
 CPU_DTYPES: dict[str, frozenset[torch.dtype]] = {
     "adam": FUSED_DTYPES,
     "adagrad": FUSED_DTYPES,
-    # Up to torch 2.13, torch._fused_sgd_ leaves every full vector of float16 and bfloat16 numbers as it was.
-    "sgd": FUSED_DTYPES if torch.__version__ >= "2.14" else frozenset({torch.float64, torch.float32}),
+    "sgd": FUSED_DTYPES if FUSED_SGD_TAKES_HALF else frozenset({torch.float64, torch.float32}),
 }
 """For each kernel, the dtypes for which a test shows that its CPU version computes what the mathematics says."""
 
@@ -77,7 +76,7 @@ class Plan:
         self.keys = qualified([info.names for info in self.fields], links)
         self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
         self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
-        self.hypers = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
+        self.hypers = [x for link in links for x in tree_leaves(link.transform) if isinstance(x, Tensor)]
         self.foreign = [v for v in [link.transform for link in links] if not v.declaration.whole and not ours(v)]
         self.segments: dict[tuple[bool, tuple[int, ...]], Segment] = {}
         self.stages: list[Stage] = []
@@ -276,7 +275,7 @@ def suits(values: Sequence[Primitive]) -> bool:
             isinstance(y, Tensor) and not y.is_cpu and name != "lr"
             for value in values
             for name in value.declaration.hypers
-            for y in pytree.tree_leaves(value.arguments[name])
+            for y in tree_leaves(value.arguments[name])
         ]
     )
 

@@ -13,11 +13,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
 from purestep._core.plain import plain
+from purestep._core.torch_api import (
+    DisableFuncTorch,
+    TransformType,
+    VmapInterpreter,
+    add_batch_dim,
+    batch_dim_of,
+    dispatch_mode_count,
+    function_mode_count,
+    get_unwrapped,
+    interpreter_stack,
+    is_batched,
+    without_innermost_interpreter,
+)
 from purestep._executors.tiles import CHUNK, SHORT, Blocks, calculate, room
 from purestep._trace.program import LeafDeclaration, program
 
@@ -39,23 +50,23 @@ class Level(NamedTuple):
         """None if there is no such level, or if something else looks on."""
         if torch.compiler.is_compiling():
             return None
-        stack = functorch.get_interpreter_stack()
+        stack = interpreter_stack()
         if (
             stack is None
             or len(stack) != 1
-            or stack[0].key() != functorch.TransformType.Vmap
+            or stack[0].key() != TransformType.Vmap
             or forward_ad._current_level >= 0
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._len_torch_function_stack() > 0
+            or dispatch_mode_count() > 0
+            or function_mode_count() > 0
         ):
             return None
-        return cls(stack[0].level(), functorch.CVmapInterpreterPtr(stack[0]).batchSize())
+        return cls(stack[0].level(), VmapInterpreter(stack[0]).batchSize())
 
     def stacked(self, x: Tensor) -> Tensor | None:
         """A tensor with the batch in its first dimension; None if it is not batched, not plain, or autograd follows it."""
-        if not functorch.is_batchedtensor(x):
+        if not is_batched(x):
             return None
-        inside, dim = functorch.get_unwrapped(x), functorch.maybe_get_bdim(x)
+        inside, dim = get_unwrapped(x), batch_dim_of(x)
         if not plain([inside]):
             return None
         if torch.is_grad_enabled() and inside.requires_grad:
@@ -66,10 +77,10 @@ class Level(NamedTuple):
         """A number: as it is, or a tensor of one for each member if they differ; None if they cannot be known."""
         if not isinstance(x, Tensor):
             return x
-        column = functorch.get_unwrapped(x) if functorch.is_batchedtensor(x) else x
+        column = get_unwrapped(x) if is_batched(x) else x
         if not column.is_cpu or (torch.is_grad_enabled() and column.requires_grad) or x.dim():
             return None
-        with torch._C._DisableFuncTorch():
+        with DisableFuncTorch():
             values = column.tolist()
         if not isinstance(values, list):
             return values
@@ -77,7 +88,7 @@ class Level(NamedTuple):
 
     def batched(self, x: Tensor) -> Tensor:
         """A stacked tensor as one of this level."""
-        made: Tensor = functorch._add_batch_dim(x, 0, self.number)
+        made: Tensor = add_batch_dim(x, 0, self.number)
         return made
 
 
@@ -96,7 +107,7 @@ def run(
     if not program(recipe, apply, False, False, *declarations).elementwise:
         return None
     grads, params, columns = given
-    with temporarily_pop_interpreter_stack():
+    with without_innermost_interpreter():
         lists = [[level.stacked(x) for x in xs] for xs in (grads, params, *[c for c in columns if isinstance(c, list)])]
         values = [level.read(x) for x in (*[c for c in columns if not isinstance(c, list)], *numbers)]
         if any([x is None for xs in (*lists, values) for x in xs]):

@@ -20,12 +20,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
 from torch.nn.parameter import is_lazy
-from torch.optim.optimizer import _device_dtype_check_for_fused
-from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
-from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
-from torch.utils import _pytree as pytree
 
 from purestep._core import maths, sharded
 from purestep._core.hyper import several
@@ -34,6 +29,17 @@ from purestep._core.masks import Label, Memo, Not, refuse_unmatched, refuse_unna
 from purestep._core.maths import readable, where
 from purestep._core.plain import plain
 from purestep._core.primitives import Fields, Link, Primitive, fields_of, fresh_state, fresh_whole_state, is_off, state_type
+from purestep._core.torch_api import (
+    STEP_POST_HOOKS,
+    STEP_PRE_HOOKS,
+    check_fused_device_and_dtype,
+    disable_dynamo,
+    profiling,
+    set_grad_mode,
+    tree_leaves,
+    tree_map_only,
+    tree_structure,
+)
 from purestep._core.tree import Spec, quote
 from purestep._core.values import same
 from purestep._engine.counters import Counters, together, traced
@@ -55,7 +61,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 def untraced(function: F) -> F:
     """For a function that `torch.compile` is to call, not to trace."""
-    made: Any = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    made: Any = disable_dynamo(function)
     return made
 
 
@@ -957,7 +963,7 @@ class Optimizer(torch.optim.Optimizer):
         def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if (
                 self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-                or GLOBAL_PRE_HOOKS or GLOBAL_POST_HOOKS or _profiler_enabled()
+                or STEP_PRE_HOOKS or STEP_POST_HOOKS or profiling()
             ):  # fmt: skip
                 return watched(self, *args, **kwargs)
             out = func(self, *args, **kwargs)
@@ -1009,10 +1015,10 @@ class Optimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 for p in group["params"] if group.get("fused") else ():
                     if p.grad is not None:
-                        _device_dtype_check_for_fused(p)
+                        check_fused_device_and_dtype(p)
             self._check_fused = False
         grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(bool(self.defaults.get("differentiable")))
+        set_grad_mode(bool(self.defaults.get("differentiable")))
         try:
             groups = list(zip(self.param_groups, self._transforms()))
             if groups[0][1].plan.whole:
@@ -1024,7 +1030,7 @@ class Optimizer(torch.optim.Optimizer):
                     if not self._again(*pair):
                         self._advance([pair])
         finally:
-            torch._C._set_grad_enabled(grad)
+            set_grad_mode(grad)
         if self._schedules and not torch.compiler.is_compiling():
             self._show(groups)
 
@@ -1084,7 +1090,7 @@ class Optimizer(torch.optim.Optimizer):
             if self._rehearsed.get(k) is transform or self._executor(group) == "leaf":
                 continue
             self._rehearsed[k] = transform
-            recipe = tuple([pytree.tree_structure(link.transform) for link in transform.links])
+            recipe = tuple([tree_structure(link.transform) for link in transform.links])
             if recipe not in self._recipes and can_begin(transform):
                 transform.program(donate=True)
             self._recipes.add(recipe)
@@ -1120,7 +1126,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or set them to zero; see `torch.optim.Optimizer.zero_grad`."""
-        if not set_to_none or _profiler_enabled():
+        if not set_to_none or profiling():
             super().zero_grad(set_to_none)
             return
         for group in self.param_groups:
@@ -1270,9 +1276,7 @@ class Optimizer(torch.optim.Optimizer):
             for name, leaf, scalar, like, old, known, new in zip(names, info.leaves, info.scalars, info.like, olds, used, news):
                 if not leaf:  # a tensor that shares no memory with other fields, old or new, stays the tensor that it is
                     if new is not old:
-                        around = [
-                            x for x in (*pytree.tree_leaves(olds), *pytree.tree_leaves(news)) if x is not old and x is not new
-                        ]
+                        around = [x for x in (*tree_leaves(olds), *tree_leaves(news)) if x is not old and x is not new]
                         alone = (scalar or like) and maths.memory(old) not in set(map(maths.memory, around))
                         self._settle(self.shared, name, old if alone else None, new, pairs)
                 elif scalar and not any([(x is None and y is not None) or recorded(y) for x, y in zip(old, new)]):
@@ -1438,7 +1442,7 @@ class Optimizer(torch.optim.Optimizer):
     def _restored(self, shared: Mapping[str, Any]) -> dict[str, Any]:
         """What a loaded state has for all parameters together, as it was saved, in memory of its own."""
         device = self._place.first(self.param_groups).device
-        return {name: pytree.tree_map_only(Tensor, lambda x: x.to(device, copy=True), x) for name, x in shared.items()}
+        return {name: tree_map_only(Tensor, lambda x: x.to(device, copy=True), x) for name, x in shared.items()}
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get("param_groups", [])
@@ -1508,7 +1512,7 @@ class Optimizer(torch.optim.Optimizer):
             elif isinstance(new, Tensor):
                 check_tensor(x, new, f"The loaded state has {name!r}", "for all parameters", "the transform that keeps it", p)
             elif isinstance(new, tuple) and not (
-                isinstance(x, (tuple, list)) and all([isinstance(y, (Tensor, int, float)) for y in pytree.tree_leaves(x)])
+                isinstance(x, (tuple, list)) and all([isinstance(y, (Tensor, int, float)) for y in tree_leaves(x)])
             ):
                 raise ValueError(f"The loaded state's {name!r} must be several tensors, but is {x!r}.")
 

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from purestep._core import maths
 from purestep._core.threads import divided
+from purestep._core.torch_api import fused_adam_, fused_sgd_
 from purestep._trace import foreach
 from purestep._trace.ops import Op, Scale, nodes_in
 
@@ -57,7 +58,7 @@ def adam_(p: Any, g: Any, m: Any, v: Any, b1: Any, b2: Any, c: Any, e: Any, k: A
 def _adam(
     p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], b1: float, b2: float, eps: float, lr: float
 ) -> None:
-    torch._fused_adam_(
+    fused_adam_(
         p, g, m, v, [], [MANY] * len(p),
         lr=lr, beta1=b1, beta2=b2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
     )  # fmt: skip
@@ -73,7 +74,7 @@ def sgd_(p: Any, g: Any, decay: Any, k: Any) -> None:
 
 @divided
 def _sgd(p: Any, g: Any, decay: float, lr: float) -> None:
-    torch._fused_sgd_(
+    fused_sgd_(
         p, g, [], lr=lr, weight_decay=decay,
         momentum=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
     )  # fmt: skip

@@ -42,6 +42,7 @@ from torch.fx.proxy import TraceError
 
 from purestep._core import maths
 from purestep._core.recorder import Recorder, RefusedError, Tracer
+from purestep._core.torch_api import constant_result
 from purestep._trace.foreach import KERNELS, UNARY
 from purestep._trace.fusion import MERGED, Merger
 from purestep._trace.ops import MINUS, Name, Op, Product, Scale, nodes_in
@@ -161,13 +162,10 @@ def runner(
     return program(details, apply, own_grads, donate, *declarations, form=form).run
 
 
+@constant_result
 def name_of(form: Form, *recipe: Any) -> str:
     """The name of the program for a recipe: a constant, while `torch.compile` traces."""
     return program(*recipe, form=form).name
-
-
-# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo, which takes a second.
-name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def program(

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import tree
 from purestep._core.populations import detach
+from purestep._core.torch_api import tree_flatten, tree_unflatten
 from purestep.meta.attach import Rule, attach, exchanged, pullback, pushforward, watched
 from purestep.meta.linear import solve_cg, solve_normal_cg
 
@@ -158,7 +158,7 @@ def rooted(x: PyTree, args: tuple[PyTree, ...], optimality: Callable[..., PyTree
     for path, p in zip(spec.paths(), leaves):
         if not isinstance(p, Tensor) or not (p.is_floating_point() or p.is_complex()):
             raise TypeError(f"A solution must be floating-point tensors, but {tree.quote(path)} is {p!r}.")
-    flat, arguments = pytree.tree_flatten(args)
+    flat, arguments = tree_flatten(args)
     places = [k for k, y in enumerate(flat) if isinstance(y, Tensor)]
     given = detach([y for y in flat if isinstance(y, Tensor)])
 
@@ -166,7 +166,7 @@ def rooted(x: PyTree, args: tuple[PyTree, ...], optimality: Callable[..., PyTree
         filled = list(flat)
         for k, y in zip(places, theta):
             filled[k] = y
-        found = optimality(tree.unflatten(x, spec), *pytree.tree_unflatten(filled, arguments))
+        found = optimality(tree.unflatten(x, spec), *tree_unflatten(filled, arguments))
         return like_solution(found, x, spec)
 
     with watched((leaves, given)) as watch:

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from purestep._core import maths, tree
+from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count, get_unwrapped, is_wrapped
 
 PyTree = Any
 MatVec = Callable[[PyTree], PyTree]
@@ -215,7 +215,7 @@ def solved(x: PyTree, square: Tensor, first: Tensor, tol: float, maxiter: int, n
     converged = square <= tol**2 * first
     if name is None:
         return x, SolveInfo(residual, converged)
-    if tol > 0 and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack() and maths.some(~converged):
+    if tol > 0 and not torch.compiler.is_compiling() and not dispatch_mode_count() and maths.some(~converged):
         warnings.warn(
             f"{name} did not converge in maxiter={maxiter}: the residual is {largest(residual):.2g} of the right-hand side, "
             f"which is above tol={tol:g}, so the solution is not to be trusted. Is the matrix regular, and what this solver is "
@@ -229,9 +229,9 @@ def solved(x: PyTree, square: Tensor, first: Tensor, tol: float, maxiter: int, n
 
 def largest(x: Tensor) -> float:
     """The largest number of all members of a batch."""
-    while functorch.is_functorch_wrapped_tensor(x):
-        x = functorch.get_unwrapped(x)
-    with torch._C._DisableFuncTorch():
+    while is_wrapped(x):
+        x = get_unwrapped(x)
+    with DisableFuncTorch():
         return float(x.detach().max())
 
 

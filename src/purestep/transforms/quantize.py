@@ -19,6 +19,7 @@ from purestep._core import sharded, tree
 from purestep._core.hyper import Whole, check_steps
 from purestep._core.maths import Encoded, operation
 from purestep._core.primitives import Link, LinkDeclaration, Primitive, Sparse
+from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count
 from purestep.transform import Composite, Leafwise, PyTree, Transform
 
 Bits: TypeAlias = Literal[8, 16]
@@ -69,9 +70,9 @@ def code(signed: bool, device: torch.device) -> Code:
         return found
     if torch.compiler.is_compiling():
         return tabulated(signed, device)
-    with torch._C._DisableFuncTorch(), torch.inference_mode(False):  # they outlive what is running
+    with DisableFuncTorch(), torch.inference_mode(False):  # they outlive what is running
         made = tabulated(signed, device)
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if dispatch_mode_count() == 0:
         _codes[signed, device] = made
     return made
 

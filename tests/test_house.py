@@ -1,0 +1,145 @@
+"""How the house is built: what may be imported where, and what a public name says of itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import purestep as ps
+from purestep._core import torch_api
+
+ROOT = Path(ps.__file__).parent
+SOURCES = {
+    path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))
+}
+"""The syntax tree of every module, by its path without the ending."""
+
+# ------------------------------------------------------------------------------------------------------ torch's private API
+
+NAMEDTUPLES = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def of_torch(module: str) -> bool:
+    return module == "torch" or module.startswith("torch.")
+
+
+def dotted(node: ast.AST) -> list[str]:
+    """`torch._C.f` as its names; empty if it is anything else than names in a row."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute):
+        before = dotted(node.value)
+        return [*before, node.attr] if before else []
+    return []
+
+
+def beginning(node: ast.AST) -> str:
+    """What a string, or an f-string, begins with."""
+    if isinstance(node, ast.JoinedStr) and node.values:
+        node = node.values[0]
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def looked_up(call: ast.AST) -> str:
+    """`name` of `getattr(x, "name")`, and of its relatives."""
+    found = isinstance(call, ast.Call) and dotted(call.func)[-1:] in (["getattr"], ["hasattr"], ["setattr"], ["attrgetter"])
+    return next((beginning(x) for x in call.args if is_private(beginning(x))), "") if found else ""  # type: ignore[attr-defined]
+
+
+def private_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Every private name of torch's that is imported, or reached from a name that was imported from torch."""
+    roots = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for x in node.names:
+                if of_torch(x.name):
+                    roots.add(x.asname or x.name.split(".")[0])
+                    if any(map(is_private, x.name.split("."))):
+                        yield node.lineno, x.name
+        elif isinstance(node, ast.ImportFrom) and node.module and of_torch(node.module):
+            for x in node.names:
+                roots.add(x.asname or x.name)
+                if any(map(is_private, [*node.module.split("."), x.name])):
+                    yield node.lineno, f"{node.module}.{x.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            names = dotted(node)
+            if names and names[0] in roots and node.attr not in torch_api.ATTRIBUTES:
+                yield node.lineno, ".".join(names)
+        elif isinstance(node, ast.Call) and looked_up(node) and (dotted(node.args[0]) or [""])[0] in roots:
+            yield node.lineno, f"{dotted(node.args[0])[0]}.{looked_up(node)}"
+
+
+def own_names() -> set[str]:
+    """The private names that purestep defines, and does not inherit: of functions, methods, classes, fields and attributes."""
+    found = set()
+    for tree in SOURCES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(node.name)
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and dotted(node.value) in (["self"], ["cls"])
+            ):
+                found.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Tuple):  # __slots__, and lists of attributes
+                found.update(x.value for x in node.elts if isinstance(x, ast.Constant) and isinstance(x.value, str))
+    inherited = dir(torch.optim.SGD([torch.zeros(1)]))
+    return found - set(inherited)
+
+
+def foreign_attributes(tree: ast.Module, own: set[str]) -> set[str]:
+    """The private attributes that are read of anything and are none of ours: they are torch's."""
+    found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | {looked_up(x) for x in ast.walk(tree)}
+    return {name for name in found if is_private(name)} - own - NAMEDTUPLES
+
+
+def test_private_names_of_torch_are_imported_in_one_file() -> None:
+    found = [
+        f"{module}.py:{line}: {name}"
+        for module, tree in SOURCES.items()
+        if module != "_core/torch_api"
+        for line, name in private_imports(tree)
+    ]
+    assert not found, "import these from purestep._core.torch_api:\n" + "\n".join(found)
+
+
+def test_private_attributes_of_torch_are_listed_in_that_file() -> None:
+    own = own_names()
+    used = {name for module, tree in SOURCES.items() if module != "_core/torch_api" for name in foreign_attributes(tree, own)}
+    assert used == set(torch_api.ATTRIBUTES), "torch_api.ATTRIBUTES lists what is read of torch's objects in place"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from torch._C import _functorch",
+        "from torch.utils import _pytree as pytree",
+        "from torch._utils import _flatten_dense_tensors",
+        "import torch._dynamo",
+        "import torch.utils._pytree as pytree",
+        "import torch\ntorch._foreach_add(x, y)",
+        "import torch\nwith torch._C._DisableFuncTorch():\n    pass",
+        "import torch\ngetattr(torch, f'_foreach_{name}')",
+        "import torch\ngetattr(torch, '_fused_adam_')",
+        "from torch.optim import optimizer\noptimizer._global_optimizer_pre_hooks",
+    ],
+)
+def test_a_private_name_of_torch_is_found(text: str) -> None:
+    assert list(private_imports(ast.parse(text)))
+
+
+@pytest.mark.parametrize("text", ["x.untyped_storage()._weak_ref()", "getattr(x, '_backward_hooks', None)", "x._is_view()"])
+def test_a_private_attribute_of_torch_is_found(text: str) -> None:
+    assert foreign_attributes(ast.parse(text), own_names())

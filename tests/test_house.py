@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -143,3 +145,118 @@ def test_a_private_name_of_torch_is_found(text: str) -> None:
 @pytest.mark.parametrize("text", ["x.untyped_storage()._weak_ref()", "getattr(x, '_backward_hooks', None)", "x._is_view()"])
 def test_a_private_attribute_of_torch_is_found(text: str) -> None:
     assert foreign_attributes(ast.parse(text), own_names())
+
+
+# --------------------------------------------------------------------------------------------------------------- the floors
+
+FLOORS = [
+    ["_core"],
+    ["_trace"],
+    ["_executors"],
+    ["_engine"],
+    ["schedules"],
+    ["transform"],
+    ["transforms"],
+    ["_optimizer"],
+    ["algorithms"],
+    ["state", "meta"],
+    ["optim"],
+    ["_moved"],
+    ["__init__"],
+]
+"""The packages and modules directly below purestep, the lowest first. A module imports from lower floors and its own package."""
+
+UPWARD: dict[tuple[str, str], str] = {}
+"""What is imported from a higher floor all the same: the module, what it imports, and the reason. There is nothing today."""
+
+
+def name_of(module: str) -> str:
+    """A module as an import writes it, below `purestep`; purestep itself is `__init__`."""
+    return module.removesuffix("/__init__").replace("/", ".")
+
+
+MODULES = {name_of(module): tree for module, tree in SOURCES.items()}
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """The modules of purestep that a module imports, as `MODULES` names them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = [x.name for x in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "an import that begins with a dot"
+            found = [f"{node.module}.{x.name}" for x in node.names]
+        else:
+            continue
+        for name in found:
+            root, _, below = name.partition(".")
+            if root == "purestep":
+                while below and below not in MODULES:  # it ends in a name of that module
+                    below = below.rpartition(".")[0]
+                yield below or "__init__"
+
+
+def package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def floor(module: str) -> int:
+    found = [k for k, names in enumerate(FLOORS) if package(module) in names]
+    assert found, f"purestep.{package(module)} has no floor: say in FLOORS where it belongs"
+    return found[0]
+
+
+def climbs(module: str, target: str) -> bool:
+    return package(module) != package(target) and floor(target) >= floor(module)
+
+
+def test_imports_go_down() -> None:
+    found = {(module, target) for module, tree in MODULES.items() for target in imports(tree) if climbs(module, target)}
+    assert found == set(UPWARD), "each of these imports from its own floor or a higher one"
+
+
+def test_no_circle() -> None:
+    edges = {module: set(imports(tree)) - {module} for module, tree in MODULES.items()}
+    list(graphlib.TopologicalSorter(edges).static_order())  # raises CycleError, and says which modules
+
+
+def test_no_import_inside_a_function() -> None:
+    found = [
+        f"{module}.py:{inner.lineno}"
+        for module, tree in SOURCES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for inner in ast.walk(node)
+        if isinstance(inner, (ast.Import, ast.ImportFrom))
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("_core.maths", "from purestep._trace import foreach"),
+        ("_engine.plan", "from purestep.transform import Transform"),
+        ("transforms.mask", "import purestep.algorithms.sgd"),
+        ("state", "from purestep.meta.loop import Loop"),
+        ("meta.loop", "import purestep as ps"),
+    ],
+)
+def test_an_import_that_goes_up_is_found(module: str, text: str) -> None:
+    assert any([climbs(module, target) for target in imports(ast.parse(text))])
+
+
+# ------------------------------------------------------------------------------------------------------------- public names
+
+
+def test_purestep_shows_public_names_only() -> None:
+    names = [name for name in dir(ps) if not name.startswith("__")]
+    assert sorted(names) == sorted(ps.__all__) == sorted(set(ps.__all__))
+    assert not any([name.startswith("_") for name in names])
+    assert not any([isinstance(getattr(ps, name), ModuleType) for name in set(names) - {"meta", "optim", "schedules"}])
+
+
+def test_a_star_import_gives_public_names_only() -> None:
+    given: dict[str, object] = {}
+    exec("from purestep import *", given)
+    assert sorted(set(given) - {"__builtins__"}) == sorted(ps.__all__)

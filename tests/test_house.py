@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -260,3 +263,150 @@ def test_a_star_import_gives_public_names_only() -> None:
     given: dict[str, object] = {}
     exec("from purestep import *", given)
     assert sorted(set(given) - {"__builtins__"}) == sorted(ps.__all__)
+
+
+# --------------------------------------------------------------------------------------------------------------- docstrings
+
+
+class Function(NamedTuple):
+    """A public function or method, or a class that is called to make an object."""
+
+    doc: str
+    arguments: list[str]
+    extras: set[str]  # what else the function of a declared transform takes: the extra arguments of an update
+    returns: str  # its annotation; empty if it returns nothing
+    raises: set[str]  # the errors that its own lines raise
+
+
+FACTORIES = {"Transform", "Chain", "Schedule", "Self"}
+"""What a factory returns is the thing that its first sentence describes; its arguments are hyperparameters and switches, of which
+only those are described that need a sentence."""
+
+NOT_YET = {
+    **dict.fromkeys(
+        [f"Inner.{name}" for name in ("update", "step", "when", "plus", "emptied", "read", "state", "put")],
+        "_engine/engine.py is being rewritten",
+    ),
+    **dict.fromkeys(
+        [
+            f"optim.Optimizer.{name}"
+            for name in (
+                "add_param_group", "load_state_dict", "profile_hook_step", "state_dict", "step", "use_eval_params", "zero_grad"
+            )
+        ]
+        + ["optim.Optimizer"],
+        "_optimizer/optimizer.py is being rewritten",
+    ),
+}  # fmt: skip
+"""Whose docstrings are still to be written, and why. It may only get shorter."""
+
+
+def public_values() -> Iterator[tuple[str, Any]]:
+    yield from [(name, getattr(ps, name)) for name in ps.__all__]
+    for module in ("schedules", "meta", "optim"):
+        for name, value in sorted(vars(getattr(ps, module)).items()):
+            if not name.startswith("_") and str(getattr(value, "__module__", "")).startswith("purestep"):
+                yield f"{module}.{name}", value
+
+
+def own_raises(function: Any) -> set[str]:
+    """The errors that the lines of a function raise, without those of functions within it."""
+    module = name_of(function.__module__.removeprefix("purestep.").replace(".", "/"))
+    nodes: list[ast.AST] = [MODULES[module]]
+    for name in function.__qualname__.split("."):
+        nodes = [x for node in nodes for x in ast.iter_child_nodes(node) if getattr(x, "name", None) == name]
+    found, rest = set(), [x for node in nodes for x in ast.iter_child_nodes(node)]
+    while rest:
+        node = rest.pop()
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            found.add(dotted(node.exc.func)[-1])
+        rest += ast.iter_child_nodes(node)
+    return found
+
+
+def described(function: Any, doc: str | None = None) -> Function:
+    signature = inspect.signature(function)
+    returns = signature.return_annotation
+    inner = inspect.signature(function.declaration.function) if hasattr(function, "declaration") else signature
+    extras = set(inner.parameters) - set(signature.parameters)
+    return Function(
+        inspect.getdoc(function) or "" if doc is None else doc,
+        [name for name in signature.parameters if name not in ("self", "cls")],
+        extras,
+        "" if returns in (inspect.Signature.empty, None, "None") else str(returns),
+        own_raises(function),
+    )
+
+
+def public_functions() -> Iterator[tuple[str, Function]]:
+    """All of them, but for what torch describes: the arguments of the classes of `torch.optim`; and states, which users read."""
+    for name, value in public_values():
+        if isinstance(value, FunctionType):
+            yield name, described(value)
+        if not inspect.isclass(value) or issubclass(value, (tuple, Warning)):
+            continue
+        mirror = name.startswith("optim.") and hasattr(torch.optim, value.__name__)
+        if not (mirror and value is not ps.optim.Optimizer) and value not in (ps.Transform, ps.schedules.Schedule, ps.Inner):
+            yield name, described(value.__init__, inspect.getdoc(value) or "")
+        for attribute, method in vars(value).items():
+            if isinstance(method, staticmethod):
+                method = method.__func__
+            if isinstance(method, FunctionType) and not attribute.startswith("_"):
+                yield f"{name}.{attribute}", described(method)
+
+
+FUNCTIONS = dict(public_functions())
+
+
+def section(doc: str, title: str) -> str | None:
+    found = re.search(rf"^{title}:\n((?:[ ]{{4,}}.*\n|\n(?=[ ]{{4}}))+)", doc + "\n", re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def entries(text: str | None) -> list[str]:
+    """The names that a section describes, each at the beginning of a line."""
+    return re.findall(r"^ {4}\*{0,2}(\w+):", text or "", re.MULTILINE)
+
+
+def gaps(f: Function) -> list[str]:
+    """What a docstring does not say."""
+    found = [] if f.doc else ["it has no docstring"]
+    said = entries(section(f.doc, "Args"))
+    if f.arguments and not said:
+        found.append("it has arguments, but no Args")
+    found += [f"Args: there is no argument {name!r}" for name in said if name not in {*f.arguments, *f.extras}]
+    if f.returns not in FACTORIES:
+        found += [f"Args: nothing is said of {name!r}" for name in f.arguments if said and name not in said]
+        if f.returns and not section(f.doc, "Returns"):
+            found.append("it returns something, but has no Returns")
+    missing = f.raises - set(entries(section(f.doc, "Raises")))
+    return [*found, *[f"Raises: it raises {error}" for error in sorted(missing)]]
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in NOT_YET])
+def test_a_docstring_says_what_goes_in_and_what_comes_out(name: str) -> None:
+    assert not gaps(FUNCTIONS[name])
+
+
+def test_the_list_of_missing_docstrings_gets_shorter() -> None:
+    assert [name for name in NOT_YET if name not in FUNCTIONS or not gaps(FUNCTIONS[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("doc", "found"),
+    [
+        ("", ["no docstring", "no Args", "no Returns", "raises ValueError"]),
+        (
+            "One.\n\nArgs:\n    x: a.\n    z: b.\n\nReturns:\n    c.\n\nRaises:\n    ValueError: d.",
+            ["argument 'z'", "said of 'y'"],
+        ),
+        ("One.\n\nArgs:\n    x: a.\n    y: a.\n\nReturns:\n    c.\n\nRaises:\n    TypeError: d.", ["raises ValueError"]),
+        ("One.\n\nArgs:\n    x: a.\n    y: a.\n\nReturns:\n    c.\n\nRaises:\n    ValueError: d.", []),
+    ],
+)
+def test_a_gap_in_a_docstring_is_found(doc: str, found: list[str]) -> None:
+    said = gaps(Function(doc, ["x", "y"], set(), "Tensor", {"ValueError"}))
+    assert len(said) == len(found)
+    assert all([part in text for part, text in zip(found, said)])

@@ -68,6 +68,9 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False,
         stacks: promises that it treats a further first dimension of its first argument, the only one that is a tensor, as a
             batch. Tensors of one shape are then computed together.
 
+    Returns:
+        a function of the same positional arguments; without `function`, a decorator.
+
     >>> @operation
     ... def spectral_norm(x: Tensor) -> Tensor:
     ...     return torch.linalg.matrix_norm(x, 2)
@@ -100,6 +103,12 @@ def root(x: Any) -> Any:
 
     `torch.sqrt` has an infinite slope at 0, which turns into NaN as soon as it meets a zero: a second moment that is
     still exactly 0 would poison every gradient taken through the optimizer. Values are those of `torch.sqrt`.
+
+    Args:
+        x: a tensor, or a number of at least 0.
+
+    Returns:
+        a tensor of the shape and dtype of `x`; of a number, a float.
     """
     if not isinstance(x, Tensor):
         return math.sqrt(x)
@@ -111,7 +120,17 @@ def root(x: Any) -> Any:
 
 @operation
 def where(condition: Any, x: Any, y: Any) -> Any:
-    """`x` where `condition` holds, else `y`; any of the three may be a number."""
+    """`x` where `condition` holds, else `y`; any of the three may be a number.
+
+    Args:
+        condition: a tensor of bools, or a bool.
+        x: a tensor or a number; the shapes of all three tensors can be broadcast together.
+        y: a tensor or a number.
+
+    Returns:
+        a tensor; a number if all three are. A number takes the dtype of the tensor beside it; two numbers, chosen between by
+        a tensor, become float64 (float32 on a device that has no float64).
+    """
     if not isinstance(condition, Tensor):
         chosen, other = (x, y) if condition else (y, x)
         return torch.full_like(other, chosen) if isinstance(other, Tensor) and not isinstance(chosen, Tensor) else chosen
@@ -126,6 +145,15 @@ def select(condition: Any, x: Any, y: Any) -> Any:
     """`where` on lists and states: `x` where `condition` holds, else `y`, which has the same structure.
 
     What is one tensor in several places, as counters are, is one in the result.
+
+    Args:
+        condition: a 0-d tensor of a bool, or a bool.
+        x: a tensor, or a list, a tuple, a dict or a state of them.
+        y: a value of the structure of `x`, with tensors of the same shapes. If `condition` is a tensor, what is no tensor
+            in `y` is equal to what `x` has in its place.
+
+    Returns:
+        a value of the structure of `x`. Of a bool it is `x` or `y` itself.
 
     Raises:
         ValueError: the structures differ.
@@ -154,6 +182,12 @@ def select(condition: Any, x: Any, y: Any) -> Any:
 
 def finite(tensors: list[Tensor]) -> Any:
     """Whether all numbers of all tensors are finite: a bool where it can be read, else a 0-d tensor on the first one's device.
+
+    Args:
+        tensors: tensors of any shapes, real or complex. Of an empty list all numbers are finite.
+
+    Returns:
+        a bool on a CPU, outside autograd, `torch.func` and `torch.compile`; else a 0-d tensor of a bool.
 
     >>> finite([torch.ones(2), torch.tensor([0.0, math.inf])])
     False
@@ -199,7 +233,16 @@ def length(x: Tensor) -> Tensor:
 
 @operation
 def lerp(x: Any, y: Any, weight: Any) -> Any:
-    r"""Linear interpolation :math:`x + w (y - x)`: a running mean takes one step towards `y`."""
+    r"""Linear interpolation :math:`x + w (y - x)`: a running mean takes one step towards `y`.
+
+    Args:
+        x: a tensor.
+        y: a tensor of the shape of `x`.
+        weight: :math:`w`, a number or a 0-d tensor.
+
+    Returns:
+        a new tensor of the shape and dtype of `x`.
+    """
     if isinstance(weight, Tensor):
         return x + weight * (y - x)  # torch.lerp wants a weight of its tensors' own dtype; a number here is more precise
     return torch.lerp(x, y.to(x.dtype), weight)  # numbers may have promoted a 0-d y, and torch.lerp insists on one dtype
@@ -207,13 +250,29 @@ def lerp(x: Any, y: Any, weight: Any) -> Any:
 
 @operation
 def minimum(x: Any, y: Any) -> Any:
-    """The smaller of two tensors or numbers; NaN where either is."""
+    """The smaller of two tensors or numbers; NaN where either is.
+
+    Args:
+        x: a tensor or a number.
+        y: a tensor or a number.
+
+    Returns:
+        a tensor, in the shape that `x` and `y` are broadcast to; a number if both are.
+    """
     return _pick(x, y, torch.minimum, torch.clamp_max, min)
 
 
 @operation
 def maximum(x: Any, y: Any) -> Any:
-    """The larger of two tensors or numbers; NaN where either is."""
+    """The larger of two tensors or numbers; NaN where either is.
+
+    Args:
+        x: a tensor or a number.
+        y: a tensor or a number.
+
+    Returns:
+        a tensor, in the shape that `x` and `y` are broadcast to; a number if both are.
+    """
     return _pick(x, y, torch.maximum, torch.clamp_min, max)
 
 
@@ -230,7 +289,14 @@ def cos(x: Any) -> Any:
 
 
 def counter(p: Tensor | list[Tensor]) -> Scalar:
-    """Zero, to count this parameter's updates (or those of all): float32, or float64 where that is torch's default dtype."""
+    """Zero, to count this parameter's updates (or those of all): float32, or float64 where that is torch's default dtype.
+
+    Args:
+        p: a parameter, or a list of them, which may be empty.
+
+    Returns:
+        a new 0-d tensor, on the device of the first parameter.
+    """
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     first = p if isinstance(p, Tensor) else p[0] if p else None
     return torch.zeros((), dtype=dtype, device=None if first is None else first.device)
@@ -238,14 +304,29 @@ def counter(p: Tensor | list[Tensor]) -> Scalar:
 
 @operation
 def rounded(x: Any) -> Any:
-    """A number as a counter stores it, which is in float32 (float64 where that is torch's default dtype)."""
+    """A number as a counter stores it, which is in float32 (float64 where that is torch's default dtype).
+
+    Args:
+        x: a number, or a tensor.
+
+    Returns:
+        a float; of a tensor, a tensor of its shape and dtype.
+    """
     if torch.get_default_dtype() == torch.float64:
         return x
     return x.to(torch.float32).to(x.dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32).item()
 
 
 def filled(p: Tensor, value: Any) -> Tensor:
-    """A tensor like `p` with every number in it equal to `value`: of a complex tensor, both parts."""
+    """A tensor like `p` with every number in it equal to `value`: of a complex tensor, both parts.
+
+    Args:
+        p: a tensor of any shape and dtype.
+        value: a number, or a 0-d tensor.
+
+    Returns:
+        a new tensor of the shape, dtype and device of `p`.
+    """
     x = torch.zeros_like(p)
     return torch.view_as_complex(torch.view_as_real(x) + value) if p.is_complex() else (x + value).to(p.dtype)
 
@@ -361,7 +442,14 @@ def recorded(tensors: Sequence[Tensor]) -> bool:
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
-    r"""The 2-norm of all tensors as one vector, :math:`\sqrt{\sum_i \|x_i\|_2^2}`; a 0-d tensor on the first one's device."""
+    r"""The 2-norm of all tensors as one vector, :math:`\sqrt{\sum_i \|x_i\|_2^2}`; a 0-d tensor on the first one's device.
+
+    Args:
+        tensors: a list of tensors of any shapes, real or complex.
+
+    Returns:
+        a 0-d real tensor; 0 for an empty list.
+    """
     if not tensors:
         return torch.zeros(())
     device = tensors[0].device
@@ -374,7 +462,15 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def multiply(tensors: list[Tensor], k: Tensor) -> list[Tensor]:
-    """Every tensor times one 0-d tensor."""
+    """Every tensor times one 0-d tensor.
+
+    Args:
+        tensors: a list of at least one tensor, of any shapes and dtypes.
+        k: a 0-d tensor.
+
+    Returns:
+        a list of new tensors, in the shapes and dtypes of `tensors`.
+    """
     if not plain(tensors):
         return [(x * sharded.everywhere(k.to(x.device), x)).to(x.dtype) for x in tensors]
     if recorded([*tensors, k]) or not all([x.device == k.device for x in tensors]):

@@ -21,6 +21,14 @@ def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.dev
     Tensors are float64 by default: numbers are double precision in Python, and a 0-d tensor never promotes the dtype of
     what it meets. Hyperparameters that are tensors already stay what they are.
 
+    Args:
+        transform: any pytree of hyperparameters: a transform, or a schedule.
+        dtype: of the new tensors; by default float64, or float32 on a device that has no float64.
+        device: of the new tensors; by default the CPU.
+
+    Returns:
+        a value of the type of `transform`, with the same switches.
+
     >>> import torch, purestep as ps
     >>> def loss(opt):
     ...     p = torch.tensor([1.0])
@@ -41,6 +49,13 @@ def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.dev
 def in_dims(transform: Any) -> Any:
     """The ``in_dims`` for `torch.func.vmap` over a transform: 0 where a hyperparameter is a batch, else None.
 
+    Args:
+        transform: a transform whose hyperparameters may be tensors with a batch in their first dimension.
+
+    Returns:
+        a value of the structure of `transform`, with 0 in the place of each tensor that has a dimension, and None in that of
+        every other hyperparameter.
+
     >>> import torch, purestep as ps
     >>> ps.in_dims(ps.chain(ps.scale(torch.tensor([0.1, 0.2])), ps.trace(0.9)))
     chain(scale(0), trace(None, dampening=None, nesterov=False))
@@ -53,6 +68,12 @@ def out_dims(tree: Any) -> Any:
 
     A state holds None where a parameter needs none (without momentum, frozen, masked), and `vmap` has to be told. The same
     tree is the ``in_dims`` of what came out.
+
+    Args:
+        tree: any pytree, such as the state of one member.
+
+    Returns:
+        a pytree of the structure of `tree`, with 0 in the place of each tensor, and None in that of all else.
 
     >>> import torch, purestep as ps
     >>> opt, members = ps.sgd(lr=0.1), torch.zeros(5, 2)
@@ -70,6 +91,12 @@ def stack(members: Sequence[T]) -> T:
     Tensors are stacked along a new first dimension. Numbers become a 1-d tensor where the members differ, and stay one
     number where all agree, so that ``in_dims=(purestep.in_dims(population), 0)`` maps over what differs. If all agree on
     everything, every number is stacked: a population is a batch always.
+
+    Args:
+        members: at least one pytree; all of them of one structure, with tensors of one shape in each place.
+
+    Returns:
+        a pytree of the structure of a member. A tensor in it has the shape ``(len(members), ...)``.
 
     Raises:
         ValueError: there are no members, their structures (other algorithms, other switches) differ, or shapes do.
@@ -122,6 +149,12 @@ def detach(tree: T) -> T:
 
     Between the segments of a training run it makes truncated backpropagation: ``params, state = ps.detach((params, state))``.
     What is one tensor in several places, as counters are, stays one.
+
+    Args:
+        tree: any pytree. What is not a tensor stays as it is.
+
+    Returns:
+        a pytree of the structure of `tree`, whose tensors share the memory of its.
 
     >>> import torch, purestep as ps
     >>> x = torch.ones(2, requires_grad=True)

@@ -195,6 +195,9 @@ class Schedule(Value):
         >>> ps.schedules.linear(1.0, 0.0, total_steps=10).replace(end=0.5, total_steps=20)
         linear(1.0, 0.5, total_steps=20)
 
+        Args:
+            **changes: the new values, by the names of the arguments of the factory.
+
         Raises:
             TypeError: there is no such argument.
             ValueError: the new arguments do not go together, or one is outside its range.

@@ -52,6 +52,9 @@ def implicit(
             The default is for minima. For saddle points and other roots see `custom_root`.
         has_aux: the solver returns ``(x, aux)``; `aux` is handed on as it is, without derivatives.
 
+    Returns:
+        a function that is called as `solver` is, and returns what it returns.
+
     Raises:
         ValueError: what `stationarity` returns has another structure than the solution, or other shapes.
 
@@ -96,6 +99,9 @@ def custom_root(
         solve: as in `implicit`.
         has_aux: as in `implicit`.
 
+    Returns:
+        a decorator for a solver ``(init, *args) -> x``, which is called as before.
+
     >>> import torch, purestep as ps
     >>> @ps.meta.custom_root(lambda x, a: x**2 - a)
     ... def square_root(x, a):
@@ -117,6 +123,9 @@ def custom_fixed_point(
         fixed_point: :math:`T`, ``(x, *args) -> x``.
         solve: as in `implicit`. Where :math:`T` is a contraction, `solve_neumann` sums its powers.
         has_aux: as in `implicit`.
+
+    Returns:
+        a decorator for a solver ``(init, *args) -> x``, which is called as before.
 
     >>> import torch, purestep as ps
     >>> @ps.meta.custom_fixed_point(lambda x, a: torch.cos(a * x), solve=ps.meta.solve_neumann)

@@ -72,6 +72,13 @@ def solve_cg(
             that is asked for, and nothing is warned of.
         return_info: return ``(x, SolveInfo)``, and do not warn.
 
+    Returns:
+        the solution, a pytree of the structure of `b`; with `return_info`, ``(x, SolveInfo)``.
+
+    Raises:
+        TypeError: a leaf of `b` is not a tensor.
+        ValueError: a product with :math:`A` has another structure than `b`, or another shape.
+
     Warns:
         ConvergenceWarning: it was not solved after `maxiter` products.
 
@@ -138,6 +145,20 @@ def solve_normal_cg(
 
     It needs no symmetry, but twice the products, and the condition number is squared. All else is as in `solve_cg`.
 
+    Args:
+        matvec: :math:`x \mapsto A x`. It is differentiated, for the products with :math:`A^\top`.
+        b: the right-hand side, any pytree of tensors.
+        ridge: :math:`\rho`, added to the diagonal of :math:`A^\top A`.
+        maxiter: as in `solve_cg`, of the equation above.
+        tol: as in `solve_cg`, of the equation above.
+        return_info: as in `solve_cg`.
+
+    Returns:
+        the solution, a pytree of the structure of `b`; with `return_info`, ``(x, SolveInfo)``.
+
+    Raises:
+        TypeError: a leaf of `b` is not a tensor.
+
     >>> import torch, purestep as ps
     >>> ps.meta.solve_normal_cg(lambda x: torch.stack([x[1], -2 * x[0]]), torch.tensor([1.0, 4.0]))
     tensor([-2.0000,  1.0000])
@@ -179,6 +200,13 @@ def solve_neumann(
         tol: it is solved when a term is at most `tol` :math:`\lVert b \rVert` long. With 0, these terms are all that is asked
             for, and nothing is warned of.
         return_info: return ``(x, SolveInfo)``, and do not warn.
+
+    Returns:
+        the solution, a pytree of the structure of `b`; with `return_info`, ``(x, SolveInfo)``.
+
+    Raises:
+        TypeError: a leaf of `b` is not a tensor.
+        ValueError: a product with :math:`A` has another structure than `b`, or another shape.
 
     Warns:
         ConvergenceWarning: it was not solved with `maxiter` terms.

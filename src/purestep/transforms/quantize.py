@@ -396,6 +396,12 @@ def dequantize_state(state: PyTree) -> Any:
 
     A state that is not quantized is returned as it is, and so is every part of it that is not.
 
+    Args:
+        state: the state of any transform, or any part of it.
+
+    Returns:
+        the state of the transforms as it is without `quantize_state`; its tensors have the shapes of the parameters.
+
     >>> import torch, purestep as ps
     >>> small = ps.quantize_state(ps.trace(0.9), bits=16).init_state(torch.zeros(4096))
     >>> small.momentum_buffer_16bit.dtype, ps.dequantize_state(small).momentum_buffer.dtype

@@ -107,13 +107,18 @@ def text_below(name: str) -> list[str]:
 def public(module: str) -> Iterator[tuple[str, str]]:
     """The public names of a module, each with the module it comes from.
 
-    They are those it defines, and those of this package that it imports as themselves (`from .x import f as f`).
+    They are those in `__all__`; without one, those it defines, and those of this package that it imports as themselves
+    (`from .x import f as f`).
     """
-    for node in ast.parse(inspect.getsource(importlib.import_module(module))).body:
+    imported = importlib.import_module(module)
+    listed = getattr(imported, "__all__", None)
+    for node in ast.parse(inspect.getsource(imported)).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             yield node.name, module
         elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == project:
-            yield from ((a.name, str(node.module)) for a in node.names if a.asname == a.name)
+            yield from (
+                (a.name, str(node.module)) for a in node.names if (a.asname == a.name if listed is None else a.name in listed)
+            )
 
 
 def docstring(module: str, name: str) -> str:

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import tree
 from purestep._core.maths import readable
 from purestep._core.primitives import EmptyState, ScheduleState, state_type
+from purestep._core.torch_api import tree_map
 from purestep._core.values import Schedule
 from purestep.transform import PyTree, Transform
 
@@ -33,8 +33,12 @@ def find(state: Any, kind: type[S]) -> S:
         state: the state of any transform.
         kind: the type of the state that is looked for, such as `AdamState`.
 
+    Returns:
+        the state itself, a `NamedTuple` of type `kind`, not a copy.
+
     Raises:
         LookupError: there is none of this type, or there are several; the error lists what there is, and where.
+        TypeError: `state` is not the state of a transform, or `kind` is not a type of states.
 
     >>> import torch, purestep as ps
     >>> opt = ps.chain(ps.clip_by_global_norm(1.0), ps.adamw(lr=0.1))
@@ -58,6 +62,16 @@ def find(state: Any, kind: type[S]) -> S:
 def find_all(state: Any, kind: type[S]) -> list[S]:
     """The states of all transforms of one kind, in order.
 
+    Args:
+        state: the state of any transform.
+        kind: the type of the states that are looked for, such as `TraceState`.
+
+    Returns:
+        a list of the states themselves, in the order of the transforms; empty if there is none.
+
+    Raises:
+        TypeError: `state` is not the state of a transform, or `kind` is not a type of states.
+
     >>> import torch, purestep as ps
     >>> opt = ps.chain(ps.trace(0.5), ps.trace(0.9), ps.scale(-0.1))
     >>> [type(s).__name__ for s in ps.find_all(opt.init_state(torch.zeros(1)), ps.TraceState)]
@@ -72,11 +86,15 @@ def step_count(state: Any) -> Any:
 
     Each parameter has a counter of its own, ``find(state, AdamState).step``, which a missing gradient leaves as it is.
 
+    Args:
+        state: the state of any transform.
+
     Returns:
         an int; inside `torch.func`, and for a state that is not on the CPU, a 0-d tensor, which is not waited for.
 
     Raises:
         LookupError: no transform in it counts its updates.
+        TypeError: `state` is not the state of a transform.
 
     >>> import torch, purestep as ps
     >>> opt, p = ps.adamw(), torch.zeros(2)
@@ -102,6 +120,9 @@ def get_hyperparams(transform: Transform, state: Any) -> dict[str, Any]:
     Args:
         transform: any transform.
         state: its state.
+
+    Returns:
+        a dict with the names of `Transform.hyperparams`: numbers, tuples of them, and tensors where a hyperparameter is one.
 
     Raises:
         TypeError: the state is another transform's.
@@ -146,6 +167,9 @@ def map_params(function: Callable[..., Any], state: Any, *others: PyTree, rest: 
         rest: a function for the other tensors that are kept per parameter, such as counters and the factors of Adafactor,
             called in the same way. By default they keep their values. (What is not kept per parameter, such as the history
             of L-BFGS, always does.)
+
+    Returns:
+        the new state, of the type and structure of `state`.
 
     Raises:
         TypeError: it is not the state of a transform.
@@ -206,7 +230,7 @@ def map_params(function: Callable[..., Any], state: Any, *others: PyTree, rest: 
             elif role == "like" or (rest is not None and role == "other"):
                 new.append(apply(function if role == "like" else rest, place + name, v, inner, role == "other"))  # type: ignore[arg-type]
             else:
-                new.append(pytree.tree_map(copied, v))
+                new.append(tree_map(copied, v))
         return type(x)(*new) if hasattr(x, "_fields") else type(x)(new)
 
     return visit(state, "state", others)

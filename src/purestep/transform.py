@@ -15,8 +15,6 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
 from purestep._core import maths, sharded, tree
@@ -35,6 +33,7 @@ from purestep._core.primitives import (
     is_off,
     state_type,
 )
+from purestep._core.torch_api import SequenceKey, is_batched, register_pytree_node, tree_leaves
 from purestep._core.values import call_of, factory_of, show
 from purestep._engine.explain import Explanation, watched
 from purestep._engine.guards import Looks
@@ -164,6 +163,10 @@ class Transform:
             **extras: what some transforms ask for at each update, such as ``value_and_grad=``, a function from parameters to
                 `(value, gradients)`, for `lbfgs`.
 
+        Returns:
+            ``(updates, state)``: the updates, a pytree of the structure of `params`, each in its parameter's shape and dtype,
+            or `None` where the gradient is; and the new state.
+
         Raises:
             ValueError: the structure, shape, dtype or device of a gradient or state is not its parameter's; the error
                 names the first path. There is no such executor.
@@ -191,8 +194,22 @@ class Transform:
     ) -> tuple[Any, Any]:
         """The new parameters and the new state: `update` and `apply_updates` at once.
 
-        With ``donate=True`` the memory of both `state` and `params` is given away and reused in place. All else is as in
-        `update`.
+        Args:
+            grads: as in `update`.
+            state: as in `update`.
+            params: as in `update`.
+            donate: give the memory of `state` and `params` away: both are overwritten, and neither must be used again.
+            compile: as in `update`.
+            executor: as in `update`.
+            **extras: as in `update`.
+
+        Returns:
+            ``(params, state)``: the new parameters, a pytree of the structure of `params`, in its shapes and dtypes; and the
+            new state.
+
+        Raises:
+            ValueError: as in `update`.
+            TypeError: as in `update`.
         """
         return self._advance(grads, state, params, True, donate, executor_of(compile, executor), extras)
 
@@ -295,7 +312,7 @@ class Transform:
             extras[name] = like_params(extras[name], name, plan, leaves, rows, spec, mask)
         followed = [plan.tensors, *map(extras.__getitem__, plan.trees)]
         if known is None:
-            followed += [live, given, *[c if isinstance(c, list) else pytree.tree_leaves(c) for s in chosen for c in s]]
+            followed += [live, given, *[c if isinstance(c, list) else tree_leaves(c) for s in chosen for c in s]]
         mode = choose(executor, *followed)
         before = list(map(list, states))
         groups = [Group(plan, range(len(given)))]
@@ -365,6 +382,10 @@ class Transform:
         0.2
         >>> opt = ps.chain(ps.scale(2.0), ps.scale(3.0)).replace(**{"1.factor": 4.0})
 
+        Args:
+            **changes: the new values, by the names in `hyperparams` and `switches`. A name with a dot in it is given as
+                ``**{"1.factor": 4.0}``.
+
         Raises:
             TypeError: there is no such name, or it is ambiguous; the error lists the names there are.
             ValueError: the value is outside the range of the hyperparameter.
@@ -413,6 +434,13 @@ class Transform:
         """The source of the foreach program that `step` runs on matrices of real floating-point numbers, as text to read.
 
         On a CPU, lines that one of torch's fused kernels computes together are run as that.
+
+        Args:
+            donate: the program of a step with ``donate=True``, which overwrites the state and the parameters.
+
+        Returns:
+            the text of one Python function for each run of leafwise transforms, with a comment in the place of each `whole` or
+            `nested` transform.
 
         >>> import purestep as ps
         >>> print(ps.sgd(lr=0.1).program(donate=True))
@@ -508,13 +536,13 @@ class Composite(Transform):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        pytree.register_pytree_node(
+        register_pytree_node(
             cls,
             lambda x: (list(x.children), x.context),
             lambda children, context: _composite(cls, children, context),
             serialized_type_name=f"purestep.{cls.__qualname__}",
             flatten_with_keys_fn=lambda x: (  # pyright: ignore[reportArgumentType]
-                [(pytree.SequenceKey(i), c) for i, c in enumerate(x.children)],
+                [(SequenceKey(i), c) for i, c in enumerate(x.children)],
                 x.context,
             ),
         )
@@ -611,6 +639,9 @@ def chain(*transforms: Transform) -> Chain:
     chain(clip_by_global_norm(1.0), add_decayed_weights(0.5), scale_by_adam(betas=(0.9, 0.999), eps=1e-08), \
 scale_by_learning_rate(0.1))
 
+    Args:
+        *transforms: the transforms, the first of which takes the gradients.
+
     Raises:
         TypeError: an argument is not a transform.
     """
@@ -655,6 +686,14 @@ def leafwise(
             these rows; ``"dense"``, that all rows change, so it is made dense first. By default it is refused.
         name: what the transform is called where it is printed; by default the function's name.
 
+    Returns:
+        a decorator that turns the function into a factory of transforms, which takes the function's arguments behind the
+        first three.
+
+    Raises:
+        TypeError: `state` is not a `NamedTuple` with a classmethod `init`; or, from the decorator, the function has an
+            argument annotated `Extra` or `ExtraTree`.
+
     >>> import torch, purestep as ps
     >>> @ps.leafwise()
     ... def sign(g, p):
@@ -697,6 +736,13 @@ def whole(
         sparse: as in `leafwise`; with ``"rows"`` the function is given these rows alone.
         elementwise: promises that what becomes of an element depends on what else there is in its own place, and on numbers
             that are no tensor's, and so is right on any part of the parameters: that is what a process sees of FSDP1's.
+
+    Returns:
+        a decorator that turns the function into a factory of transforms, which takes the function's arguments behind the
+        first three.
+
+    Raises:
+        TypeError: `state` is not a `NamedTuple` with a classmethod `init`.
 
     >>> import torch, purestep as ps
     >>> @ps.whole(scales=True)
@@ -745,6 +791,14 @@ def nested(
         sparse: as in `leafwise`.
         elementwise: as in `whole`, as far as the inner transform is.
         name: what the transform is called where it is printed; by default the function's name.
+
+    Returns:
+        a decorator that turns the function into a factory of transforms, which takes the function's arguments behind the
+        first three, the other transform among them.
+
+    Raises:
+        TypeError: `state` is not a `NamedTuple` with a classmethod `init` and a last field `inner`; or, from the decorator, no
+            argument is annotated `Inner`.
 
     >>> import torch, purestep as ps
     >>> from typing import Any, NamedTuple
@@ -895,7 +949,7 @@ def share(column: list[Any], params: list[Any]) -> list[Any]:
     shared: dict[Any, Any] = {}
     result = []
     for x, p in zip(column, params):
-        if x is None or functorch.is_batchedtensor(x):
+        if x is None or is_batched(x):
             result.append(x)
         else:
             result.append(shared.setdefault((p.device, x.dtype), x))
@@ -1130,6 +1184,17 @@ def _either(names: Sequence[str]) -> str:
 def apply_updates(params: PyTree, updates: PyTree) -> Any:
     """`params + updates`, leaf by leaf, in the parameters' dtypes; where the update is `None` the parameter stays.
 
+    Args:
+        params: the parameters, a pytree of tensors.
+        updates: a pytree of the structure of `params`, whose tensors can be broadcast to its.
+
+    Returns:
+        a pytree of the structure of `params`, with new tensors in its dtypes; where an update is `None`, the tensor of
+        `params` itself.
+
+    Raises:
+        ValueError: `updates` has another structure than `params`; the error names the first path.
+
     >>> import torch, purestep as ps
     >>> ps.apply_updates([torch.tensor(1.0), torch.tensor(2.0)], [torch.tensor(0.5), None])
     [tensor(1.5000), tensor(2.)]
@@ -1148,6 +1213,9 @@ def eval_params(state: Any, params: PyTree) -> Any:
     Args:
         state: what `init_state` or the last update returned.
         params: the parameters.
+
+    Returns:
+        a pytree of the structure of `params`, in its shapes. Without an average it is `params` itself.
 
     Raises:
         TypeError: `state` is not the state of a transform.

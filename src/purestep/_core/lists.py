@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from purestep._core.plain import plain
+from purestep._core.torch_api import foreach_clone, foreach_copy_, is_non_overlapping_and_dense
 
 
 def flattened(xs: list[Tensor]) -> Tensor:
@@ -36,7 +36,7 @@ def alike(values: list[Any]) -> bool:
 
 
 def clones(xs: list[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_clone(xs)) if plain(xs) else [x.clone() for x in xs]
+    return list(foreach_clone(xs)) if plain(xs) else [x.clone() for x in xs]
 
 
 def first_places(values: Sequence[Any]) -> list[int]:
@@ -61,7 +61,7 @@ def cast(xs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def overwrite(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
     if plain(old, new):
-        torch._foreach_copy_(old, new)
+        foreach_copy_(old, new)
     else:
         for x, y in zip(old, new):
             x.copy_(y)
@@ -80,4 +80,4 @@ def imaginary(xs: list[Any]) -> list[Any]:
 def same_layout(tensors: Sequence[Tensor]) -> bool:
     """Whether the same element stands at the same place in the memory of all of them, with no gaps."""
     strides = tensors[0].stride()
-    return all([t.stride() == strides for t in tensors]) and is_non_overlapping_and_dense_or_false(tensors[0])
+    return all([t.stride() == strides for t in tensors]) and is_non_overlapping_and_dense(tensors[0])

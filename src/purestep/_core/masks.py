@@ -256,7 +256,16 @@ class by_path(Rule):  # noqa: N801
             check_pattern(pattern)
 
     def found(self, path: str, p: Tensor) -> Any:
-        """What the first pattern in the path says."""
+        """What the first pattern in the path says.
+
+        Args:
+            path: the path of the parameter.
+            p: the parameter.
+
+        Returns:
+            what the table has for the first pattern that is found in the path; a marker if it has nothing,
+            in whose place a call of the rule puts `default`.
+        """
         return next((x for pattern, x in self.table.items() if re.search(pattern, path)), REQUIRED)
 
 
@@ -280,7 +289,16 @@ class by_ndim(Rule):  # noqa: N801
         super().__init__(dict(table), default)
 
     def found(self, path: str, p: Tensor) -> Any:
-        """What is said of this number of dimensions."""
+        """What is said of this number of dimensions.
+
+        Args:
+            path: the path of the parameter.
+            p: the parameter.
+
+        Returns:
+            what the table has for the number of its dimensions; a marker if it has nothing,
+            in whose place a call of the rule puts `default`.
+        """
         return self.table.get(p.ndim, REQUIRED)
 
 
@@ -316,7 +334,19 @@ class by_module(Rule):  # noqa: N801
                 self.known[own] = said
 
     def found(self, path: str, p: Tensor) -> Any:
-        """What is said of the module with this parameter."""
+        """What is said of the module with this parameter.
+
+        Args:
+            path: the path of the parameter.
+            p: the parameter.
+
+        Returns:
+            what the table has for the module that it belongs to; a marker if it has nothing,
+            in whose place a call of the rule puts `default`.
+
+        Raises:
+            ValueError: the model has no parameter at this path.
+        """
         if path not in self.known:
             raise ValueError(f"by_module was made of a model that has no parameter {quote(path)}; it has {listed(self.known)}.")
         return self.known[path]

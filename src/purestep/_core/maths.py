@@ -13,7 +13,6 @@ from typing import Annotated, Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.linalg import vector_norm
@@ -21,6 +20,21 @@ from torch.linalg import vector_norm
 from purestep._core import sharded
 from purestep._core.plain import bare, plain
 from purestep._core.recorder import recorder
+from purestep._core.torch_api import (
+    DisableFuncTorch,
+    Interpreter,
+    TransformType,
+    batch_dim_of,
+    dispatch_mode_count,
+    foreach_mul,
+    foreach_norm,
+    get_unwrapped,
+    innermost_interpreter,
+    interpreter_stack,
+    is_batched,
+    is_wrapped,
+    level_of,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,6 +68,9 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False,
         stacks: promises that it treats a further first dimension of its first argument, the only one that is a tensor, as a
             batch. Tensors of one shape are then computed together.
 
+    Returns:
+        a function of the same positional arguments; without `function`, a decorator.
+
     >>> @operation
     ... def spectral_norm(x: Tensor) -> Tensor:
     ...     return torch.linalg.matrix_norm(x, 2)
@@ -86,6 +103,12 @@ def root(x: Any) -> Any:
 
     `torch.sqrt` has an infinite slope at 0, which turns into NaN as soon as it meets a zero: a second moment that is
     still exactly 0 would poison every gradient taken through the optimizer. Values are those of `torch.sqrt`.
+
+    Args:
+        x: a tensor, or a number of at least 0.
+
+    Returns:
+        a tensor of the shape and dtype of `x`; of a number, a float.
     """
     if not isinstance(x, Tensor):
         return math.sqrt(x)
@@ -97,12 +120,22 @@ def root(x: Any) -> Any:
 
 @operation
 def where(condition: Any, x: Any, y: Any) -> Any:
-    """`x` where `condition` holds, else `y`; any of the three may be a number."""
+    """`x` where `condition` holds, else `y`; any of the three may be a number.
+
+    Args:
+        condition: a tensor of bools, or a bool.
+        x: a tensor or a number; the shapes of all three tensors can be broadcast together.
+        y: a tensor or a number.
+
+    Returns:
+        a tensor; a number if all three are. A number takes the dtype of the tensor beside it; two numbers, chosen between by
+        a tensor, become float64 (float32 on a device that has no float64).
+    """
     if not isinstance(condition, Tensor):
         chosen, other = (x, y) if condition else (y, x)
         return torch.full_like(other, chosen) if isinstance(other, Tensor) and not isinstance(chosen, Tensor) else chosen
     if not isinstance(x, Tensor) and not isinstance(y, Tensor):
-        if x == y and functorch.is_batchedtensor(condition) and not condition.dim():
+        if x == y and is_batched(condition) and not condition.dim():
             return x  # one number for all members, instead of one for each
         x = torch.full((), x, dtype=precise(condition.device), device=condition.device)  # made there: no copy to wait for
     return torch.where(condition, x, y)
@@ -112,6 +145,15 @@ def select(condition: Any, x: Any, y: Any) -> Any:
     """`where` on lists and states: `x` where `condition` holds, else `y`, which has the same structure.
 
     What is one tensor in several places, as counters are, is one in the result.
+
+    Args:
+        condition: a 0-d tensor of a bool, or a bool.
+        x: a tensor, or a list, a tuple, a dict or a state of them.
+        y: a value of the structure of `x`, with tensors of the same shapes. If `condition` is a tensor, what is no tensor
+            in `y` is equal to what `x` has in its place.
+
+    Returns:
+        a value of the structure of `x`. Of a bool it is `x` or `y` itself.
 
     Raises:
         ValueError: the structures differ.
@@ -141,6 +183,12 @@ def select(condition: Any, x: Any, y: Any) -> Any:
 def finite(tensors: list[Tensor]) -> Any:
     """Whether all numbers of all tensors are finite: a bool where it can be read, else a 0-d tensor on the first one's device.
 
+    Args:
+        tensors: tensors of any shapes, real or complex. Of an empty list all numbers are finite.
+
+    Returns:
+        a bool on a CPU, outside autograd, `torch.func` and `torch.compile`; else a 0-d tensor of a bool.
+
     >>> finite([torch.ones(2), torch.tensor([0.0, math.inf])])
     False
     """
@@ -164,9 +212,9 @@ def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
         found = map(root, squares(tensors)) if order == 2.0 else [sharded.whole(vector_norm(x, order)) for x in tensors]
         return torch.stack([n.to(device, wide(x)) for n, x in zip(found, tensors)])
     if order != 2.0 or max(map(Tensor.numel, tensors)) <= LONG:
-        return torch.stack([x.to(device) for x in torch._foreach_norm(tensors, order)])
+        return torch.stack([x.to(device) for x in foreach_norm(tensors, order)])
     long = [x.is_cpu and x.numel() > LONG and x.dtype in DOT and x.is_contiguous() for x in tensors]
-    others = iter(torch._foreach_norm([x for x, yes in zip(tensors, long) if not yes]) if not all(long) else ())
+    others = iter(foreach_norm([x for x, yes in zip(tensors, long) if not yes]) if not all(long) else ())
     return torch.stack([length(x) if yes else next(others).to(device) for x, yes in zip(tensors, long)])
 
 
@@ -185,7 +233,16 @@ def length(x: Tensor) -> Tensor:
 
 @operation
 def lerp(x: Any, y: Any, weight: Any) -> Any:
-    r"""Linear interpolation :math:`x + w (y - x)`: a running mean takes one step towards `y`."""
+    r"""Linear interpolation :math:`x + w (y - x)`: a running mean takes one step towards `y`.
+
+    Args:
+        x: a tensor.
+        y: a tensor of the shape of `x`.
+        weight: :math:`w`, a number or a 0-d tensor.
+
+    Returns:
+        a new tensor of the shape and dtype of `x`.
+    """
     if isinstance(weight, Tensor):
         return x + weight * (y - x)  # torch.lerp wants a weight of its tensors' own dtype; a number here is more precise
     return torch.lerp(x, y.to(x.dtype), weight)  # numbers may have promoted a 0-d y, and torch.lerp insists on one dtype
@@ -193,13 +250,29 @@ def lerp(x: Any, y: Any, weight: Any) -> Any:
 
 @operation
 def minimum(x: Any, y: Any) -> Any:
-    """The smaller of two tensors or numbers; NaN where either is."""
+    """The smaller of two tensors or numbers; NaN where either is.
+
+    Args:
+        x: a tensor or a number.
+        y: a tensor or a number.
+
+    Returns:
+        a tensor, in the shape that `x` and `y` are broadcast to; a number if both are.
+    """
     return _pick(x, y, torch.minimum, torch.clamp_max, min)
 
 
 @operation
 def maximum(x: Any, y: Any) -> Any:
-    """The larger of two tensors or numbers; NaN where either is."""
+    """The larger of two tensors or numbers; NaN where either is.
+
+    Args:
+        x: a tensor or a number.
+        y: a tensor or a number.
+
+    Returns:
+        a tensor, in the shape that `x` and `y` are broadcast to; a number if both are.
+    """
     return _pick(x, y, torch.maximum, torch.clamp_min, max)
 
 
@@ -216,7 +289,14 @@ def cos(x: Any) -> Any:
 
 
 def counter(p: Tensor | list[Tensor]) -> Scalar:
-    """Zero, to count this parameter's updates (or those of all): float32, or float64 where that is torch's default dtype."""
+    """Zero, to count this parameter's updates (or those of all): float32, or float64 where that is torch's default dtype.
+
+    Args:
+        p: a parameter, or a list of them, which may be empty.
+
+    Returns:
+        a new 0-d tensor, on the device of the first parameter.
+    """
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     first = p if isinstance(p, Tensor) else p[0] if p else None
     return torch.zeros((), dtype=dtype, device=None if first is None else first.device)
@@ -224,14 +304,29 @@ def counter(p: Tensor | list[Tensor]) -> Scalar:
 
 @operation
 def rounded(x: Any) -> Any:
-    """A number as a counter stores it, which is in float32 (float64 where that is torch's default dtype)."""
+    """A number as a counter stores it, which is in float32 (float64 where that is torch's default dtype).
+
+    Args:
+        x: a number, or a tensor.
+
+    Returns:
+        a float; of a tensor, a tensor of its shape and dtype.
+    """
     if torch.get_default_dtype() == torch.float64:
         return x
     return x.to(torch.float32).to(x.dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32).item()
 
 
 def filled(p: Tensor, value: Any) -> Tensor:
-    """A tensor like `p` with every number in it equal to `value`: of a complex tensor, both parts."""
+    """A tensor like `p` with every number in it equal to `value`: of a complex tensor, both parts.
+
+    Args:
+        p: a tensor of any shape and dtype.
+        value: a number, or a 0-d tensor.
+
+    Returns:
+        a new tensor of the shape, dtype and device of `p`.
+    """
     x = torch.zeros_like(p)
     return torch.view_as_complex(torch.view_as_real(x) + value) if p.is_complex() else (x + value).to(p.dtype)
 
@@ -257,18 +352,18 @@ def origin(step: Tensor, ps: list[Tensor], x0: list[Tensor]) -> list[Tensor]:
 
 def transforming() -> bool:
     """Whether a `torch.func` transform, or forward-mode differentiation, is running."""
-    level = functorch.peek_interpreter_stack()
-    return isinstance(level, functorch.CInterpreter) or forward_ad._current_level >= 0
+    level = innermost_interpreter()
+    return isinstance(level, Interpreter) or forward_ad._current_level >= 0
 
 
 def differentiating(x: Tensor) -> bool:
     """Whether a derivative may be taken of what is done to `x`: under `torch.func.vmap` alone, none is."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:  # what is traced may be differentiated later
+    if torch.compiler.is_compiling() or dispatch_mode_count() > 0:  # what is traced may be differentiated later
         return transforming() or torch.is_grad_enabled()
     if forward_ad._current_level >= 0:
         return True
     if transforming():
-        if any([level.key() != functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()]):
+        if any([level.key() != TransformType.Vmap for level in interpreter_stack() or ()]):
             return True
         x = bottom(x)[0]
     return torch.is_grad_enabled() and x.requires_grad
@@ -280,20 +375,20 @@ def readable(x: Tensor) -> bool:
         transforming()
         or (torch.is_grad_enabled() and x.requires_grad)
         or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or dispatch_mode_count() > 0
     )
 
 
 def followed(x: Tensor) -> bool:
     """Whether autograd or a `torch.func` transform knows this tensor: it may have derivatives, or be a batch."""
     forward = forward_ad._current_level >= 0
-    while functorch.is_functorch_wrapped_tensor(x):
-        if x.requires_grad or forward or functorch.is_batchedtensor(x):  # below another level tangents are not to be seen
+    while is_wrapped(x):
+        if x.requires_grad or forward or is_batched(x):  # below another level tangents are not to be seen
             return True
-        x = functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
     if not forward:
         return x.requires_grad
-    with torch._C._DisableFuncTorch():
+    with DisableFuncTorch():
         return x.requires_grad or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
@@ -302,18 +397,18 @@ def recording(x: Any) -> bool:
     respect to it needs no further level."""
     if not isinstance(x, Tensor) or not x.requires_grad:
         return False
-    level = functorch.peek_interpreter_stack()
-    if not isinstance(level, functorch.CInterpreter):
+    level = innermost_interpreter()
+    if not isinstance(level, Interpreter):
         return not forward_ad._current_level >= 0
-    return bool(level.key() == functorch.TransformType.Grad and functorch.maybe_get_level(x) == level.level())
+    return bool(level.key() == TransformType.Grad and level_of(x) == level.level())
 
 
 def bottom(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
     """What is below all levels of `torch.func`, and how it is wrapped: tensors that agree in both are the same."""
     levels = []
-    while functorch.is_functorch_wrapped_tensor(x):
-        levels.append((functorch.maybe_get_level(x), functorch.maybe_get_bdim(x)))
-        x = functorch.get_unwrapped(x)
+    while is_wrapped(x):
+        levels.append((level_of(x), batch_dim_of(x)))
+        x = get_unwrapped(x)
     return x, tuple(levels)
 
 
@@ -333,11 +428,11 @@ def some(flag: Any) -> bool:
     """
     if not isinstance(flag, Tensor):
         return bool(flag)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or dispatch_mode_count() > 0:
         return True
-    while functorch.is_functorch_wrapped_tensor(flag):
-        flag = functorch.get_unwrapped(flag)
-    with torch._C._DisableFuncTorch():
+    while is_wrapped(flag):
+        flag = get_unwrapped(flag)
+    with DisableFuncTorch():
         return bool(flag.any())
 
 
@@ -347,7 +442,14 @@ def recorded(tensors: Sequence[Tensor]) -> bool:
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
-    r"""The 2-norm of all tensors as one vector, :math:`\sqrt{\sum_i \|x_i\|_2^2}`; a 0-d tensor on the first one's device."""
+    r"""The 2-norm of all tensors as one vector, :math:`\sqrt{\sum_i \|x_i\|_2^2}`; a 0-d tensor on the first one's device.
+
+    Args:
+        tensors: a list of tensors of any shapes, real or complex.
+
+    Returns:
+        a 0-d real tensor; 0 for an empty list.
+    """
     if not tensors:
         return torch.zeros(())
     device = tensors[0].device
@@ -360,12 +462,20 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def multiply(tensors: list[Tensor], k: Tensor) -> list[Tensor]:
-    """Every tensor times one 0-d tensor."""
+    """Every tensor times one 0-d tensor.
+
+    Args:
+        tensors: a list of at least one tensor, of any shapes and dtypes.
+        k: a 0-d tensor.
+
+    Returns:
+        a list of new tensors, in the shapes and dtypes of `tensors`.
+    """
     if not plain(tensors):
         return [(x * sharded.everywhere(k.to(x.device), x)).to(x.dtype) for x in tensors]
     if recorded([*tensors, k]) or not all([x.device == k.device for x in tensors]):
         return [(x * k.to(x.device)).to(x.dtype) for x in tensors]
-    return [y.to(x.dtype) for x, y in zip(tensors, torch._foreach_mul(tensors, k))]  # a 0-d tensor is promoted by `k`
+    return [y.to(x.dtype) for x, y in zip(tensors, foreach_mul(tensors, k))]  # a 0-d tensor is promoted by `k`
 
 
 def inner(xs: list[Tensor], ys: list[Tensor]) -> Tensor:

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+
+from purestep._core.torch_api import DisableTorchFunctionSubclass, FakeTensor, FunctionalTensor, dispatch_mode_count
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
@@ -42,7 +42,7 @@ dispatch = operator.attrgetter("__torch_dispatch__")
 def bare(x: Any) -> Any:
     """A number that was found in a tensor as a plain tensor, if it is one but for how Python sees it."""
     if isinstance(x, Tensor) and type(x) not in TRACED and dispatch(type(x)) is dispatch(Tensor):
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return x.as_subclass(Tensor)
     return x
 
@@ -56,4 +56,4 @@ def plain(*lists: Sequence[Any], optional: bool = False) -> bool:
         return True
     if optional:
         types.discard(type(None))
-    return types <= (TRACED if torch._C._len_torch_dispatch_stack() else PLAIN)
+    return types <= (TRACED if dispatch_mode_count() else PLAIN)

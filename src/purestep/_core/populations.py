@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import maths, tree
+from purestep._core.torch_api import tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 T = TypeVar("T")
 
@@ -20,6 +20,14 @@ def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.dev
 
     Tensors are float64 by default: numbers are double precision in Python, and a 0-d tensor never promotes the dtype of
     what it meets. Hyperparameters that are tensors already stay what they are.
+
+    Args:
+        transform: any pytree of hyperparameters: a transform, or a schedule.
+        dtype: of the new tensors; by default float64, or float32 on a device that has no float64.
+        device: of the new tensors; by default the CPU.
+
+    Returns:
+        a value of the type of `transform`, with the same switches.
 
     >>> import torch, purestep as ps
     >>> def loss(opt):
@@ -35,17 +43,24 @@ def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.dev
             return torch.tensor(x, dtype=dtype or maths.precise(torch.device(device or "cpu")), device=device)
         return x
 
-    return pytree.tree_map(convert, transform)
+    return tree_map(convert, transform)
 
 
 def in_dims(transform: Any) -> Any:
     """The ``in_dims`` for `torch.func.vmap` over a transform: 0 where a hyperparameter is a batch, else None.
 
+    Args:
+        transform: a transform whose hyperparameters may be tensors with a batch in their first dimension.
+
+    Returns:
+        a value of the structure of `transform`, with 0 in the place of each tensor that has a dimension, and None in that of
+        every other hyperparameter.
+
     >>> import torch, purestep as ps
     >>> ps.in_dims(ps.chain(ps.scale(torch.tensor([0.1, 0.2])), ps.trace(0.9)))
     chain(scale(0), trace(None, dampening=None, nesterov=False))
     """
-    return pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) and x.dim() > 0 else None, transform)
+    return tree_map(lambda x: 0 if isinstance(x, Tensor) and x.dim() > 0 else None, transform)
 
 
 def out_dims(tree: Any) -> Any:
@@ -54,6 +69,12 @@ def out_dims(tree: Any) -> Any:
     A state holds None where a parameter needs none (without momentum, frozen, masked), and `vmap` has to be told. The same
     tree is the ``in_dims`` of what came out.
 
+    Args:
+        tree: any pytree, such as the state of one member.
+
+    Returns:
+        a pytree of the structure of `tree`, with 0 in the place of each tensor, and None in that of all else.
+
     >>> import torch, purestep as ps
     >>> opt, members = ps.sgd(lr=0.1), torch.zeros(5, 2)
     >>> dims = ps.out_dims(opt.init_state(members[0]))
@@ -61,7 +82,7 @@ def out_dims(tree: Any) -> Any:
     >>> step = torch.func.vmap(opt.step, in_dims=(0, dims, 0), out_dims=(0, dims))
     >>> members, state = step(torch.ones(5, 2), state, members)
     """
-    return pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, tree)
+    return tree_map(lambda x: 0 if isinstance(x, Tensor) else None, tree)
 
 
 def stack(members: Sequence[T]) -> T:
@@ -70,6 +91,12 @@ def stack(members: Sequence[T]) -> T:
     Tensors are stacked along a new first dimension. Numbers become a 1-d tensor where the members differ, and stay one
     number where all agree, so that ``in_dims=(purestep.in_dims(population), 0)`` maps over what differs. If all agree on
     everything, every number is stacked: a population is a batch always.
+
+    Args:
+        members: at least one pytree; all of them of one structure, with tensors of one shape in each place.
+
+    Returns:
+        a pytree of the structure of a member. A tensor in it has the shape ``(len(members), ...)``.
 
     Raises:
         ValueError: there are no members, their structures (other algorithms, other switches) differ, or shapes do.
@@ -83,10 +110,10 @@ def stack(members: Sequence[T]) -> T:
     members = list(members)
     if not members:
         raise ValueError("stack needs at least one member, but got none.")
-    first, spec = pytree.tree_flatten(members[0])
+    first, spec = tree_flatten(members[0])
     columns: list[list[Any]] = [[x] for x in first]
     for k, member in enumerate(members[1:], start=1):
-        leaves, other = pytree.tree_flatten(member)
+        leaves, other = tree_flatten(member)
         if other != spec:
             raise ValueError(
                 f"The members of a population must have one structure, but number {k} is {member!r}, and number 0 is "
@@ -97,9 +124,9 @@ def stack(members: Sequence[T]) -> T:
     differ = [any([isinstance(x, Tensor) for x in c]) or any([x != c[0] for x in c]) for c in columns]
     if not any(differ):
         differ = [isinstance(c[0], numbers.Real) for c in columns]
-    paths = [tree.dotted(path) for path, _ in pytree.tree_flatten_with_path(members[0])[0]]
+    paths = [tree.dotted(path) for path, _ in tree_flatten_with_path(members[0])[0]]
     made = [together(c, path) if yes else c[0] for c, yes, path in zip(columns, differ, paths)]
-    return pytree.tree_unflatten(made, spec)
+    return tree_unflatten(made, spec)
 
 
 def together(column: list[Any], path: str) -> Tensor:
@@ -123,6 +150,12 @@ def detach(tree: T) -> T:
     Between the segments of a training run it makes truncated backpropagation: ``params, state = ps.detach((params, state))``.
     What is one tensor in several places, as counters are, stays one.
 
+    Args:
+        tree: any pytree. What is not a tensor stays as it is.
+
+    Returns:
+        a pytree of the structure of `tree`, whose tensors share the memory of its.
+
     >>> import torch, purestep as ps
     >>> x = torch.ones(2, requires_grad=True)
     >>> ps.detach({"w": 2 * x})["w"].requires_grad
@@ -133,4 +166,4 @@ def detach(tree: T) -> T:
     def cut(x: Any) -> Any:
         return made.setdefault(id(x), x.detach()) if isinstance(x, Tensor) else x
 
-    return pytree.tree_map(cut, tree)
+    return tree_map(cut, tree)

@@ -18,8 +18,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute, GraphAppendingTracer, TraceError
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+
+from purestep._core.torch_api import (
+    DisableFuncTorch,
+    current_function_mode,
+    disable_dispatch_modes,
+    function_mode_count,
+    tree_leaves,
+)
 
 # ------------------------------------------------------------------------------------------------------------------ proxies
 
@@ -85,7 +91,7 @@ class Tracer(GraphAppendingTracer):
 
     def keep(self, x: Any) -> Any:
         """Remember the tensors in here, which are made of numbers."""
-        for y in pytree.tree_leaves(x):
+        for y in tree_leaves(x):
             if isinstance(y, Tensor):
                 self.made[id(y)] = y
         return x
@@ -122,7 +128,7 @@ RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
     """Out of sight of `torch.func`, of tracers and of inference mode: a constant outlives them."""
-    with torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False):
+    with DisableFuncTorch(), disable_dispatch_modes(), torch.inference_mode(False):
         yield
 
 
@@ -137,7 +143,7 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = tree_leaves((args, kwargs))
         if any([isinstance(x, fx.Proxy) for x in leaves]):
             return func(*args, **kwargs)  # which records it
         tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -177,7 +183,7 @@ class Recorder(TorchFunctionMode):
 
 def recorder() -> Recorder | None:
     """What records the operations of this thread, if anything does."""
-    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+    if torch.compiler.is_compiling() or not function_mode_count():
         return None
-    mode = torch.overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
+    mode = current_function_mode()  # type: ignore[no-untyped-call]
     return mode if isinstance(mode, Recorder) else None

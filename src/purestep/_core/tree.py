@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from purestep._core.torch_api import SUPPORTED_NODES, SequenceKey, TreeSpec, node_type, tree_flatten, tree_unflatten
 
 LEAVES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
@@ -27,7 +28,7 @@ class Spec(NamedTuple):
 
     kind: type | None  # dict, list or tuple when flat; Tensor for a bare leaf; None for anything else
     keys: tuple[Any, ...]
-    general: pytree.TreeSpec | None
+    general: TreeSpec | None
 
     @property
     def size(self) -> int:
@@ -37,7 +38,7 @@ class Spec(NamedTuple):
         """One dotted path per leaf: `'layer1.weight'`, `'0.bias'`; a bare tensor's is `''`."""
         if self.general is None:
             return [str(key) for key in self.keys]
-        return paths_of(pytree.tree_unflatten(range(self.size), self.general))
+        return paths_of(tree_unflatten(range(self.size), self.general))
 
 
 BARE = Spec(Tensor, ("",), None)
@@ -54,7 +55,7 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
             return leaves, Spec(dict, tuple(tree), None)
     elif (kind is list or kind is tuple) and all([type(x) in LEAVES for x in tree]):
         return list(tree), Spec(kind, tuple(range(len(tree))), None)
-    leaves, general = pytree.tree_flatten(tree)
+    leaves, general = tree_flatten(tree)
     return leaves, Spec(None, (), general)
 
 
@@ -67,7 +68,7 @@ def unflatten(leaves: Sequence[Any], spec: Spec) -> Any:
         return list(leaves)
     if kind is tuple:
         return tuple(leaves)
-    return leaves[0] if general is None else pytree.tree_unflatten(leaves, general)
+    return leaves[0] if general is None else tree_unflatten(leaves, general)
 
 
 def flatten_like(tree: Any, spec: Spec, name: str, other: str = "params") -> list[Any]:
@@ -88,7 +89,7 @@ def flatten_like(tree: Any, spec: Spec, name: str, other: str = "params") -> lis
     elif kind is Tensor and type(tree) in LEAVES:
         return [tree]
     elif general is not None:
-        leaves, found = pytree.tree_flatten(tree)
+        leaves, found = tree_flatten(tree)
         if found == general:
             return leaves
         with suppress(ValueError):  # the same keys in another order, or objects where leaves should be
@@ -105,12 +106,12 @@ BUILT_IN = frozenset({dict, list, tuple, OrderedDict, defaultdict, deque})
 
 def children(node: Any) -> list[tuple[Any, Any]] | None:
     """The keys and the children of a container, which are numbered where it was registered without keys; None for a leaf."""
-    known = pytree.SUPPORTED_NODES.get(pytree._get_node_type(node))
+    known = SUPPORTED_NODES.get(node_type(node))
     if known is None:
         return None
     if known.flatten_with_keys_fn is not None:
         return list(known.flatten_with_keys_fn(node)[0])
-    return [(pytree.SequenceKey(k), child) for k, child in enumerate(known.flatten_fn(node)[0])]
+    return [(SequenceKey(k), child) for k, child in enumerate(known.flatten_fn(node)[0])]
 
 
 def paths_of(tree: Any) -> list[str]:
@@ -123,7 +124,7 @@ def paths_of(tree: Any) -> list[str]:
     return below(tree, ())
 
 
-def filled(tree: Any, spec: pytree.TreeSpec) -> list[Any]:
+def filled(tree: Any, spec: TreeSpec) -> list[Any]:
     """The leaves of `tree` in the order of `spec`, and None where a container has left one out, as dataclasses that are
     registered with torch do with what is None.
 
@@ -133,9 +134,9 @@ def filled(tree: Any, spec: pytree.TreeSpec) -> list[Any]:
     if spec.is_leaf():
         return [tree]
     found = children(tree)
-    if found is None or pytree._get_node_type(tree) is not spec.type:
+    if found is None or node_type(tree) is not spec.type:
         raise ValueError
-    known = pytree.SUPPORTED_NODES[spec.type]
+    known = SUPPORTED_NODES[spec.type]
     whole = known.unflatten_fn(range(spec.num_children), spec.context)
     keys = [key for key, _ in children(whole) or ()]
     given = dict(found)

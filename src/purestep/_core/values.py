@@ -17,12 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
 from purestep._core import maths
 from purestep._core.hyper import Extra, ExtraTree, Interval, anywhere, check, check_steps, interval_of, whole_of
+from purestep._core.torch_api import GetAttrKey, is_batched, register_pytree_node
 
 V = TypeVar("V", bound="Value")
 
@@ -122,7 +121,7 @@ class Value:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        pytree.register_pytree_node(
+        register_pytree_node(
             cls,
             _flatten,
             lambda children, context: _unflatten(cls, children, context),
@@ -139,7 +138,7 @@ def _flatten(value: Value) -> tuple[list[Any], tuple[Any, ...]]:
 def _flatten_with_keys(value: Value) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
     children, context = _flatten(value)
     keys = value.declaration.hypers
-    return [(pytree.GetAttrKey(k), child) for k, child in zip(keys, children)], context
+    return [(GetAttrKey(k), child) for k, child in zip(keys, children)], context
 
 
 def _unflatten(cls: type[V], children: Iterable[Any], context: tuple[Any, ...]) -> V:
@@ -196,6 +195,9 @@ class Schedule(Value):
         >>> ps.schedules.linear(1.0, 0.0, total_steps=10).replace(end=0.5, total_steps=20)
         linear(1.0, 0.5, total_steps=20)
 
+        Args:
+            **changes: the new values, by the names of the arguments of the factory.
+
         Raises:
             TypeError: there is no such argument.
             ValueError: the new arguments do not go together, or one is outside its range.
@@ -220,7 +222,7 @@ def as_schedule(function: Callable[[Any], Any]) -> Schedule:
 
 
 def _function(step: Any, function: Callable[[Any], Any]) -> Any:
-    if not isinstance(step, Tensor) or torch.compiler.is_compiling() or not functorch.is_batchedtensor(step):
+    if not isinstance(step, Tensor) or torch.compiler.is_compiling() or not is_batched(step):
         return function(step)
     try:
         return function(step)

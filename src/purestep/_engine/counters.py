@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from purestep._core.lists import first_places, put
 from purestep._core.primitives import Fields
+from purestep._core.torch_api import dispatch_mode_count
 from purestep._executors.flat_buffer import apart
 from purestep._executors.leaf_function import stored
 
@@ -61,7 +62,7 @@ def ordinary(counters: Sequence[Any]) -> bool:
 
 def traced() -> bool:
     """Whether operations are recorded, so that no value may be read."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or dispatch_mode_count() > 0
 
 
 class Known(NamedTuple):

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import maths
 from purestep._core.plain import PLAIN
+from purestep._core.torch_api import tree_leaves, tree_map
 from purestep._executors.flat_buffer import COUNT, SIZE
 from purestep._executors.task import EXECUTORS, WATCH, Decided, Task
 
@@ -115,8 +115,8 @@ def part(x: Decided) -> Part:
 
 def taken(given: Any, results: Any) -> int:
     """The bytes of new memory in the results of a call, which was given these."""
-    old = {x.untyped_storage()._cdata for x in pytree.tree_leaves(given) if visible(x)}
-    new = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in pytree.tree_leaves(results) if visible(x)}
+    old = {x.untyped_storage()._cdata for x in tree_leaves(given) if visible(x)}
+    new = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tree_leaves(results) if visible(x)}
     return sum([n for storage, n in new.items() if storage not in old])
 
 
@@ -171,4 +171,4 @@ def copied(tree: Any) -> Any:
             memo[id(x)] = x.clone() if x.requires_grad and torch.is_grad_enabled() else x.detach().clone()
         return memo[id(x)]
 
-    return pytree.tree_map(copy, tree)
+    return tree_map(copy, tree)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
+from purestep._core.torch_api import TensorGuards
 from purestep._engine.counters import ordinary, spans
 
 MISSES = 4

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import maths
 from purestep._core.lists import overwrite, pick, put
 from purestep._core.plain import plain
 from purestep._core.primitives import Fields
+from purestep._core.torch_api import foreach_add, foreach_add_, foreach_zero_, tree_leaves
 from purestep._engine.plan import Group
 from purestep._executors.task import Env
 
@@ -96,8 +96,8 @@ class Inner:
         if self._env.mode != "program" or isinstance(k, Tensor) or not plain(xs, ys):
             return [(x + y / k).to(x.dtype) for x, y in zip(xs, ys)]
         if not self._env.own.given:
-            return list(torch._foreach_add(xs, ys, alpha=1 / k))
-        torch._foreach_add_(xs, ys, alpha=1 / k)
+            return list(foreach_add(xs, ys, alpha=1 / k))
+        foreach_add_(xs, ys, alpha=1 / k)
         return xs
 
     def emptied(self, xs: list[Tensor], used: Any) -> list[Tensor]:
@@ -109,7 +109,7 @@ class Inner:
         """
         own = self._apply and not any([stage.whole for stage in self._groups[0].plan.stages])
         if self._env.mode == "program" and self._env.own.given and plain(xs) and (own or not shared(xs, used)):
-            torch._foreach_zero_(xs)
+            foreach_zero_(xs)
             return xs
         return [torch.zeros_like(x) for x in xs]
 
@@ -159,7 +159,7 @@ def reused(env: Env, states: tuple[Sequence[Any], Sequence[Any], Any], info: Fie
 
 def shared(xs: list[Tensor], used: Any) -> bool:
     """Whether any of these tensors, or a view of it, is found elsewhere, or may be."""
-    found = [y for y in pytree.tree_leaves(used) if isinstance(y, Tensor)]
+    found = [y for y in tree_leaves(used) if isinstance(y, Tensor)]
     if not plain(xs, found):
         return True  # what is not plain need not say where its numbers are
     memory = {x.untyped_storage()._cdata for x in xs}

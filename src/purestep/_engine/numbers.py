@@ -10,6 +10,7 @@ from torch import Tensor
 
 from purestep._core import maths
 from purestep._core.primitives import Primitive, single
+from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count
 from purestep._core.values import Schedule
 from purestep._executors.chains import FusedChain
 from purestep._executors.leaf_function import lifted, stored
@@ -41,10 +42,10 @@ class Numbers:
             return lifted(x)
         if self.env.mode == "program":
             return x.item()
-        if torch._C._len_torch_dispatch_stack() > 0 or maths.followed(x):
+        if dispatch_mode_count() > 0 or maths.followed(x):
             value = None if self.env.level is None else self.env.level.read(x)
             return value if isinstance(value, float) else lifted(x)
-        with torch._C._DisableFuncTorch():  # nothing that is running has anything to do with this tensor
+        with DisableFuncTorch():  # nothing that is running has anything to do with this tensor
             return maths.bottom(x)[0].item()
 
     def equal(self, counters: list[Any]) -> bool:
@@ -55,7 +56,7 @@ class Numbers:
         first, *others = [level.read(x) for x in counters]
         if not isinstance(first, Tensor):
             return first is not None and all([not isinstance(x, Tensor) and x == first for x in others])
-        with torch._C._DisableFuncTorch():
+        with DisableFuncTorch():
             return all([isinstance(x, Tensor) and torch.equal(x, first) for x in others])
 
     def counted(self, old: Tensor, x: Any) -> Tensor:

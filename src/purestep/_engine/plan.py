@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core.masks import Label
 from purestep._core.primitives import Link, Primitive, fields_of, is_off, scheduled, state_type
+from purestep._core.torch_api import tree_leaves
 from purestep._engine.guards import Looks
 from purestep._executors.chains import FusedChain, detail, details
 from purestep._trace.program import program
@@ -44,7 +44,7 @@ class Plan:
         self.keys = qualified([info.names for info in self.fields], links)
         self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
         self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
-        self.hypers = [x for link in links for x in pytree.tree_leaves(link.transform) if isinstance(x, Tensor)]
+        self.hypers = [x for link in links for x in tree_leaves(link.transform) if isinstance(x, Tensor)]
         self.foreign = [v for v in [link.transform for link in links] if not v.declaration.whole and not ours(v)]
         self.segments: dict[tuple[bool, tuple[int, ...]], FusedChain] = {}
         self.stages: list[Stage] = []

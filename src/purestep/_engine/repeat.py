@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from purestep._core.plain import PLAIN, plain
+from purestep._core.torch_api import BelowAutograd, foreach_copy_
 from purestep._engine.guards import Look, Looks
 from purestep._engine.numbers import Numbers
 from purestep._engine.plan import Plan
@@ -140,7 +141,7 @@ class Solo(NamedTuple):
         _, news = execute(task)
         for column, (j, f) in zip(columns, self.places):
             if news[j][f] is not column and not all(map(operator.is_, column, news[j][f])):
-                torch._foreach_copy_(column, news[j][f])
+                foreach_copy_(column, news[j][f])
         for vector, (_, j, f) in zip(vectors, self.counters):
             vector.fill_(news[j][f])
         torch.autograd.graph.increment_version(lists[1])
@@ -186,7 +187,7 @@ class Solo(NamedTuple):
     def run(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], before: float, after: Tensor) -> None:
         """Call the kernel, in place."""
         given = {**dict(zip(self.names, states)), "step": lambda: after}
-        with torch._C._AutoDispatchBelowAutograd():
+        with BelowAutograd():
             self.kernel.run(params, grads, given, self.segment.hypers, before)  # type: ignore[union-attr]
         torch.autograd.graph.increment_version(params)
 

@@ -24,6 +24,7 @@ from purestep._core import maths, sharded
 from purestep._core.lists import alike, first_places, overwrite, pick, put
 from purestep._core.plain import plain
 from purestep._core.primitives import EmptyState, Link, fresh_state
+from purestep._core.torch_api import dispatch_mode_count
 from purestep._engine.counters import CounterWrite, commit
 from purestep._engine.nesting import Inner, check_nested, reused
 from purestep._engine.numbers import Numbers
@@ -43,7 +44,7 @@ def choose(wanted: ExecutorName | None, *tensors: Iterable[Any]) -> Mode:
         return "leaf"
     if torch.is_grad_enabled() and any([any([t is not None and t.requires_grad for t in x]) for x in tensors]):
         return "leaf"
-    return "traced" if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 else "program"
+    return "traced" if torch.compiler.is_compiling() or dispatch_mode_count() > 0 else "program"
 
 
 class Inputs:

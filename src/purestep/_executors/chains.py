@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import maths
 from purestep._core.primitives import SCALED, LinkDeclaration, Primitive, fields_of
+from purestep._core.torch_api import FUSED_SGD_TAKES_HALF, tree_leaves
 from purestep._executors.tiles import SHORT
 from purestep._trace.program import Program, program
 from purestep._trace.recipe import NUMBER, OFF, LeafSpec
@@ -37,7 +37,7 @@ CPU_DTYPES: dict[str, frozenset[torch.dtype]] = {
     "adam": FUSED_DTYPES,
     "adagrad": FUSED_DTYPES,
     # Up to torch 2.13, torch._fused_sgd_ leaves every full vector of float16 and bfloat16 numbers as it was.
-    "sgd": FUSED_DTYPES if torch.__version__ >= "2.14" else frozenset({torch.float64, torch.float32}),
+    "sgd": FUSED_DTYPES if FUSED_SGD_TAKES_HALF else frozenset({torch.float64, torch.float32}),
 }
 """For each kernel, the dtypes for which a test shows that its CPU version computes what the mathematics says."""
 
@@ -125,7 +125,7 @@ def suits(values: Sequence[Primitive]) -> bool:
             isinstance(y, Tensor) and not y.is_cpu and name != "lr"
             for value in values
             for name in value.declaration.hypers
-            for y in pytree.tree_leaves(value.arguments[name])
+            for y in tree_leaves(value.arguments[name])
         ]
     )
 

@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from purestep._core.threads import OPENMP, SERIAL, one_thread
+from purestep._core.torch_api import BelowInplaceOrView, is_non_overlapping_and_dense, standalone_compile
 from purestep._executors.foreach import collected
 from purestep._executors.task import Base, Result, Task
 from purestep._trace.program import LeafDeclaration, Program, program
@@ -69,7 +69,7 @@ def run_compiled(
         return None
     grads, params, columns = given
     lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
-    with torch._C._AutoDispatchBelowADInplaceOrView():  # the compiler would ask of a view what it is a view of
+    with BelowInplaceOrView():  # the compiler would ask of a view what it is a view of
         vectors = [flat(xs) for xs in zip(*lists)]
     if not all(vectors):
         return None
@@ -108,7 +108,7 @@ def compiled(split: Program, dtypes: tuple[torch.dtype, ...], k: Tensor, donate:
             given = [k, *[torch.ones(WARM, dtype=dtype, device=k.device) for dtype in dtypes]]
             graph = make_fx(function(split, widest(dtypes), donate), tracing_mode="symbolic")(*given)
             like = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            split.kernels[key] = torch._inductor.standalone_compile(graph, like, dynamic_shapes="from_graph")
+            split.kernels[key] = standalone_compile(graph, like)
         made: Function = split.kernels[key]
         return made
 
@@ -147,7 +147,7 @@ def flat(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     if all([x.is_contiguous() for x in tensors]):
         return [x.view(-1) for x in tensors]
     strides = tensors[0].stride()
-    if any([x.stride() != strides for x in tensors]) or not is_non_overlapping_and_dense_or_false(tensors[0]):
+    if any([x.stride() != strides for x in tensors]) or not is_non_overlapping_and_dense(tensors[0]):
         return []
     return [x.as_strided((x.numel(),), (1,)) for x in tensors]
 

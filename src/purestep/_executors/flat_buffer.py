@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from purestep._core.torch_api import flatten_dense, foreach_add, foreach_copy_, unflatten_dense
 
 COUNT = 16
 """From this many tensors on."""
@@ -74,19 +75,19 @@ class FlatBuffer:
     def join(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The same numbers as pieces of one new tensor."""
         pieces, flat = self.make(xs)
-        torch._foreach_copy_(pieces, list(xs))
+        foreach_copy_(pieces, list(xs))
         return pieces, flat
 
 
 def joined(xs: Sequence[Tensor]) -> Tensor:
     """All of them as one new vector."""
-    flat: Tensor = _flatten_dense_tensors(xs)  # type: ignore[no-untyped-call]
+    flat: Tensor = flatten_dense(xs)  # type: ignore[no-untyped-call]
     return flat
 
 
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Consecutive pieces of one long tensor, in the shapes of these."""
-    pieces: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call]
+    pieces: tuple[Tensor, ...] = unflatten_dense(flat, like)  # type: ignore[no-untyped-call]
     return list(pieces)
 
 
@@ -101,7 +102,7 @@ def apart(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 def offset(xs: Sequence[Tensor], flat: Tensor, k: float) -> list[Tensor]:
     """`xs` plus `k` times the consecutive pieces of one long tensor."""
-    return list(torch._foreach_add(list(xs), split(flat, xs), alpha=k))
+    return list(foreach_add(list(xs), split(flat, xs), alpha=k))
 
 
 def small(xs: Sequence[Tensor]) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from purestep._core.lists import cast
+from purestep._core.torch_api import BelowAutograd
 from purestep._executors.chains import MERGED_DTYPES
 from purestep._executors.task import Base, Result, Task
 from purestep._executors.tiles import calculate
@@ -48,7 +48,7 @@ class Foreach(Base):
     def run(self, task: Task) -> Result:
         if task.env.wanted == "compiled":
             return run_foreach(task)
-        with torch._C._AutoDispatchBelowAutograd():  # nothing requires grad; to ask each tensor costs a tenth of a step
+        with BelowAutograd():  # nothing requires grad; to ask each tensor costs a tenth of a step
             return run_foreach(task)
 
 

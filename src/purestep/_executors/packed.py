@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from purestep._core.lists import overwrite
+from purestep._core.torch_api import BelowAutograd, foreach_add, foreach_add_, foreach_copy_
 from purestep._executors.chains import encodes
 from purestep._executors.flat_buffer import FlatBuffer, borrow, give_back, split
 from purestep._executors.task import Base, Result, Task, execute
@@ -46,7 +47,7 @@ class Packed(Base):
         try:
             if task.env.wanted == "compiled":
                 return in_buffer(task, buffer)
-            with torch._C._AutoDispatchBelowAutograd():
+            with BelowAutograd():
                 return in_buffer(task, buffer)
         finally:
             give_back(buffer)
@@ -64,11 +65,11 @@ def in_buffer(task: Task, buffer: FlatBuffer) -> Result:
         if flat is None:
             old[j][f], flat = buffer.join(old[j][f])
         flats[j][f] = cut(task, flat)
-    torch._foreach_copy_(buffer.grads, grads)
+    foreach_copy_(buffer.grads, grads)
     reads = task.program(False, True, given).reads_params
     adds = task.applies and not reads  # the updates are added to the parameters where these are
     if reads:
-        torch._foreach_copy_(buffer.params, params)
+        foreach_copy_(buffer.params, params)
     inner = task.on(cut(task, buffer.grad), cut(task, buffer.param), flats, applies=task.applies and not adds)
     inner.owns_grads = True
     out, news = execute(inner)
@@ -80,11 +81,11 @@ def in_buffer(task: Task, buffer: FlatBuffer) -> Result:
     if adds:
         overwrite(cut(task, buffer.grad), out)
         if given:
-            torch._foreach_add_(params, buffer.grads)
+            foreach_add_(params, buffer.grads)
             return Result(params, news)
-        return Result(list(torch._foreach_add(params, buffer.grads)), news)
+        return Result(list(foreach_add(params, buffer.grads)), news)
     if task.applies and given:
-        torch._foreach_copy_(params, buffer.params)
+        foreach_copy_(params, buffer.params)
         return Result(params, news)
     return Result(split(torch.cat(out), params), news)
 

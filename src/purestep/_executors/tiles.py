@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from purestep._core.torch_api import foreach_copy_
 from purestep._executors.flat_buffer import SIZE
 from purestep._trace.program import LeafDeclaration, Program, program
 
@@ -96,13 +97,13 @@ class Blocks(NamedTuple):
         results: tuple[Any, ...] = ()
         for block in blocks([x.numel() for x in grads]):
             for x, y in copies:
-                torch._foreach_copy_(y[block], x[block])
+                foreach_copy_(y[block], x[block])
             pieces = iter(new)
             p = next(pieces)[block]
             given = [next(pieces)[block] if isinstance(c, list) else c for c in columns]
             results = self.program.run(grads[block], p, *given, *numbers)
             if not self.program.apply:
-                torch._foreach_copy_(out[block], list(results[0]))
+                foreach_copy_(out[block], list(results[0]))
         return results[1:]
 
 

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from purestep._core.lists import clones
+from purestep._core.torch_api import BelowAutograd
 from purestep._executors.foreach import run_foreach
 from purestep._executors.leaf_function import stored
 from purestep._executors.task import Base, Result, Task, all_ordinary
@@ -42,7 +42,7 @@ class TorchFused(Base):
         return None if task.fact("in order") else "types, dtypes, shapes or memory layouts differ"
 
     def run(self, task: Task) -> Result:
-        with torch._C._AutoDispatchBelowAutograd():  # nothing requires grad; to ask each tensor costs a tenth of a step
+        with BelowAutograd():  # nothing requires grad; to ask each tensor costs a tenth of a step
             return run_fused(task)
 
 

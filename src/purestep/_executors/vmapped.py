@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
+from purestep._core.torch_api import without_innermost_interpreter
 from purestep._executors.task import Base, Result, Task
 from purestep._executors.tiles import CHUNK, SHORT, Blocks, calculate, room
 from purestep._executors.vmap_level import VmapLevel
@@ -72,7 +72,7 @@ def run_stacked(
     if not program(recipe, apply, False, False, *declarations).elementwise:
         return None
     grads, params, columns = given
-    with temporarily_pop_interpreter_stack():
+    with without_innermost_interpreter():
         lists = [[level.stacked(x) for x in xs] for xs in (grads, params, *[c for c in columns if isinstance(c, list)])]
         values = [level.read(x) for x in (*[c for c in columns if not isinstance(c, list)], *numbers)]
         if any([x is None for xs in (*lists, values) for x in xs]):

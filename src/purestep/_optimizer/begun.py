@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import sharded
 from purestep._core.plain import plain
 from purestep._core.primitives import Primitive, fields_of, fresh_state, fresh_whole_state
+from purestep._core.torch_api import tree_map
 from purestep._core.values import same
 from purestep._engine.counters import traced
 from purestep.transform import Transform
@@ -55,7 +55,7 @@ def kind(p: Tensor) -> Any:
 def options_of(value: Primitive) -> dict[str, Any]:
     """The hyperparameters that the first state of a leafwise transform depends on, as they are now."""
     chosen = {name: value.arguments[name] for name in value.declaration.init_names}
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, chosen)
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, chosen)
 
 
 def options_in(transform: Transform) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from purestep._core.primitives import Fields, Primitive, fields_of, fresh_state
+from purestep._core.torch_api import tree_leaves
 from purestep._engine.counters import together
 from purestep._optimizer.options import Options
 from purestep._optimizer.selection import Contents
@@ -119,7 +119,7 @@ def check_shared(loaded: Mapping[str, Any], here: Mapping[str, Any], p: Tensor) 
         elif isinstance(new, Tensor):
             check_tensor(x, new, f"The loaded state has {name!r}", "for all parameters", owner, p)
         elif isinstance(new, tuple) and not (
-            isinstance(x, (tuple, list)) and all([isinstance(y, (Tensor, int, float)) for y in pytree.tree_leaves(x)])
+            isinstance(x, (tuple, list)) and all([isinstance(y, (Tensor, int, float)) for y in tree_leaves(x)])
         ):
             raise ValueError(f"The loaded state's {name!r} must be several tensors, but is {x!r}.")
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from purestep._core.torch_api import disable_dynamo
 from purestep.transform import Transform
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -19,7 +20,7 @@ FLAGS = ("foreach", "capturable", "differentiable", "fused", "compile")
 
 def untraced(function: F) -> F:
     """A function that `torch.compile` calls instead of tracing it."""
-    made: Any = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    made: Any = disable_dynamo(function)
     return made
 
 

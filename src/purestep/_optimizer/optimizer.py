@@ -22,18 +22,22 @@ from typing import Any, ClassVar, TypeAlias, overload
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
 from torch.nn.parameter import is_lazy
-from torch.optim.optimizer import _device_dtype_check_for_fused
-from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_POST_HOOKS
-from torch.optim.optimizer import _global_optimizer_pre_hooks as GLOBAL_PRE_HOOKS
-from torch.utils import _pytree as pytree
 
 from purestep._core import maths, sharded
 from purestep._core.lists import clones, overwrite
 from purestep._core.masks import refuse_unmatched
 from purestep._core.maths import readable
 from purestep._core.plain import plain
+from purestep._core.torch_api import (
+    STEP_POST_HOOKS,
+    STEP_PRE_HOOKS,
+    check_fused_device_and_dtype,
+    profiling,
+    set_grad_mode,
+    tree_leaves,
+    tree_map_only,
+)
 from purestep._core.tree import quote
 from purestep._engine.counters import Counters, traced
 from purestep._engine.guards import Looks
@@ -382,7 +386,7 @@ class Optimizer(torch.optim.Optimizer):
         def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if (
                 self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-                or GLOBAL_PRE_HOOKS or GLOBAL_POST_HOOKS or _profiler_enabled()
+                or STEP_PRE_HOOKS or STEP_POST_HOOKS or profiling()
             ):  # fmt: skip
                 return watched(self, *args, **kwargs)
             out = func(self, *args, **kwargs)
@@ -434,10 +438,10 @@ class Optimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 for p in group["params"] if group.get("fused") else ():
                     if p.grad is not None:
-                        _device_dtype_check_for_fused(p)
+                        check_fused_device_and_dtype(p)
             self._check_fused = False
         grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(bool(self.defaults.get("differentiable")))
+        set_grad_mode(bool(self.defaults.get("differentiable")))
         try:
             groups = list(zip(self.param_groups, self._options.transforms(self.param_groups)))
             if groups[0][1].plan.whole:
@@ -449,7 +453,7 @@ class Optimizer(torch.optim.Optimizer):
                     if not self._again(*pair):
                         self._advance([pair])
         finally:
-            torch._C._set_grad_enabled(grad)
+            set_grad_mode(grad)
         if self._options.schedules and not torch.compiler.is_compiling():
             self._options.schedules.show(self._contents, [t for _, t in groups])
 
@@ -486,7 +490,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or set them to zero; see `torch.optim.Optimizer.zero_grad`."""
-        if not set_to_none or _profiler_enabled():
+        if not set_to_none or profiling():
             super().zero_grad(set_to_none)
             return
         for group in self.param_groups:
@@ -618,9 +622,7 @@ class Optimizer(torch.optim.Optimizer):
             for name, leaf, scalar, like, old, known, new in zip(names, info.leaves, info.scalars, info.like, olds, used, news):
                 if not leaf:  # a tensor that shares no memory with other fields, old or new, stays the tensor that it is
                     if new is not old:
-                        around = [
-                            x for x in (*pytree.tree_leaves(olds), *pytree.tree_leaves(news)) if x is not old and x is not new
-                        ]
+                        around = [x for x in (*tree_leaves(olds), *tree_leaves(news)) if x is not old and x is not new]
                         alone = (scalar or like) and maths.memory(old) not in set(map(maths.memory, around))
                         self._settle(self.shared, name, old if alone else None, new, pairs)
                 elif scalar and not any([(x is None and y is not None) or recorded(y) for x, y in zip(old, new)]):
@@ -755,7 +757,7 @@ class Optimizer(torch.optim.Optimizer):
     def _restored(self, shared: Mapping[str, Any]) -> dict[str, Any]:
         """What a loaded state has for all parameters together, as it was saved, in memory of its own."""
         device = self._place.first(self.param_groups).device
-        return {name: pytree.tree_map_only(Tensor, lambda x: x.to(device, copy=True), x) for name, x in shared.items()}
+        return {name: tree_map_only(Tensor, lambda x: x.to(device, copy=True), x) for name, x in shared.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         options, routing = self._options, self._options.routing

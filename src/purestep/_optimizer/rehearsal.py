@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from purestep._core.maths import readable
 from purestep._core.primitives import fresh_state
+from purestep._core.torch_api import tree_structure
 from purestep._optimizer.following import Schedules, follows, number, updates
 from purestep._optimizer.selection import Contents
 from purestep.transform import Transform
@@ -36,7 +36,7 @@ class Rehearsal:
             if self._done.get(k) is transform or executor(group) == "leaf":
                 continue
             self._done[k] = transform
-            recipe = tuple([pytree.tree_structure(link.transform) for link in transform.links])
+            recipe = tuple([tree_structure(link.transform) for link in transform.links])
             if recipe not in self._recipes and can_begin(transform):
                 transform.program(donate=True)
             self._recipes.add(recipe)

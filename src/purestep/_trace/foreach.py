@@ -14,6 +14,35 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from purestep._core.torch_api import (
+    FOREACH,
+    foreach_add,
+    foreach_add_,
+    foreach_addcdiv,
+    foreach_addcdiv_,
+    foreach_addcmul,
+    foreach_addcmul_,
+    foreach_copy_,
+    foreach_div,
+    foreach_div_,
+    foreach_lerp,
+    foreach_lerp_,
+    foreach_maximum,
+    foreach_maximum_,
+    foreach_minimum,
+    foreach_minimum_,
+    foreach_mul,
+    foreach_mul_,
+    foreach_neg,
+    foreach_neg_,
+    foreach_pow,
+    foreach_pow_,
+    foreach_reciprocal,
+    foreach_reciprocal_,
+    foreach_sub,
+    foreach_sub_,
+)
+
 Lists: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 UNARY = (
@@ -23,63 +52,58 @@ UNARY = (
 """The operations of one list that torch has under the same name."""
 
 
-def direct(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """torch's own operation, and the one that overwrites its argument."""
-    return getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
-
-
 def each(x: Lists, k: Tensor) -> list[Tensor]:
     """A number as one for each tensor of a list. A column must not promote it; a 0-d tensor does not."""
     return [k.to(x[0].dtype) if k.dim() else k] * len(x)
 
 
 def add(x: Lists, y: Any) -> Lists:
-    return torch._foreach_add(x, each(x, y) if isinstance(y, Tensor) else y)
+    return foreach_add(x, each(x, y) if isinstance(y, Tensor) else y)
 
 
 def add_(x: Lists, y: Any) -> None:
     if isinstance(y, Tensor):  # a list of it: torch would read its value, which no tracer permits
         y = each(x, y)
-    torch._foreach_add_(x, y)
+    foreach_add_(x, y)
 
 
 def mul(x: Lists, y: Any) -> Lists:
-    return torch._foreach_mul(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
+    return foreach_mul(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
 
 
 def mul_(x: Lists, y: Any) -> None:
-    torch._foreach_mul_(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
+    foreach_mul_(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
 
 
 def div(x: Lists, y: Any) -> Lists:
-    return torch._foreach_div(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
+    return foreach_div(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
 
 
 def div_(x: Lists, y: Any) -> None:
-    torch._foreach_div_(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
+    foreach_div_(x, each(x, y) if isinstance(y, Tensor) and y.dim() else y)
 
 
 def sub(x: Lists, y: Any) -> Lists:
-    return add(x, -y) if isinstance(y, Tensor) else torch._foreach_sub(x, y)
+    return add(x, -y) if isinstance(y, Tensor) else foreach_sub(x, y)
 
 
 def sub_(x: Lists, y: Any) -> None:
-    add_(x, -y) if isinstance(y, Tensor) else torch._foreach_sub_(x, y)
+    add_(x, -y) if isinstance(y, Tensor) else foreach_sub_(x, y)
 
 
 def rsub(x: Lists, k: Any) -> Lists:
-    y = torch._foreach_neg(x)
+    y = foreach_neg(x)
     add_(y, k)
     return y
 
 
 def rsub_(x: Lists, k: Any) -> None:
-    torch._foreach_neg_(x)
+    foreach_neg_(x)
     add_(x, k)
 
 
 def rdiv(x: Lists, k: Any) -> Lists:
-    y = torch._foreach_reciprocal(x)
+    y = foreach_reciprocal(x)
     mul_(y, k)
     return y
 
@@ -90,71 +114,71 @@ def rdiv_(x: Lists, k: Any) -> None:
         for a, b in zip(x, k):
             torch.div(b, a, out=a)
     else:
-        torch._foreach_reciprocal_(x)
+        foreach_reciprocal_(x)
         mul_(x, k)
 
 
 def square(x: Lists) -> Lists:
-    return torch._foreach_mul(x, x)
+    return foreach_mul(x, x)
 
 
 def square_(x: Lists) -> None:
-    torch._foreach_mul_(x, x)
+    foreach_mul_(x, x)
 
 
 def pow(x: Lists, k: Any) -> Lists:
-    return [t**i for t, i in zip(x, each(x, k))] if isinstance(k, Tensor) else torch._foreach_pow(x, k)
+    return [t**i for t, i in zip(x, each(x, k))] if isinstance(k, Tensor) else foreach_pow(x, k)
 
 
 def pow_(x: Lists, k: Any) -> None:
-    torch._foreach_copy_(x, pow(x, k)) if isinstance(k, Tensor) else torch._foreach_pow_(x, k)
+    foreach_copy_(x, pow(x, k)) if isinstance(k, Tensor) else foreach_pow_(x, k)
 
 
 def maximum(x: Lists, y: Any) -> Lists:
-    return [torch.clamp_min(t, k) for t, k in zip(x, each(x, y))] if isinstance(y, Tensor) else torch._foreach_maximum(x, y)
+    return [torch.clamp_min(t, k) for t, k in zip(x, each(x, y))] if isinstance(y, Tensor) else foreach_maximum(x, y)
 
 
 def maximum_(x: Lists, y: Any) -> None:
-    torch._foreach_copy_(x, maximum(x, y)) if isinstance(y, Tensor) else torch._foreach_maximum_(x, y)
+    foreach_copy_(x, maximum(x, y)) if isinstance(y, Tensor) else foreach_maximum_(x, y)
 
 
 def minimum(x: Lists, y: Any) -> Lists:
-    return [torch.clamp_max(t, k) for t, k in zip(x, each(x, y))] if isinstance(y, Tensor) else torch._foreach_minimum(x, y)
+    return [torch.clamp_max(t, k) for t, k in zip(x, each(x, y))] if isinstance(y, Tensor) else foreach_minimum(x, y)
 
 
 def minimum_(x: Lists, y: Any) -> None:
-    torch._foreach_copy_(x, minimum(x, y)) if isinstance(y, Tensor) else torch._foreach_minimum_(x, y)
+    foreach_copy_(x, minimum(x, y)) if isinstance(y, Tensor) else foreach_minimum_(x, y)
 
 
 def lerp(x: Lists, y: Lists, k: Any) -> Lists:
-    return axpy(x, torch._foreach_sub(y, x), k) if isinstance(k, Tensor) else torch._foreach_lerp(x, y, k)
+    return axpy(x, foreach_sub(y, x), k) if isinstance(k, Tensor) else foreach_lerp(x, y, k)
 
 
 def lerp_(x: Lists, y: Lists, k: Any) -> None:
     if isinstance(k, Tensor):
-        axpy_(x, torch._foreach_sub(y, x), k)
+        axpy_(x, foreach_sub(y, x), k)
     else:
-        torch._foreach_lerp_(x, y, k)
+        foreach_lerp_(x, y, k)
 
 
 def axpy(x: Lists, y: Any, k: Any) -> Lists:
     """x + k*y."""
     if isinstance(k, Tensor):
-        return torch._foreach_addcmul(x, y, each(x, k)) if k.dim() else torch._foreach_add(x, mul(y, k))
-    return torch._foreach_add(x, y, alpha=k)
+        return foreach_addcmul(x, y, each(x, k)) if k.dim() else foreach_add(x, mul(y, k))
+    return foreach_add(x, y, alpha=k)
 
 
 def axpy_(x: Lists, y: Any, k: Any) -> None:
     if isinstance(k, Tensor):
-        torch._foreach_addcmul_(x, y, each(x, k)) if k.dim() else torch._foreach_add_(x, mul(y, k))
+        foreach_addcmul_(x, y, each(x, k)) if k.dim() else foreach_add_(x, mul(y, k))
     else:
-        torch._foreach_add_(x, y, alpha=k)
+        foreach_add_(x, y, alpha=k)
 
 
 def axpby(x: Lists, y: Lists, a: Any, b: Any) -> Lists:
     """a*x + b*y."""
     if not isinstance(a, Tensor) and not isinstance(b, Tensor) and b == 1:
-        return torch._foreach_add(y, x, alpha=a)
+        return foreach_add(y, x, alpha=a)
     z = mul(x, a)
     axpy_(z, y, b)
     return z
@@ -167,20 +191,20 @@ def axpby_(x: Lists, y: Lists, a: Any, b: Any) -> None:
 
 def addcmul(x: Lists, y: Lists, z: Lists, k: Any) -> Lists:
     """x + k*(y*z)."""
-    return axpy(x, torch._foreach_mul(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcmul(x, y, z, k)
+    return axpy(x, foreach_mul(y, z), k) if isinstance(k, Tensor) else foreach_addcmul(x, y, z, k)
 
 
 def addcmul_(x: Lists, y: Lists, z: Lists, k: Any) -> None:
-    axpy_(x, torch._foreach_mul(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcmul_(x, y, z, k)
+    axpy_(x, foreach_mul(y, z), k) if isinstance(k, Tensor) else foreach_addcmul_(x, y, z, k)
 
 
 def addcdiv(x: Lists, y: Lists, z: Lists, k: Any) -> Lists:
     """x + k*(y/z)."""
-    return axpy(x, torch._foreach_div(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcdiv(x, y, z, k)
+    return axpy(x, foreach_div(y, z), k) if isinstance(k, Tensor) else foreach_addcdiv(x, y, z, k)
 
 
 def addcdiv_(x: Lists, y: Lists, z: Lists, k: Any) -> None:
-    axpy_(x, torch._foreach_div(y, z), k) if isinstance(k, Tensor) else torch._foreach_addcdiv_(x, y, z, k)
+    axpy_(x, foreach_div(y, z), k) if isinstance(k, Tensor) else foreach_addcdiv_(x, y, z, k)
 
 
 def clone(x: Lists) -> Lists:
@@ -221,9 +245,9 @@ def stacked(function: Callable[..., Tensor], x: Lists, *rest: Any) -> list[Tenso
 
 
 KERNELS: dict[str, Any] = {
-    name: kernel
+    name: FOREACH[name]
     for base in UNARY
-    for name, kernel in zip((base, f"{base}_"), direct(base))
+    for name in (base, f"{base}_")
 } | {
     f.__name__: f
     for f in (
@@ -231,4 +255,4 @@ KERNELS: dict[str, Any] = {
         maximum, maximum_, minimum, minimum_, lerp, lerp_, axpy, axpy_, axpby, axpby_, addcmul, addcmul_,
         addcdiv, addcdiv_, clone, cast, filled,
     )
-} | {"copy_": torch._foreach_copy_, "stacked": stacked}  # fmt: skip
+} | {"copy_": foreach_copy_, "stacked": stacked}  # fmt: skip

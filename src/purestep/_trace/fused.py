@@ -1,8 +1,8 @@
 """What the fused lines of a program call: torch's fused kernels for the CPU, as operations on lists.
 
 * `adam_`: a running mean of squares, and a step along a direction divided by the root of that mean. It calls
-  `torch._fused_adam_` with all bias corrections equal to 1; the bias corrections of the program are in its numbers.
-* `sgd_`: a step along a gradient with decay. It calls `torch._fused_sgd_` without momentum.
+  `fused_adam_` with all bias corrections equal to 1; the bias corrections of the program are in its numbers.
+* `sgd_`: a step along a gradient with decay. It calls `fused_sgd_` without momentum.
 
 The compiler of a kernel chose how the kernel rounds, so its results differ from those of the separate lines in the last digits.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from purestep._core.threads import divided
+from purestep._core.torch_api import fused_adam_, fused_sgd_
 from purestep._trace import foreach
 
 MANY = torch.tensor(2.0**60)
@@ -48,7 +49,7 @@ def adam_(p: Any, g: Any, m: Any, v: Any, *numbers: Any) -> None:
 @divided
 def _adam(p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], *numbers: float) -> None:
     beta1, beta2, eps, lr = numbers
-    torch._fused_adam_(
+    fused_adam_(
         p, g, m, v, [], [MANY] * len(p),
         lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
     )  # fmt: skip
@@ -64,7 +65,7 @@ def sgd_(p: Any, g: Any, decay: Any, k: Any) -> None:
 
 @divided
 def _sgd(p: Any, g: Any, decay: float, lr: float) -> None:
-    torch._fused_sgd_(
+    fused_sgd_(
         p, g, [], lr=lr, weight_decay=decay,
         momentum=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
     )  # fmt: skip

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from purestep._core.torch_api import constant_result
 from purestep._trace.closure import Guard, guards_of
 from purestep._trace.codegen import Code, generate
 from purestep._trace.ir import leaves_of
@@ -198,13 +199,13 @@ def runner(
     return program(details, apply, own_grads, donate, *declarations, form=form).run
 
 
+@constant_result
 def name_of(form: Form, *recipe: Any) -> str:
     """The name of the program for a recipe: a constant, while `torch.compile` traces."""
     return program(*recipe, form=form).name
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo, which takes a second.
-name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def parts_of(details: Sequence[Any], declarations: Sequence[LeafDeclaration]) -> tuple[Part, ...]:

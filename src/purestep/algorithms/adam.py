@@ -92,6 +92,10 @@ def scale_by_amsgrad(
 
     As in torch, the maximum is taken before the bias is removed (optax removes it first).
 
+    Args:
+        betas: decay rates :math:`\beta_1, \beta_2` of the two moments, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`.
+
     Reference: Reddi et al., `On the Convergence of Adam and Beyond <https://openreview.net/forum?id=ryQu7f-RZ>`_, 2018.
     """
     t, m, v = moments(g, s, betas)
@@ -153,7 +157,11 @@ def adamw(
 
     .. math:: p_t = p_{t-1} - \eta\,\bigl(\mathrm{adam}(g_t) + \lambda p_{t-1}\bigr)
 
-    Arguments as for `adam`. The numbers are those of `torch.optim.AdamW`.
+    The numbers are those of `torch.optim.AdamW`.
+
+    Args:
+        weight_decay: :math:`\lambda \ge 0`; each step shrinks the parameters by the share :math:`\eta \lambda`. All other
+            arguments are those of `adam`.
 
     >>> import purestep as ps
     >>> ps.adamw(3e-4)

@@ -197,8 +197,14 @@ def ldog(
 
     .. math:: p_t = p_{t-1} - c\,\mathrm{ldog}(g_t + \lambda p_{t-1})
 
-    with :math:`\mathrm{ldog}` as in `scale_by_ldog`. Arguments as for `dog`. The numbers are those of the authors' package
-    `dog-optimizer`.
+    with :math:`\mathrm{ldog}` as in `scale_by_ldog`. The numbers are those of the authors' package `dog-optimizer`.
+
+    Args:
+        lr: :math:`c \ge 0`; it need not be changed.
+        reps_rel: the first distance of a parameter, relative to its size; at least 0.
+        eps: added to the sum of squares; at least 0.
+        weight_decay: :math:`\lambda \ge 0`, an :math:`L_2` penalty.
+        maximize: climb instead of descending.
 
     Raises:
         ValueError: a value out of its range.

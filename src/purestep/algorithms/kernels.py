@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from purestep._core.threads import divided
+from purestep._core.torch_api import foreach_maximum_, fused_adagrad_, fused_adam_, fused_adamw_, fused_sgd_
 from purestep._executors.chains import KERNELS, Kernel
 from purestep.algorithms.adagrad import scale_by_adagrad
 from purestep.algorithms.adam import scale_by_adam, scale_by_amsgrad
@@ -27,14 +26,14 @@ def _adam(kernel: Any, amsgrad: bool) -> Any:
             amsgrad=amsgrad, maximize="maximize" in h,
         )  # fmt: skip
         if amsgrad and p[0].is_cpu:  # behind the last full vector the kernel's maximum loses a NaN (2.13)
-            torch._foreach_maximum_(s["max_exp_avg_sq"], s["exp_avg_sq"])
+            foreach_maximum_(s["max_exp_avg_sq"], s["exp_avg_sq"])
 
     return run
 
 
 @divided
 def _sgd(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], before: Any) -> None:
-    torch._fused_sgd_(  # is_first_step=True would overwrite a momentum buffer that was given before the first step
+    fused_sgd_(  # is_first_step=True would overwrite a momentum buffer that was given before the first step
         p, g, s.get("momentum_buffer", []), lr=h["lr"], weight_decay=h.get("weight_decay", 0.0),
         momentum=h.get("momentum", 0.0), dampening=h.get("dampening", 0.0) if before else 0.0,
         nesterov=h.get("nesterov", False), maximize="maximize" in h, is_first_step=False,
@@ -43,7 +42,7 @@ def _sgd(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], before: Any) -> N
 
 @divided
 def _adagrad(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], before: Any) -> None:
-    torch._fused_adagrad_(
+    fused_adagrad_(
         p, g, s["sum"], [s["step"]()] * len(p), lr=h["lr"], lr_decay=h["lr_decay"],
         weight_decay=h.get("weight_decay", 0.0), eps=h["eps"], maximize="maximize" in h,
     )  # fmt: skip
@@ -57,7 +56,7 @@ def _pattern(*factories: Any) -> Any:
 def register() -> None:
     """Let the engine use these kernels."""
     for scale, amsgrad in ((scale_by_adam, False), (scale_by_amsgrad, True)):
-        adam, adamw = _adam(torch._fused_adam_, amsgrad), _adam(torch._fused_adamw_, amsgrad)
+        adam, adamw = _adam(fused_adam_, amsgrad), _adam(fused_adamw_, amsgrad)
         KERNELS.append(Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), adam, "adam"))
         KERNELS.append(Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), adamw, "adam"))
     KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_adagrad, scale_by_learning_rate), _adagrad, "adagrad"))

@@ -539,6 +539,9 @@ class LBFGS(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The first group is the only one.
 
+        Args:
+            param_group: a dict with all parameters, under ``"params"``.
+
         Raises:
             ValueError: there is one already.
         """

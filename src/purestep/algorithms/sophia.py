@@ -168,6 +168,12 @@ def hutchinson(loss: Callable[[Any], Tensor], params: Any, seed: Any = 0) -> Any
         params: any pytree of tensors; `None` is a leaf without a parameter.
         seed: a whole number of at least 0, or a 0-d tensor.
 
+    Returns:
+        a pytree of the structure of `params`, in its shapes and dtypes; `None` where that is.
+
+    Raises:
+        TypeError: a parameter is a `DTensor`; the error names its path.
+
     >>> import torch, purestep as ps
     >>> def loss(p):
     ...     return (p["w"] ** 3).sum() + p["w"].prod()

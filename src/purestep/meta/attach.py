@@ -19,12 +19,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
 from purestep._core import maths
+from purestep._core.torch_api import (
+    TransformType,
+    add_batch_dim,
+    batch_dim_of,
+    get_unwrapped,
+    interpreter_stack,
+    is_wrapped,
+    level_of,
+    maybe_current_level,
+    sequence_number,
+    tree_leaves,
+    wrap_for_grad,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ def attach(values: Sequence[Tensor], sources: Sequence[Tensor], rule: Rule) -> l
     """The same values, as functions of `sources`; a `rule` knows their derivatives. Values are floating-point or complex."""
     if not values or not (maths.transforming() or (torch.is_grad_enabled() and any([x.requires_grad for x in sources]))):
         return list(values)
-    if sum([level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ()]) > 1:
+    if sum([level.key() == TransformType.Jvp for level in interpreter_stack() or ()]) > 1:
         raise RuntimeError(  # torch would drop the mixed term without a word
             "Forward-mode differentiation of forward-mode differentiation does not pass through torch.autograd.Function, which "
             "unroll(checkpoint_every=...) and implicit are made of. Take one of the two derivatives in reverse: "
@@ -129,24 +140,24 @@ class Level(NamedTuple):
 
     def wrap(self, x: Tensor) -> Tensor:
         """A tensor as it is handed to a function on this level."""
-        made: Tensor = functorch._wrap_for_grad(x, self.number)
+        made: Tensor = wrap_for_grad(x, self.number)
         if self.dim >= 0:
-            made = functorch._add_batch_dim(x, self.dim, self.number)
+            made = add_batch_dim(x, self.dim, self.number)
         return made
 
 
 def unwrapped(x: Tensor, base: int) -> tuple[Tensor, list[Level]]:
     """A tensor without the levels above `base`, and these, the outermost first."""
     levels: list[Level] = []
-    while functorch.is_functorch_wrapped_tensor(x) and functorch.maybe_get_level(x) > base:
-        levels.append(Level(functorch.maybe_get_level(x), functorch.maybe_get_bdim(x)))
-        x = functorch.get_unwrapped(x)
+    while is_wrapped(x) and level_of(x) > base:
+        levels.append(Level(level_of(x), batch_dim_of(x)))
+        x = get_unwrapped(x)
     return x, levels
 
 
 def current_level() -> int:
     """The number of the innermost level of `torch.func`, 0 if there is none."""
-    level = functorch.maybe_current_level()
+    level = maybe_current_level()
     return 0 if level is None else int(level)
 
 
@@ -158,12 +169,12 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
 
     def __init__(self, given: Any) -> None:
         super().__init__()
-        self.given = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+        self.given = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         self.known = {id(x) for x in self.given}
         self.met: dict[int, TensorWeakRef] = {}
         self.base = current_level()
         # of the next operation that is recorded:
-        self.start = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+        self.start = sequence_number()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for y in within((*args, *kwargs.values()) if kwargs else args):
@@ -174,7 +185,7 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
 
     def found(self, results: Any) -> list[Tensor]:
         """What they were: those that are still there, and are no results. What was made on the way is gone by then."""
-        own = {id(x) for x in pytree.tree_leaves(results) if isinstance(x, Tensor)}
+        own = {id(x) for x in tree_leaves(results) if isinstance(x, Tensor)}
         alive = [ref() for ref in self.met.values()]
         return [x for x in alive if x is not None and id(x) not in own]
 
@@ -187,7 +198,7 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
         met = [layer for ref in self.met.values() for x in [ref()] if x is not None for layer in layers(x)]
         leaves, nodes = {id(x) for x in met}, {x.grad_fn for x in met}
         seen: set[Any] = {None}
-        rest = [y.grad_fn for x in pytree.tree_leaves(results) if isinstance(x, Tensor) for y in layers(x)]
+        rest = [y.grad_fn for x in tree_leaves(results) if isinstance(x, Tensor) for y in layers(x)]
         while rest:
             node: Any = rest.pop()
             if node in seen:
@@ -208,8 +219,8 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
 def layers(x: Tensor) -> list[Tensor]:
     """A tensor, and what it is wrapped around."""
     found = [x]
-    while functorch.is_functorch_wrapped_tensor(found[-1]):
-        found.append(functorch.get_unwrapped(found[-1]))
+    while is_wrapped(found[-1]):
+        found.append(get_unwrapped(found[-1]))
     return found
 
 

@@ -82,6 +82,20 @@ def es_grad_and_value(
 ) -> Callable[..., tuple[PyTree, Tensor]]:
     r"""As `es_grad`, with the mean of all values, an estimate of :math:`f_\sigma(x)`: ``(gradient, value)``.
 
+    Args:
+        function: as in `es_grad`.
+        sigma: as in `es_grad`.
+        num_samples: as in `es_grad`.
+        vectorize: as in `es_grad`.
+        chunk_size: as in `es_grad`.
+
+    Returns:
+        ``(x, *args, seed=0) -> (gradient, value)``, a pytree like `x` and a 0-d tensor.
+
+    Raises:
+        ValueError: as in `es_grad`.
+        TypeError: as in `es_grad`.
+
     >>> import torch, purestep as ps
     >>> both = ps.meta.es_grad_and_value(lambda x, scale: scale * (x**2).sum(), sigma=0.01, num_samples=2000)
     >>> gradient, value = both(torch.tensor([1.0, -2.0]), 0.5)

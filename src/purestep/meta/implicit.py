@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import tree
 from purestep._core.populations import detach
+from purestep._core.torch_api import tree_flatten, tree_unflatten
 from purestep.meta.attach import Rule, attach, exchanged, pullback, pushforward, watched
 from purestep.meta.linear import solve_cg, solve_normal_cg
 
@@ -51,6 +51,9 @@ def implicit(
         solve: how to solve :math:`A u = v` given :math:`u \mapsto A u`; see `solve_cg`, `solve_normal_cg`, `solve_neumann`.
             The default is for minima. For saddle points and other roots see `custom_root`.
         has_aux: the solver returns ``(x, aux)``; `aux` is handed on as it is, without derivatives.
+
+    Returns:
+        a function that is called as `solver` is, and returns what it returns.
 
     Raises:
         ValueError: what `stationarity` returns has another structure than the solution, or other shapes.
@@ -96,6 +99,9 @@ def custom_root(
         solve: as in `implicit`.
         has_aux: as in `implicit`.
 
+    Returns:
+        a decorator for a solver ``(init, *args) -> x``, which is called as before.
+
     >>> import torch, purestep as ps
     >>> @ps.meta.custom_root(lambda x, a: x**2 - a)
     ... def square_root(x, a):
@@ -117,6 +123,9 @@ def custom_fixed_point(
         fixed_point: :math:`T`, ``(x, *args) -> x``.
         solve: as in `implicit`. Where :math:`T` is a contraction, `solve_neumann` sums its powers.
         has_aux: as in `implicit`.
+
+    Returns:
+        a decorator for a solver ``(init, *args) -> x``, which is called as before.
 
     >>> import torch, purestep as ps
     >>> @ps.meta.custom_fixed_point(lambda x, a: torch.cos(a * x), solve=ps.meta.solve_neumann)
@@ -158,7 +167,7 @@ def rooted(x: PyTree, args: tuple[PyTree, ...], optimality: Callable[..., PyTree
     for path, p in zip(spec.paths(), leaves):
         if not isinstance(p, Tensor) or not (p.is_floating_point() or p.is_complex()):
             raise TypeError(f"A solution must be floating-point tensors, but {tree.quote(path)} is {p!r}.")
-    flat, arguments = pytree.tree_flatten(args)
+    flat, arguments = tree_flatten(args)
     places = [k for k, y in enumerate(flat) if isinstance(y, Tensor)]
     given = detach([y for y in flat if isinstance(y, Tensor)])
 
@@ -166,7 +175,7 @@ def rooted(x: PyTree, args: tuple[PyTree, ...], optimality: Callable[..., PyTree
         filled = list(flat)
         for k, y in zip(places, theta):
             filled[k] = y
-        found = optimality(tree.unflatten(x, spec), *pytree.tree_unflatten(filled, arguments))
+        found = optimality(tree.unflatten(x, spec), *tree_unflatten(filled, arguments))
         return like_solution(found, x, spec)
 
     with watched((leaves, given)) as watch:

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from purestep._core import maths, tree
+from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count, get_unwrapped, is_wrapped
 
 PyTree = Any
 MatVec = Callable[[PyTree], PyTree]
@@ -71,6 +71,13 @@ def solve_cg(
         tol: it is solved when :math:`\lVert r \rVert \le` `tol` :math:`\lVert b \rVert`. With 0, `maxiter` products are all
             that is asked for, and nothing is warned of.
         return_info: return ``(x, SolveInfo)``, and do not warn.
+
+    Returns:
+        the solution, a pytree of the structure of `b`; with `return_info`, ``(x, SolveInfo)``.
+
+    Raises:
+        TypeError: a leaf of `b` is not a tensor.
+        ValueError: a product with :math:`A` has another structure than `b`, or another shape.
 
     Warns:
         ConvergenceWarning: it was not solved after `maxiter` products.
@@ -138,6 +145,20 @@ def solve_normal_cg(
 
     It needs no symmetry, but twice the products, and the condition number is squared. All else is as in `solve_cg`.
 
+    Args:
+        matvec: :math:`x \mapsto A x`. It is differentiated, for the products with :math:`A^\top`.
+        b: the right-hand side, any pytree of tensors.
+        ridge: :math:`\rho`, added to the diagonal of :math:`A^\top A`.
+        maxiter: as in `solve_cg`, of the equation above.
+        tol: as in `solve_cg`, of the equation above.
+        return_info: as in `solve_cg`.
+
+    Returns:
+        the solution, a pytree of the structure of `b`; with `return_info`, ``(x, SolveInfo)``.
+
+    Raises:
+        TypeError: a leaf of `b` is not a tensor.
+
     >>> import torch, purestep as ps
     >>> ps.meta.solve_normal_cg(lambda x: torch.stack([x[1], -2 * x[0]]), torch.tensor([1.0, 4.0]))
     tensor([-2.0000,  1.0000])
@@ -180,6 +201,13 @@ def solve_neumann(
             for, and nothing is warned of.
         return_info: return ``(x, SolveInfo)``, and do not warn.
 
+    Returns:
+        the solution, a pytree of the structure of `b`; with `return_info`, ``(x, SolveInfo)``.
+
+    Raises:
+        TypeError: a leaf of `b` is not a tensor.
+        ValueError: a product with :math:`A` has another structure than `b`, or another shape.
+
     Warns:
         ConvergenceWarning: it was not solved with `maxiter` terms.
 
@@ -215,7 +243,7 @@ def solved(x: PyTree, square: Tensor, first: Tensor, tol: float, maxiter: int, n
     converged = square <= tol**2 * first
     if name is None:
         return x, SolveInfo(residual, converged)
-    if tol > 0 and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack() and maths.some(~converged):
+    if tol > 0 and not torch.compiler.is_compiling() and not dispatch_mode_count() and maths.some(~converged):
         warnings.warn(
             f"{name} did not converge in maxiter={maxiter}: the residual is {largest(residual):.2g} of the right-hand side, "
             f"which is above tol={tol:g}, so the solution is not to be trusted. Is the matrix regular, and what this solver is "
@@ -229,9 +257,9 @@ def solved(x: PyTree, square: Tensor, first: Tensor, tol: float, maxiter: int, n
 
 def largest(x: Tensor) -> float:
     """The largest number of all members of a batch."""
-    while functorch.is_functorch_wrapped_tensor(x):
-        x = functorch.get_unwrapped(x)
-    with torch._C._DisableFuncTorch():
+    while is_wrapped(x):
+        x = get_unwrapped(x)
+    with DisableFuncTorch():
         return float(x.detach().max())
 
 

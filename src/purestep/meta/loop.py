@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from purestep._core import tree
 from purestep._core.masks import Memo, select
+from purestep._core.torch_api import tree_leaves
 from purestep._engine.plan import Group
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._executors.task import Env, Ownership
@@ -41,7 +41,7 @@ class Loop:
     def step(self, grads: Any) -> Any:
         """The new parameters."""
         gradients, params, opt = tree.flatten_like(grads, self.spec, "grads"), self.params, self.opt
-        kept = [c if isinstance(c, list) else pytree.tree_leaves(c) for s in self.states for c in s]
+        kept = [c if isinstance(c, list) else tree_leaves(c) for s in self.states for c in s]
         memo: Memo = {}
         inputs = Inputs(gradients, params, self.states, lambda masks: select(masks, params, self.spec, memo))
         mode = choose(None, params, gradients, *kept, opt.plan.tensors)

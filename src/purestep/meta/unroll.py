@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from purestep._core import maths, tree
 from purestep._core.lists import flattened, parted
 from purestep._core.populations import detach
+from purestep._core.torch_api import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 from purestep.meta.attach import Rule, attach, exchanged, pullback, pushforward, watched
 from purestep.meta.joined import join_state, joins, part_state
 from purestep.meta.loop import Loop
@@ -109,7 +109,7 @@ def unroll(
     losses: list[Tensor] = []
     for start in range(0, count, checkpoint_every):
         stop = min(start + checkpoint_every, count)
-        part = pytree.tree_map(lambda x, a=start, b=stop: x[a:b], batches) if batched else stop - start
+        part = tree_map(lambda x, a=start, b=stop: x[a:b], batches) if batched else stop - start
         steps = Steps(stop - start, loss, batched, first_order)
         params, state, some = recomputed(steps, opt, state, params, part)
         losses.append(some)
@@ -163,7 +163,7 @@ def differentiate(loss: Loss, params: PyTree, given: tuple[Any, ...], record: bo
             raise TypeError(f"The loss must be one number, a 0-d tensor, but is {what}. Take its mean or sum.")
         return value
 
-    leaves, spec = pytree.tree_flatten(params)
+    leaves, spec = tree_flatten(params)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not all(map(maths.recording, leaves)):
         grads, value = torch.func.grad_and_value(checked)(params)
         return (grads, value) if record else detach((grads, value))
@@ -171,14 +171,14 @@ def differentiate(loss: Loss, params: PyTree, given: tuple[Any, ...], record: bo
     found: Any = [None] * len(leaves)
     if value.requires_grad:
         found = torch.autograd.grad(value, leaves, create_graph=record, allow_unused=True)
-    grads = pytree.tree_unflatten([torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves)], spec)
+    grads = tree_unflatten([torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves)], spec)
     return grads, value if record else value.detach()
 
 
 def split(batches: PyTree, count: int) -> list[PyTree]:
     """The batch of each step."""
-    leaves, spec = pytree.tree_flatten(batches)
-    return [pytree.tree_unflatten(xs, spec) for xs in zip(*[x.unbind() for x in leaves])] if count else []
+    leaves, spec = tree_flatten(batches)
+    return [tree_unflatten(xs, spec) for xs in zip(*[x.unbind() for x in leaves])] if count else []
 
 
 def number_of_steps(batches: PyTree | int) -> int:
@@ -187,7 +187,7 @@ def number_of_steps(batches: PyTree | int) -> int:
         if batches < 1:
             raise ValueError(f"unroll makes at least one step, but batches is {batches}.")
         return int(batches)
-    found = pytree.tree_flatten_with_path(batches)[0]
+    found = tree_flatten_with_path(batches)[0]
     if not found:
         raise ValueError(
             "unroll needs batches to step on, but they hold no tensor. For steps on the same data give their number."
@@ -249,21 +249,21 @@ class Surroundings:
 
 def recomputed(steps: Steps, opt: Transform, state: Any, params: PyTree, batches: PyTree) -> Unrolled:
     """The same as `run`, which is called again when derivatives are wanted: until then nothing is kept but what comes out."""
-    flat, spec = pytree.tree_flatten((opt, state, params, batches))
+    flat, spec = tree_flatten((opt, state, params, batches))
     given = Distinct([x for x in flat if isinstance(x, Tensor)])
     before = [x if isinstance(x, Tensor) else None for x in flat]
 
     def again(sources: Sequence[Tensor]) -> Unrolled:
         found = iter(given.spread(sources))
         filled = [x if y is None else next(found) for x, y in zip(flat, before)]
-        return run(steps, *pytree.tree_unflatten(filled, spec))
+        return run(steps, *tree_unflatten(filled, spec))
 
     fixed = detach(given.each)
     surroundings = Surroundings(fixed)
     with watched(fixed) as watch:
         result = again(fixed)
     watch.refuse_unseen(result, "The loss, or the transform,")
-    ends, end_spec = pytree.tree_flatten(detach(result))
+    ends, end_spec = tree_flatten(detach(result))
     del result  # and with it what was recorded on the way
     inside = watch.found(ends)
     places = [k for k, x in enumerate(ends) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
@@ -273,7 +273,7 @@ def recomputed(steps: Steps, opt: Transform, state: Any, params: PyTree, batches
     def function(sources: list[Tensor]) -> list[Tensor]:
         with surroundings.restored(), exchanged(inside, sources[count:]) if inside else nullcontext():
             made = again(sources[:count])
-        found = pytree.tree_leaves(made)
+        found = tree_leaves(made)
         return values.pick([found[k] for k in places])
 
     rule = Rule(
@@ -282,7 +282,7 @@ def recomputed(steps: Steps, opt: Transform, state: Any, params: PyTree, batches
     )
     for k, x in zip(places, values.spread(attach(values.each, [*given.each, *inside], rule))):
         ends[k] = x
-    return Unrolled(*pytree.tree_unflatten(ends, end_spec))
+    return Unrolled(*tree_unflatten(ends, end_spec))
 
 
 class Distinct:

@@ -26,6 +26,13 @@ def schedule(function: Callable[Concatenate[Any, P], Any]) -> Callable[P, Schedu
     Parameters annotated `Hyper` are its hyperparameters, which can be differentiated and vmapped over; the others are
     structure.
 
+    Args:
+        function: takes the number of the update, an int or a 0-d tensor, and then the arguments of the schedule; returns its
+            value, a number or a 0-d tensor.
+
+    Returns:
+        a factory of `Schedule`s, which takes the function's arguments behind `step`.
+
     >>> from purestep import Hyper
     >>> @schedule
     ... def harmonic(step, peak: Hyper):

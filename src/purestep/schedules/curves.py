@@ -16,6 +16,9 @@ Timescale: TypeAlias = Annotated[Any, Interval(low=0.0, above=True, optional=Tru
 def constant(step: Any, value: Hyper) -> Any:
     r"""Always the same: :math:`\eta_t = \eta`.
 
+    Args:
+        value: :math:`\eta`.
+
     >>> constant(0.1)(1000)
     0.1
     """
@@ -27,6 +30,11 @@ def linear(step: Any, start: Hyper, end: Hyper, *, total_steps: Steps) -> Any:
     r"""From `start` to `end` in a straight line over `total_steps` updates, then constant.
 
     .. math:: \eta_t = \eta_0 + (\eta_T - \eta_0) \min(t / T, 1)
+
+    Args:
+        start: :math:`\eta_0`.
+        end: :math:`\eta_T`.
+        total_steps: :math:`T`, a number of updates. With 0 it is `end` from the beginning.
 
     >>> [linear(1.0, 0.0, total_steps=4)(t) for t in (0, 1, 4, 9)]
     [1.0, 0.75, 0.0, 0.0]
@@ -94,6 +102,12 @@ def cosine(step: Any, peak: Hyper, *, total_steps: Steps, end: Hyper = 0.0, peri
     The values of `torch.optim.lr_scheduler.CosineAnnealingLR` up to :math:`t = T`. After it torch's rise again along the
     cosine, and fall, and so on; so do these if `periodic`.
 
+    Args:
+        peak: :math:`\eta_0`.
+        end: :math:`\eta_T`.
+        total_steps: :math:`T`, a number of updates.
+        periodic: rise again after :math:`T`, back to `peak` at :math:`2T`, and so on.
+
     Reference: Loshchilov & Hutter, `SGDR: Stochastic Gradient Descent with Warm Restarts
     <https://arxiv.org/abs/1608.03983>`_, 2017.
 
@@ -119,6 +133,13 @@ def warmup_cosine(
 
     `total_steps` counts the warm-up. With the default `start` the first update has a learning rate of exactly 0; give
     `start=peak / warmup_steps` to begin one step up. The values of optax's `warmup_cosine_decay_schedule`.
+
+    Args:
+        peak: :math:`\eta_p`.
+        end: :math:`\eta_e`.
+        start: :math:`\eta_s`.
+        warmup_steps: :math:`W`, a number of updates, at most `total_steps`.
+        total_steps: :math:`T`, with the warm-up.
 
     >>> [round(warmup_cosine(1.0, warmup_steps=2, total_steps=4)(t), 3) for t in range(5)]
     [0.0, 0.5, 1.0, 0.5, 0.0]

@@ -94,6 +94,10 @@ def join(step: Any, schedules: tuple[Hyper, ...], boundaries: Boundaries) -> Any
 def scale(step: Any, schedule: Hyper, factor: Hyper) -> Any:
     r"""A schedule times a number, or times another schedule: :math:`\eta_t = s_t f_t`.
 
+    Args:
+        schedule: :math:`s`, a schedule, any function of the step, or a number.
+        factor: :math:`f`, a number or another schedule.
+
     >>> from purestep.schedules import cosine, exponential
     >>> half = scale(exponential(1.0, gamma=0.5), 0.5)
     >>> [half(t) for t in range(3)]

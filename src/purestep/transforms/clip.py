@@ -18,6 +18,9 @@ def clip(u: Tensor, p: Tensor, max_value: NonNegative) -> Tensor:
 
     Equal to `torch.nn.utils.clip_grad_value_`, without changing the gradient.
 
+    Args:
+        max_value: :math:`c \ge 0`.
+
     >>> import torch, purestep as ps
     >>> opt, p = ps.clip(1.0), torch.zeros(3)
     >>> opt.update(torch.tensor([-3.0, 0.5, 2.0]), opt.init_state(p), p)[0]
@@ -34,6 +37,9 @@ def clip_by_global_norm(us: list[Tensor], s: EmptyState, ps: list[Tensor], max_n
 
     Equal to `torch.nn.utils.clip_grad_norm_`, without changing the gradients. Under `purestep.optim.Optimizer` the norm
     is that of all parameter groups together. Gradients that are None do not count.
+
+    Args:
+        max_norm: :math:`c \ge 0`, the largest norm of all updates together.
 
     >>> import torch, purestep as ps
     >>> opt, params = ps.clip_by_global_norm(1.0), [torch.zeros(1), torch.zeros(1)]

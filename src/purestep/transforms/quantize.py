@@ -19,6 +19,7 @@ from purestep._core import sharded, tree
 from purestep._core.hyper import Whole, check_steps
 from purestep._core.maths import Encoded, operation
 from purestep._core.primitives import Link, LinkDeclaration, Primitive, Sparse
+from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count
 from purestep.transform import Composite, Leafwise, PyTree, Transform
 
 Bits: TypeAlias = Literal[8, 16]
@@ -69,9 +70,9 @@ def code(signed: bool, device: torch.device) -> Code:
         return found
     if torch.compiler.is_compiling():
         return tabulated(signed, device)
-    with torch._C._DisableFuncTorch(), torch.inference_mode(False):  # they outlive what is running
+    with DisableFuncTorch(), torch.inference_mode(False):  # they outlive what is running
         made = tabulated(signed, device)
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if dispatch_mode_count() == 0:
         _codes[signed, device] = made
     return made
 
@@ -394,6 +395,12 @@ def dequantize_state(state: PyTree) -> Any:
     """The state that a transform would have without `quantize_state`: its running means in full, to look at or to go on with.
 
     A state that is not quantized is returned as it is, and so is every part of it that is not.
+
+    Args:
+        state: the state of any transform, or any part of it.
+
+    Returns:
+        the state of the transforms as it is without `quantize_state`; its tensors have the shapes of the parameters.
 
     >>> import torch, purestep as ps
     >>> small = ps.quantize_state(ps.trace(0.9), bits=16).init_state(torch.zeros(4096))

@@ -15,6 +15,9 @@ from purestep.transform import Transform, chain, leafwise
 def scale(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
     r"""Multiply the updates by a number: :math:`u \leftarrow c\,u`.
 
+    Args:
+        factor: :math:`c`, any number, a 0-d tensor or a schedule.
+
     >>> import torch, purestep as ps
     >>> opt = ps.scale(-0.5)
     >>> p = torch.tensor([1.0, 2.0])
@@ -53,7 +56,10 @@ def scale_by_schedule(schedule: Callable[[Any], Any]) -> Transform:
 def scale_by_learning_rate(u: Tensor, p: Tensor, lr: NonNegative) -> Tensor:
     r"""Multiply the updates by the negative learning rate, :math:`u \leftarrow -\eta\,u`: a step *down* the gradient.
 
-    It stands at the end of a chain. `lr` is a number of at least 0, a 0-d tensor or a schedule.
+    It stands at the end of a chain.
+
+    Args:
+        lr: :math:`\eta \ge 0`, a number, a 0-d tensor or a schedule.
 
     >>> import torch, purestep as ps
     >>> opt = ps.scale_by_learning_rate(ps.schedules.linear(1.0, 0.0, total_steps=2))

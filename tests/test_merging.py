@@ -315,6 +315,21 @@ def two_at_once(g: Tensor, s: Two, p: Tensor, b: float) -> tuple[Tensor, Two]:
     return -0.1 * (g + 0.5 * p) + 0.0 * m, Two(m, v)
 
 
+def kernel_after_kernel(g: Tensor, s: Two, p: Tensor, b: float) -> tuple[Tensor, Two]:
+    """The second kernel's gradient is what the first kernel has made."""
+    v = s.v * b + g * g * (1 - b)
+    u = p * 2.0 + 0.1 * (g / (ps.root(v) + 1e-3))
+    m = s.m * b + u * u * (1 - b)
+    return -0.1 * (u / (ps.root(m) + 1e-3)), Two(m, v)
+
+
+def two_roots_of_the_same_squares(g: Tensor, s: Two, p: Tensor, b: float) -> tuple[Tensor, Two]:
+    """One kernel updates the squares; the second step finds them updated."""
+    v = s.v * b + g * g * (1 - b)
+    u = p * 2.0 + 0.1 * (g / (ps.root(v) + 1e-3))
+    return u - 0.1 * (g / (ps.root(v * 3.0) + 1e-3)), Two(s.m, v)
+
+
 LEAVES: dict[Any, bool] = {
     usual: True,
     gradient_of_our_own: True,
@@ -330,6 +345,8 @@ LEAVES: dict[Any, bool] = {
     mean_from_a_temporary: False,
     a_buffer_as_gradient: True,
     two_at_once: True,
+    kernel_after_kernel: True,
+    two_roots_of_the_same_squares: True,
 }
 
 

@@ -65,27 +65,31 @@ class Lines:
     def __init__(self, ops: list[Op], values: Values) -> None:
         self.ops = [dataclasses.replace(op) for op in ops]
         self.values = values
-        self.by = {op.out: op for op in self.ops}  # the original line of each list
+        self.original = {op.out: op for op in self.ops}  # the line of each list before fusion, which tells the list's memory
+        self.made = dict(self.original)  # the line that makes each list now
 
     def replace(self, last: Op, fusion: Fusion) -> None:
         """Put a fused line in the place of the last of the lines that it replaces."""
         self.ops = [fusion.line if op is last else op for op in self.ops if op not in fusion.gone]
+        for op in fusion.gone:
+            del self.made[op.out]
+        self.made.update(dict.fromkeys([last.out, *fusion.line.further], fusion.line))
 
     def with_number(self, node: fx.Node, *names: str) -> Op | None:
         """The line that makes this list from another one and a number, if it has one of these names and is read once."""
-        op = self.by.get(node)
+        op = self.made.get(node)
         if op is None or op.name not in names or len(op.args) != 2 or self.values.uses[node] != 1:
             return None
         return None if self.values.is_list(op.args[1]) else op
 
     def home(self, node: fx.Node) -> fx.Node:
         """The list whose memory this one is in."""
-        op = self.by.get(node)
+        op = self.original.get(node)
         return node if op is None or op.inplace is None else self.home(op.args[op.inplace])
 
     def is_temporary(self, node: fx.Node) -> bool:
         """Whether this list is in memory that the program allocates."""
-        home = self.by.get(self.home(node))
+        home = self.original.get(self.home(node))
         return home is not None and home.fresh
 
     def read_before(self, last: Op, nodes: Collection[fx.Node], gone: list[Op]) -> bool:
@@ -95,7 +99,7 @@ class Lines:
 
     def preserve(self, node: fx.Node, last: Op, gone: list[Op]) -> None:
         """Let no remaining line before `last` overwrite this list."""
-        made = self.by.get(node)
+        made = self.made.get(node)
         start = 0 if made is None else self.ops.index(made) + 1
         home = self.home(node)
         for op in self.ops[start : self.ops.index(last)]:
@@ -146,7 +150,7 @@ class FusionPass:
         node = added.args[0] if added else node
         outer = self.lines.with_number(node, "mul", "div")
         node = outer.args[0] if outer else node
-        root = self.lines.by.get(node)
+        root = self.lines.made.get(node)
         if root is None or root.name != "sqrt" or self.values.uses[node] != 1:
             return None
         inner = self.lines.with_number(root.args[0], "mul", "div")
@@ -155,7 +159,7 @@ class FusionPass:
 
     def mean_square(self, node: fx.Node) -> MeanSquare | None:
         """The lines that make a list as a running mean of squares in place; None if the list is made in another way."""
-        square = self.lines.by.get(node)
+        square = self.lines.made.get(node)
         if square is None or square.name != "addcmul" or square.inplace != 0 or square.args[1] is not square.args[2]:
             return None
         old, g, _, weight = square.args
@@ -169,7 +173,7 @@ class FusionPass:
         """A list as a direction that the kernel can take; None if the kernel cannot."""
         if x is g:
             return Direction(None, 0.0, [])
-        mean = self.lines.by.get(x)
+        mean = self.lines.made.get(x)
         if mean is None:
             return None
         if self.values.uses[x] == 1 and (self.lines.is_temporary(x) or self.lines.home(x) is self.lines.home(g)):
@@ -184,7 +188,7 @@ class FusionPass:
         if last.name != "axpy" or last.inplace != 0:
             return None
         p, x, k = last.args
-        decayed = self.lines.by.get(x)
+        decayed = self.lines.made.get(x)
         if decayed is None or decayed.name != "axpy" or decayed.args[1] is not p or self.values.uses[x] != 1:
             return None
         return Fusion(Op(last.out, "sgd", [p, decayed.args[0], decayed.args[2], k], inplace=0), [decayed])

@@ -38,13 +38,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that were called."""
     made: list[str] = []
     for name in ("fused_adam_", "fused_sgd_"):
-        original = getattr(merging, name)
+        original = getattr(fused, name)
 
         def spy(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> None:
             made.append(name)
             original(*args, **kwargs)
 
-        monkeypatch.setattr(merging, name, spy)
+        monkeypatch.setattr(fused, name, spy)
     return made
 
 

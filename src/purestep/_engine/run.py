@@ -311,7 +311,7 @@ class Sorting:
 
     def __init__(self, run: Run, stage: Stage, odd: list[bool] | None, apply: bool) -> None:
         self.run, self.stage, self.odd, self.apply = run, stage, odd, apply
-        self.mode = run.env.mode
+        self.mode: Mode = run.env.mode
 
     def uniform(self) -> bool:
         """Whether all parameters can be taken together."""

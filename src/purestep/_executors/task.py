@@ -45,7 +45,9 @@ class Env:
 
     def __init__(self, mode: Mode, wanted: ExecutorName | None, own: Ownership, tensors: Sequence[Any] = ()) -> None:
         """`tensors` are the gradients and parameters."""
-        self.mode, self.wanted, self.own = mode, wanted, own
+        self.mode: Mode = mode
+        self.wanted: ExecutorName | None = wanted
+        self.own = own
         self.level = VmapLevel.now() if mode == "leaf" and wanted is None else None  # of vmap, if it can be stepped out of
         self.writes = own.given and wanted == "leaf" and not maths.recorded(tensors)  # leaf by leaf, in place
 

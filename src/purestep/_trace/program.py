@@ -205,9 +205,6 @@ def name_of(form: Form, *recipe: Any) -> str:
     return program(*recipe, form=form).name
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo, which takes a second.
-
-
 def parts_of(details: Sequence[Any], declarations: Sequence[LeafDeclaration]) -> tuple[Part, ...]:
     """The leaf functions of a recipe."""
     return tuple([Part(d, LeafSpec(*spec)) for d, spec in zip(declarations, details)])

@@ -47,7 +47,7 @@ class Explanation:
     >>> [part.executor for part in explanation.parts]
     ['whole', 'foreach']
     >>> explanation.parts[1].declined["packed"]
-    'the tensors are few or large, or their dtypes, shapes or memory layouts differ (2 tensors, fewer than 16)'
+    '2 tensors, fewer than 16'
     """
 
     parts: tuple[Part, ...]
@@ -135,7 +135,7 @@ def reasons(task: Task, executor: str) -> dict[str, str]:
         if why is None:
             why = "it turned out on the way that it cannot run this chain on these tensors"
         elif other.name in ("fused", "packed") and why.endswith("differ"):
-            why += f" ({'; '.join(special(task, other.name == 'packed'))})"
+            why = "; ".join(special(task, other.name == "packed"))
         found[other.name] = why
     return found
 

@@ -108,6 +108,13 @@ class Solo(NamedTuple):
             self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), look.facts)
         return True
 
+    def hits(self, looks: Looks, grads: list[Any], params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether `again` would find the tensors of the last step."""
+        if not all([key in s for s in states for key in self.keys]):
+            return False
+        everything = [*params, *grads, *[s[key] for key in self.keys for s in states]]
+        return looks.last is not None and looks.last.fits(everything)
+
     def distinct(self, vectors: list[Tensor]) -> list[Tensor]:
         """The counters of these as vectors, each once: several items may have the same."""
         return list({key: vector for (key, _, _), vector in zip(self.counters, vectors)}.values())

@@ -13,6 +13,7 @@ and `checkpoint` checks what is loaded. A part keeps no reference to the optimiz
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import operator
 from collections import OrderedDict
@@ -40,6 +41,7 @@ from purestep._core.torch_api import (
 )
 from purestep._core.tree import quote
 from purestep._engine.counters import Counters, traced
+from purestep._engine.explain import Explanation, watched
 from purestep._engine.guards import Looks
 from purestep._engine.plan import Group, Plan
 from purestep._engine.repeat import solo_of
@@ -496,6 +498,43 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
+
+    def explain(self) -> Explanation:
+        """How `step` would run on the gradients that there are: which executor takes which parameters, and why others declined.
+
+        A step is made on a copy of this optimizer, so nothing changes, and hooks are not called. A transform that needs a
+        closure cannot be explained here: use its own `Transform.explain`.
+
+        Returns:
+            a value that prints as a table: for each run of transforms the executor, how many parameters and elements, their
+            dtype and device; then reasons, whether the step cache hits, and the memory that the step takes.
+
+        Raises:
+            TypeError: a transform needs a closure.
+
+        >>> import torch
+        >>> from purestep import optim
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = optim.AdamW(model.parameters())
+        >>> model(torch.ones(3)).sum().backward()
+        >>> [part.executor for part in optimizer.explain().parts]
+        ['fused']
+        """
+        cached = bool(self.param_groups)
+        grad = torch.is_grad_enabled()
+        with torch.no_grad():
+            for group, transform in zip(self.param_groups, self._options.transforms(self.param_groups)):
+                solo, looks, params = solo_of(transform.plan), self._looks.get(id(group)), group["params"]
+                grads = [p.grad for p in params]
+                cached = (
+                    cached and solo is not None and looks is not None and solo.hits(looks, grads, params, self._states(params))
+                )
+        other = copy.deepcopy(self)
+        for own, its in zip(self.param_groups, other.param_groups):
+            for p, q in zip(own["params"], its["params"]):
+                q.grad = None if p.grad is None else p.grad.detach().clone()
+        with torch.set_grad_enabled(grad):
+            return watched(lambda: other._step(None, None), (), cached)
 
     def _again(self, group: dict[str, Any], transform: Transform) -> bool:
         """What `_advance` did last, without what has to be asked only once; False, and nothing done, if more is new."""

@@ -1,11 +1,13 @@
-"""What a leaf function does, as a graph: recorded with `torch.fx`, by the types of what it meets.
+"""Records what a leaf function does as a graph of `torch.fx`.
 
-The gradient, the parameter, the state and the hyperparameters are proxies. Whatever else a leaf function meets is a constant:
+The gradient, the parameter, the state and the hyperparameters are proxies, which record the operations on them. A leaf function
+may also operate on:
 
-* Python's numbers, and numpy's, which become Python's.
-* A tensor that the function makes of numbers, such as ``torch.tensor(2.0)``. What is done to such tensors alone is done once.
-* A tensor that the function closes over: a global, a variable of the function around it, an attribute. It is an input of the
-  program like any other, so what is done to it is recorded, and done anew at every run.
+* Python's numbers, and numpy's, which become Python's. They are constants of the graph.
+* Constant tensors, which the function makes of numbers, such as ``torch.tensor(2.0)``. Operations on constant tensors alone run
+  once, while the function is traced.
+* Captured tensors, which the function closes over: a global, a variable of the function around it, an attribute. A captured
+  tensor is an input of the program like any other, so the operations on it are recorded and run again at every run.
 """
 
 from __future__ import annotations
@@ -31,21 +33,24 @@ from purestep._core.torch_api import (
 
 
 class RefusedError(Exception):
-    """A leaf function does what no program can. It is no TypeError before the function has ended: an operator of a tensor would
-    take that for an invitation to try something else."""
+    """A leaf function does what no program can do.
+
+    It becomes a TypeError only after the leaf function has ended: an operator of a tensor catches a TypeError and tries the
+    reflected operator.
+    """
 
 
 class Traced(fx.Proxy):
     """A value of a program."""
 
-    __array_ufunc__ = None  # the scalars of numpy leave arithmetic to this, as they leave it to a tensor
+    __array_ufunc__ = None  # numpy's scalars leave arithmetic to the reflected operators of this class, as they do for tensors
 
     def __getattr__(self, name: str) -> Any:
         return TracedAttribute(self, name)
 
 
 class TracedAttribute(Attribute):
-    """An attribute of such a value, or a method until it is called."""
+    """An attribute of a traced value, or one of its methods before the call."""
 
     __array_ufunc__ = None
 
@@ -54,12 +59,12 @@ class TracedAttribute(Attribute):
 
 
 class Tracer(GraphAppendingTracer):
-    """Records the operations of a leaf function, and the tensors that it closes over."""
+    """Records the operations of a leaf function, and the tensors that the function closes over."""
 
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__(graph)
         self.captured: dict[int, Tensor] = {}
-        self.made: dict[int, Tensor] = {}  # tensors made of numbers
+        self.made: dict[int, Tensor] = {}  # constant tensors
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Traced(node, self)
@@ -82,7 +87,7 @@ class Tracer(GraphAppendingTracer):
         return super().create_arg(a)
 
     def constant(self, a: Tensor) -> Any:
-        """A tensor made of numbers, as it is now: if it is small, it is made anew at every run, where a tracer can see it."""
+        """A constant tensor as an argument; a small one as an operation that makes it at every run, where tracers see it."""
         with apart():
             if a.numel() > SMALL or a.is_sparse or a.is_quantized or a.device.type not in ("cpu", "cuda"):
                 return self.keep(a.detach().clone())
@@ -90,50 +95,50 @@ class Tracer(GraphAppendingTracer):
         return self.create_node("call_function", torch.tensor, (numbers,), {"dtype": a.dtype, "device": a.device})
 
     def keep(self, x: Any) -> Any:
-        """Remember the tensors in here, which are made of numbers."""
+        """Remember all tensors in `x` as constant tensors."""
         for y in tree_leaves(x):
             if isinstance(y, Tensor):
                 self.made[id(y)] = y
         return x
 
 
-# ------------------------------------------------------------------------------------------- operations on constants alone
+# ---------------------------------------------------------------------------------------------- operations on other tensors
 
-LOOKS = frozenset({
+METADATA = frozenset({
     "__len__", "__hash__", "__repr__", "__str__", "__format__", "__dir__", "dim", "size", "numel", "nelement", "ndimension",
     "stride", "storage_offset", "element_size", "is_complex", "is_floating_point", "is_signed", "is_contiguous", "is_conj",
     "is_neg", "is_inference", "is_same_size", "get_device", "type", "dense_dim", "sparse_dim", "result_type", "can_cast",
     "is_tensor",
 })  # fmt: skip
-"""What is asked of a tensor without a look at its numbers."""
+"""The functions of a tensor that do not depend on its elements."""
 
 READS = frozenset(
     {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__", "__contains__", "numpy", "tolist"}
 )
-"""What makes something else of a tensor's numbers, which could only be done once."""
+"""The functions that convert a tensor's elements to something else; of a captured tensor that could only be done once."""
 
 WRITES = frozenset({
     "__set__", "__delete__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__imatmul__", "__idiv__", "__itruediv__",
     "__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 })  # fmt: skip
-"""What writes to a tensor, besides the methods whose names end in an underscore."""
+"""The functions that write to a tensor, besides those whose names end in an underscore."""
 
 SMALL = 64
-"""A tensor of so many numbers at most is written out."""
+"""A constant tensor of at most this many elements is written out in the program."""
 
 RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "poisson"})
-"""What makes a tensor that is another one every time."""
+"""The functions that make a different tensor at every call."""
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """Out of sight of `torch.func`, of tracers and of inference mode: a constant outlives them."""
+    """Disable `torch.func`, tracers and inference mode: a constant tensor outlives them."""
     with DisableFuncTorch(), disable_dispatch_modes(), torch.inference_mode(False):
         yield
 
 
 class Recorder(TorchFunctionMode):
-    """Records what is done to tensors that a leaf function closes over, while it is traced."""
+    """Records the operations on captured tensors while a leaf function is traced."""
 
     def __init__(self, tracer: Tracer, name: str) -> None:
         super().__init__()
@@ -145,14 +150,14 @@ class Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         leaves = tree_leaves((args, kwargs))
         if any([isinstance(x, fx.Proxy) for x in leaves]):
-            return func(*args, **kwargs)  # which records it
+            return func(*args, **kwargs)  # the proxy records it
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         name = str(getattr(func, "__name__", ""))
         if all([id(x) in self.tracer.made for x in tensors]) and (tensors or name not in RANDOM):
             with apart():
                 return self.tracer.keep(func(*args, **kwargs))
         self.check(name, kwargs, next((x for x in tensors if id(x) not in self.tracer.made), None))
-        if name in LOOKS:
+        if name in METADATA:
             return func(*args, **kwargs)
         if name == "__get__":
             attribute = getattr(func, "__self__", None)
@@ -166,11 +171,11 @@ class Recorder(TorchFunctionMode):
         return self.record(kind, name if kind == "call_method" else func, args, kwargs)
 
     def record(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Proxy:
-        """One more operation of the graph."""
+        """Add an operation to the graph."""
         return self.tracer.create_proxy(kind, target, args, dict(kwargs or {}))
 
     def check(self, name: str, kwargs: Mapping[str, Any], x: Tensor | None) -> None:
-        """Refuse what would read the numbers of a tensor, or write to it."""
+        """Refuse a function that reads the elements of a captured tensor or writes to a tensor."""
         if name in READS:
             raise TraceError(name)
         if name in WRITES or kwargs.get("out") is not None or (name.endswith("_") and not name.endswith("__")):
@@ -182,7 +187,7 @@ class Recorder(TorchFunctionMode):
 
 
 def recorder() -> Recorder | None:
-    """What records the operations of this thread, if anything does."""
+    """The recorder that is active in this thread; None if there is none."""
     if torch.compiler.is_compiling() or not function_mode_count():
         return None
     mode = current_function_mode()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""What the lines of a program call: torch's foreach operations, and the few forms that they lack.
+"""The operations of a program on lists: torch's foreach operations, and the variants that torch does not have.
 
-Every operation takes lists of tensors, one entry per parameter, and numbers. A number is a Python float, or a 0-d tensor
-where it lives on a device, is being traced or was given as one; torch's foreach operations take tensors in only some of the
-places where they take floats. It may also be a column of numbers, one for each row of every tensor. A name that ends in an
+Every operation takes lists of tensors, one entry per parameter, and numbers. A number is a Python float, or a 0-d tensor if it
+is on a device, is traced or was given as a tensor; torch's foreach operations take tensors in only some of the places where
+they take floats. A number may also be a column of numbers, one for each row of every tensor. An operation whose name ends in an
 underscore overwrites its first argument, as in torch.
 """
 
@@ -49,11 +49,11 @@ UNARY = (
     "neg", "abs", "sqrt", "rsqrt", "exp", "expm1", "log", "log1p", "log2", "sign", "reciprocal", "tanh", "sigmoid", "floor",
     "ceil", "round", "erf", "sin", "cos",
 )  # fmt: skip
-"""The operations of one list that torch has under the same name."""
+"""The operations on one list that torch has under the same names."""
 
 
 def each(x: Lists, k: Tensor) -> list[Tensor]:
-    """A number as one for each tensor of a list. A column must not promote it; a 0-d tensor does not."""
+    """A number as a list with one entry per tensor. A column is cast, so that it does not promote the tensors."""
     return [k.to(x[0].dtype) if k.dim() else k] * len(x)
 
 
@@ -62,7 +62,7 @@ def add(x: Lists, y: Any) -> Lists:
 
 
 def add_(x: Lists, y: Any) -> None:
-    if isinstance(y, Tensor):  # a list of it: torch would read its value, which no tracer permits
+    if isinstance(y, Tensor):  # as a list, because torch reads the value of a single tensor, which no tracer permits
         y = each(x, y)
     foreach_add_(x, y)
 
@@ -216,21 +216,21 @@ def cast(x: Lists, like: Lists) -> Lists:
 
 
 def one_cast(x: Tensor, like: Tensor) -> Tensor:
-    """A tensor in another's dtype; one of fewer dimensions in its shape."""
+    """A tensor in the dtype of another; expanded to its shape if the tensor has fewer dimensions."""
     return x.to(like.dtype) if x.dim() >= like.dim() else x.to(like.dtype).expand(like.shape).clone()
 
 
 def filled(k: Any, like: Lists) -> Lists:
-    """One number, or what can be broadcast, for each tensor of a list, in memory of its own."""
+    """A number, or a tensor that can be broadcast, as a new list of tensors like these."""
     return [(torch.ones_like(y) * k).to(y.dtype) for y in like]
 
 
 STACK = 2**22
-"""So many elements at most are stacked."""
+"""At most this many elements are stacked."""
 
 
 def stacked(function: Callable[..., Tensor], x: Lists, *rest: Any) -> list[Tensor]:
-    """A function that takes batches, of every tensor of a list: of those of one shape at once."""
+    """Apply a function that takes batches to every tensor of a list: to those of one shape, dtype and device at once."""
     groups: dict[Any, list[int]] = {}
     for k, t in enumerate(x):
         groups.setdefault((t.shape, t.dtype, t.device), []).append(k)
@@ -256,3 +256,4 @@ KERNELS: dict[str, Any] = {
         addcdiv, addcdiv_, clone, cast, filled,
     )
 } | {"copy_": foreach_copy_, "stacked": stacked}  # fmt: skip
+"""The operations of programs on lists by their names in programs."""

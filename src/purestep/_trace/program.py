@@ -95,7 +95,7 @@ def compile(recipe: Recipe) -> Program:
     """Trace a recipe and write its program."""
     traced = trace(recipe)
     graph = traced.graph
-    seen = signature(graph) if traced.captured else None  # before a pass adds nodes
+    computes = signature(graph) if traced.captured else None  # before a pass adds nodes
     if recipe.form == "split" and not splittable(graph):
         recipe = recipe._replace(form="single")
     values = classify(traced)
@@ -123,7 +123,7 @@ def compile(recipe: Recipe) -> Program:
         merged=len(ops) < len(lines),
         coefficients=code.objects.get("coefficients"),
         captured=traced.captured,
-        signature=seen,
+        signature=computes,
         guards=tuple([x for d in declarations for x in guards_of(d.function)]),
         copies=code.copies,
         tangled=code.tangled,

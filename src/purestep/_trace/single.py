@@ -1,6 +1,6 @@
-"""What the lines of a program of one tensor call: torch's operations, by the names of `purestep._trace.foreach` for lists.
+"""The operations of a program on one tensor, under the names that `purestep._trace.foreach` has for lists.
 
-Nothing is overwritten, so everything can be differentiated, batched, and nested. A number is a Python float or a 0-d tensor.
+No operation overwrites a tensor, so all can be differentiated, batched, and nested. A number is a Python float or a 0-d tensor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def axpy(x: Tensor, y: Any, k: Any) -> Tensor:
         return x + k * y if not isinstance(y, Tensor) or y.dtype != x.dtype else torch.addcmul(x, y, k.to(x.dtype))
     if torch.compiler.is_compiling():  # Inductor (2.13) drops `alpha` where `y` is a product of matrices
         return x + k * y
-    return torch.add(x, y, alpha=k) if type(y) in TRACED else x + y * k  # of a product with a number every type knows
+    return torch.add(x, y, alpha=k) if type(y) in TRACED else x + y * k  # every tensor type has a product with a number
 
 
 def axpby(x: Tensor, y: Tensor, a: Any, b: Any) -> Tensor:
@@ -94,3 +94,4 @@ SINGLE: dict[str, Any] = {name: getattr(torch, name) for name in UNARY} | {
         maths.untraced(maths.root), maths.untraced(maths.lerp), maths.untraced(maths.maximum), maths.untraced(maths.minimum),
     )
 }  # fmt: skip
+"""The operations of programs on one tensor by their names in programs."""

@@ -1,7 +1,7 @@
 """Guards: whether tensors are what they were in an earlier call.
 
-To ask 800 tensors for their types, dtypes, shapes and strides takes a good part of the time of their update. `torch.compile` asks
-the same of its arguments at every call, in C++, and these are its guards.
+To ask 800 tensors for their types, dtypes, shapes and strides takes a good part of the time of their update. `torch.compile`
+asks the same of its arguments at every call, in C++, and these are its guards.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ and which executor took them) holds as long as the guard matches. A plan that is
 
 What it assumes, and where that is checked:
 
-* the tensors look as in the last step: `Guard.matches`, which also fails in another grad mode, inside `torch.func`, or where one
-  tensor is there twice;
+* the tensors look as in the last step: `Guard.matches`, which also fails in another grad mode, inside `torch.func`, or
+  where one tensor is there twice;
 * all parameters have made the same number of updates: the counters are read at every step;
 * a counter is where it was: its address is compared at every step (`GuardCache.span`);
 * the chain is the one that was decided about: `FusedChain.structure` and the recipe are part of the key;

@@ -286,22 +286,7 @@ FACTORIES = {"Transform", "Chain", "Schedule", "Self"}
 """What a factory returns is the thing that its first sentence describes; its arguments are hyperparameters and switches, of which
 only those are described that need a sentence."""
 
-NOT_YET = {
-    **dict.fromkeys(
-        [f"Inner.{name}" for name in ("update", "step", "when", "plus", "emptied", "read", "state", "put")],
-        "_engine/engine.py is being rewritten",
-    ),
-    **dict.fromkeys(
-        [
-            f"optim.Optimizer.{name}"
-            for name in (
-                "add_param_group", "load_state_dict", "profile_hook_step", "state_dict", "step", "use_eval_params", "zero_grad"
-            )
-        ]
-        + ["optim.Optimizer"],
-        "_optimizer/optimizer.py is being rewritten",
-    ),
-}  # fmt: skip
+NOT_YET: dict[str, str] = {}
 """Whose docstrings are still to be written, and why. It may only get shorter."""
 
 
@@ -352,7 +337,12 @@ def public_functions() -> Iterator[tuple[str, Function]]:
         if not inspect.isclass(value) or issubclass(value, (tuple, Warning)):
             continue
         mirror = name.startswith("optim.") and hasattr(torch.optim, value.__name__)
-        if not (mirror and value is not ps.optim.Optimizer) and value not in (ps.Transform, ps.schedules.Schedule, ps.Inner):
+        if not (mirror and value is not ps.optim.Optimizer) and value not in (
+            ps.Transform,
+            ps.schedules.Schedule,
+            ps.Inner,
+            ps.Explanation,
+        ):
             yield name, described(value.__init__, inspect.getdoc(value) or "")
         for attribute, method in vars(value).items():
             if isinstance(method, staticmethod):

@@ -21,6 +21,7 @@ from purestep._core.maths import (
 )
 from purestep._core.populations import detach, in_dims, out_dims, stack, tensors
 from purestep._core.primitives import EmptyState, ScheduleState
+from purestep._engine.explain import Explanation
 from purestep._engine.nesting import Inner
 from purestep.algorithms import kernels
 from purestep.algorithms.adabelief import AdaBeliefState, adabelief, scale_by_adabelief
@@ -134,6 +135,7 @@ __all__ = [
     "EmaParamsState",
     "EmaState",
     "EmptyState",
+    "Explanation",
     "Extra",
     "ExtraTree",
     "Fraction",

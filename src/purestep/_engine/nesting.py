@@ -42,13 +42,23 @@ class Inner:
             params: the parameters.
             donate: promises that `state` will not be looked at again, so that its memory can be reused if the user gave it
                 away.
+
+        Returns:
+            the updates, a list in the shapes of `params`, and the new state, to be put in the field `inner`.
         """
         return self._run(gs, state, params, self._apply, donate)
 
     def step(self, gs: list[Tensor], state: Any, params: list[Tensor], *, donate: bool = False) -> tuple[list[Tensor], Any]:
         """The new parameters and the new state, for a function that `moves`: `update`, and to apply the updates.
 
-        With `donate` it promises that neither `state` nor `params` will be looked at again.
+        Args:
+            gs: the gradients.
+            state: as in `update`.
+            params: the parameters.
+            donate: promises that neither `state` nor `params` will be looked at again.
+
+        Returns:
+            the new parameters, a list in the shapes of `params`, and the new state.
         """
         return self._run(gs, state, params, True, donate and self._around.moved)
 
@@ -71,6 +81,9 @@ class Inner:
             state: as in `update`.
             params: the parameters.
             otherwise: by default nothing, so that the parameters keep every bit.
+
+        Returns:
+            the updates, a list in the shapes of `params`, and the state.
         """
         env, flag = self._env, self.read(flag)
         if flag is True:
@@ -90,7 +103,16 @@ class Inner:
         ]
 
     def plus(self, xs: list[Tensor], ys: list[Tensor], k: Any = 1) -> list[Tensor]:
-        """Tensors of the state plus a `k`-th of others; in their own memory, if that was given away. Do not use them again."""
+        """Tensors of the state plus a `k`-th of others; in their own memory, if that was given away.
+
+        Args:
+            xs: the tensors of the state, which must not be used again.
+            ys: the others, in the same shapes.
+            k: the divisor, a number or a 0-d tensor.
+
+        Returns:
+            a list in the shapes of `xs`.
+        """
         if self._env.mode == "program" and isinstance(k, Tensor) and k.is_cpu:
             k = k.item()
         if self._env.mode != "program" or isinstance(k, Tensor) or not plain(xs, ys):
@@ -106,6 +128,9 @@ class Inner:
         Args:
             xs: the tensors, which must not be used again.
             used: the updates and the state that `update` has made of them. What it does in place is in memory of its own.
+
+        Returns:
+            a list in the shapes of `xs`.
         """
         own = self._apply and not any([stage.whole for stage in self._groups[0].plan.stages])
         if self._env.mode == "program" and self._env.own.given and plain(xs) and (own or not shared(xs, used)):
@@ -114,17 +139,39 @@ class Inner:
         return [torch.zeros_like(x) for x in xs]
 
     def read(self, flag: Any) -> Any:
-        """A flag as a bool, if there is no one to wait for: on a CPU, outside `torch.func` and `torch.compile`."""
+        """A flag as a bool, if there is no one to wait for: on a CPU, outside `torch.func` and `torch.compile`.
+
+        Args:
+            flag: a bool, or a 0-d tensor.
+
+        Returns:
+            a bool, or a 0-d tensor of one.
+        """
         if isinstance(flag, Tensor):
             return bool(flag) if self._env.mode == "program" and flag.is_cpu else flag.bool()
         return bool(flag)
 
     def state(self, states: Sequence[Any]) -> list[Any]:
-        """The state of these links, of the parameters that there are."""
+        """The state of the transforms inside, of the parameters that take part.
+
+        Args:
+            states: for each transform, the fields of its state: lists over all parameters, or values of its own.
+
+        Returns:
+            the same, with lists over the parameters that take part.
+        """
         return [[pick(c, self._rows) if leaf else c for c, leaf in zip(s, f.leaves)] for s, f in zip(states, self._fields)]
 
     def put(self, olds: Sequence[Any], news: Sequence[Any]) -> list[Any]:
-        """The new state, with that of the other parameters as it was."""
+        """The new state, with that of the other parameters as it was.
+
+        Args:
+            olds: the old state, over all parameters.
+            news: the new one, over those that take part.
+
+        Returns:
+            the new state, over all parameters.
+        """
         if self._rows is None:
             return [list(s) for s in news]
         return [

@@ -112,6 +112,7 @@ class Optimizer(torch.optim.Optimizer):
         fused: insist on a fused kernel (True), or do without (False). By default one is used where it fits.
         compile: make one kernel of every run of elementwise transforms, with Inductor, at the first step; see
             `Transform.update`. It is not part of a checkpoint.
+        defaults: the same as `transform`, by the name that torch has for it.
 
     Raises:
         TypeError: `transform` is not one, or a parameter is not a tensor.
@@ -251,6 +252,12 @@ class Optimizer(torch.optim.Optimizer):
         """Add a group of parameters, with options of its own; see `torch.optim.Optimizer.add_param_group`.
 
         Where the transform is a partition it becomes one group for each label.
+
+        Args:
+            param_group: the parameters under ``"params"``, and options, which are the optimizer's where they are not given.
+
+        Raises:
+            TypeError, ValueError: as `torch.optim.Optimizer.add_param_group` does, and where an option is out of its range.
         """
         if not self._ready:
             super().add_param_group(param_group)
@@ -352,6 +359,9 @@ class Optimizer(torch.optim.Optimizer):
         The tensors stay the same, and so does every bit of what they held, even after an exception. No step can be made inside.
         What else a model keeps, such as the statistics of batch normalization, is not touched.
 
+        Returns:
+            a context manager, which gives nothing.
+
         Raises:
             RuntimeError: it is inside another one.
 
@@ -382,7 +392,14 @@ class Optimizer(torch.optim.Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What torch wraps every `step` in: hooks, and a range in the profile. It costs nothing where there are neither."""
+        """What torch wraps every `step` in: hooks, and a range in the profile. It costs nothing where there are neither.
+
+        Args:
+            func: a method `step`.
+
+        Returns:
+            the same with hooks around it.
+        """
         watched = torch.optim.Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)
@@ -420,6 +437,9 @@ class Optimizer(torch.optim.Optimizer):
 
         Returns:
             the closure's loss, if there is a closure.
+
+        Raises:
+            RuntimeError: it is called inside `use_eval_params`.
         """
         if self._options.routing.lazy:
             self._decide()
@@ -492,7 +512,11 @@ class Optimizer(torch.optim.Optimizer):
         before.restore(flag)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, or set them to zero; see `torch.optim.Optimizer.zero_grad`."""
+        """Forget all gradients, or set them to zero; see `torch.optim.Optimizer.zero_grad`.
+
+        Args:
+            set_to_none: forget them; otherwise they are filled with zeros.
+        """
         if not set_to_none or profiling():
             super().zero_grad(set_to_none)
             return
@@ -721,7 +745,11 @@ class Optimizer(torch.optim.Optimizer):
     # -- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as `torch.optim.Optimizer.state_dict` gives it: of every parameter, from construction on."""
+        """The state as `torch.optim.Optimizer.state_dict` gives it: of every parameter, from construction on.
+
+        Returns:
+            a dict with ``"state"``, by the numbers of the parameters, and ``"param_groups"``.
+        """
         self._first_steps.forget(self._contents, self._options)
         if self._options.routing.lazy:
             self._decide()
@@ -752,6 +780,9 @@ class Optimizer(torch.optim.Optimizer):
 
         As in torch, the state is cast to the dtypes of the parameters, but for one case: bfloat16 and float16 parameters
         keep a float32 state.
+
+        Args:
+            state_dict: what `state_dict` has returned, or that of torch's class of the same name.
 
         Raises:
             ValueError: the groups or the shapes in it are not this optimizer's; nothing is changed then.

@@ -35,7 +35,7 @@ class Compiled(Base):
 
     name = "compiled"
     when = "`compile=True`, elementwise transforms"
-    how = "one kernel of Inductor's for the whole chain, for tensors of any shape"
+    how = "one kernel of Inductor's for the whole chain, which takes tensors of any shape"
 
     def declines(self, task: Task) -> str | None:
         if task.env.mode != "program" or task.env.wanted != "compiled":

@@ -19,8 +19,8 @@ class Traced(Base):
     """The program on lists, in operations that whoever traces may record."""
 
     name = "traced"
-    when = "while `torch.compile`, `make_fx` or `torch.export` looks on"
-    how = "the same program on lists of tensors; numbers stay tensors"
+    when = "while `torch.compile`, `make_fx` or `torch.export` traces"
+    how = "the program on lists of tensors, which is traced into the graph; numbers stay tensors"
 
     def declines(self, task: Task) -> str | None:
         return None if task.env.mode == "traced" else "nothing is traced"
@@ -40,7 +40,7 @@ class Foreach(Base):
 
     name = "foreach"
     when = "everything else"
-    how = "the program on all parameters at once, one foreach call a line; large tensors in tiles that fit the cache"
+    how = "the program on all parameters at once, one foreach call for each line; large tensors in tiles that fit the cache"
 
     def declines(self, task: Task) -> str | None:
         return None

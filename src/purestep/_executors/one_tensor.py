@@ -18,8 +18,8 @@ class Joined(Base):
     """Small tensors as one vector, in operations that can be differentiated and batched."""
 
     name = "joined"
-    when = "where a history is recorded or inside `torch.func`, small tensors of an elementwise chain"
-    how = "the program of one tensor, once, on all of them as one vector"
+    when = "inside `torch.func` or where autograd records, elementwise transforms on small tensors"
+    how = "the program of one tensor, once, on all parameters as one vector; nothing is overwritten"
 
     def declines(self, task: Task) -> str | None:
         if task.env.mode != "leaf":
@@ -50,8 +50,8 @@ class SingleTensor(Base):
     """The program of one tensor, parameter by parameter."""
 
     name = "single"
-    when = "where a history is recorded, or inside `torch.func`"
-    how = "the program of one tensor, parameter by parameter"
+    when = "inside `torch.func` or where autograd records, everything else"
+    how = "the program of one tensor, parameter by parameter; nothing is overwritten"
 
     def declines(self, task: Task) -> str | None:
         return None if task.env.mode == "leaf" else "no history is recorded"

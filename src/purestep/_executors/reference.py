@@ -16,8 +16,8 @@ class Reference(Base):
     """The leaf functions themselves: what all other executors have to agree with."""
 
     name = "reference"
-    when = '`executor="leaf"`; where a history is recorded, parameters and state of different dtypes'
-    how = "the leaf functions themselves, one parameter at a time: an error appears on its author's line"
+    when = '`executor="leaf"`; inside `torch.func` or where autograd records, parameters and state of different dtypes'
+    how = "the leaf functions themselves, one parameter at a time: an error appears on the line that its author wrote"
 
     def declines(self, task: Task) -> str | None:
         if task.env.mode == "leaf" and (task.env.wanted == "leaf" or mixed_history(task)):
@@ -33,7 +33,7 @@ class Promoted(Base):
 
     name = "promoted"
     when = "parameters and state of different dtypes"
-    how = "the leaf functions, one parameter at a time, in the wider dtype"
+    how = "the leaf functions, one parameter at a time, in the wider of the dtypes"
 
     def declines(self, task: Task) -> str | None:
         if task.env.mode != "leaf" and task.fact("mixed"):

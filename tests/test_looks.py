@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import purestep as ps
 from purestep import optim
-from purestep._engine.guards import MISSES, Looks
+from purestep._engine.guards import MISSES, GuardCache
 from tests.problems import difference
 
 DIFFERENT: dict[str, Callable[[Tensor], Any]] = {
@@ -42,23 +42,23 @@ def some() -> list[Tensor]:
     return [torch.randn(3, 2), torch.randn(4), torch.randn(())]
 
 
-def learnt(xs: list[Tensor]) -> Looks:
+def learnt(xs: list[Tensor]) -> GuardCache:
     """At the second time."""
-    looks = Looks()
+    guards = GuardCache()
     for _ in range(2):
-        looks.learn(xs)
-    return looks
+        guards.install(xs)
+    return guards
 
 
 def test_the_same_look() -> None:
-    looks = Looks()
-    assert not looks.fit(some())
-    looks.learn(some())
-    assert not looks.fit(some())
-    looks.learn(some())
-    assert looks.fit(some())
-    assert not looks.fit(some()[:2])
-    assert not looks.fit([*some(), torch.ones(1)])
+    guards = GuardCache()
+    assert not guards.check(some())
+    guards.install(some())
+    assert not guards.check(some())
+    guards.install(some())
+    assert guards.check(some())
+    assert not guards.check(some()[:2])
+    assert not guards.check([*some(), torch.ones(1)])
 
 
 @pytest.mark.parametrize("donate", [False, True])
@@ -72,66 +72,68 @@ def test_after_some_steps_all_is_known(name: str, donate: bool, monkeypatch: pyt
         params, state = opt.step(grads, state, params, donate=donate)
     for check in ("check_params", "check_gradients", "check_states"):
         monkeypatch.delattr(f"purestep.transform.{check}")
-    monkeypatch.delattr("purestep._engine.repeat.Solo.takes")
+    monkeypatch.delattr("purestep._engine.step_cache.RepeatedStep.takes")
     opt.step(grads, state, params, donate=donate)
 
 
 @pytest.mark.parametrize("how", DIFFERENT)
 def test_another_look(how: str) -> None:
     xs = some()
-    looks = learnt(xs)
-    assert not looks.fit([DIFFERENT[how](xs[0]), *xs[1:]])
-    assert looks.fit(xs)
+    guards = learnt(xs)
+    assert not guards.check([DIFFERENT[how](xs[0]), *xs[1:]])
+    assert guards.check(xs)
 
 
 def test_other_surroundings() -> None:
     xs = some()
-    looks = learnt(xs)
+    guards = learnt(xs)
     with torch.no_grad():
-        assert not looks.fit(xs)
+        assert not guards.check(xs)
     with Idle():
-        assert not looks.fit(xs)
+        assert not guards.check(xs)
     seen: list[object] = []
-    torch.func.vmap(lambda x: (seen.append(looks.fit(xs)), x)[1])(torch.ones(2))
+    torch.func.vmap(lambda x: (seen.append(guards.check(xs)), x)[1])(torch.ones(2))
     assert seen == [None]
 
 
 def test_what_was_found_does_not_change() -> None:
     """Another thread may learn something else between two looks at it."""
-    looks = learnt(some())
-    found = looks.fit(some())
+    guards = learnt(some())
+    found = guards.check(some())
     for _ in range(2):
-        looks.learn(some(), plain=True)
+        guards.install(some())
     assert found is not None
-    assert not found.plain
+    assert found is not guards.last
+    assert found.matches(some())
 
 
-def test_donated_steps_after_pure_ones_are_plain() -> None:
+def test_donated_steps_after_pure_ones_are_known() -> None:
     opt = ps.adamw(0.1)
     params, grads = {"w": torch.ones(3)}, {"w": torch.ones(3)}
     state = opt.init_state(params)
     for k in range(6):
         params, state = opt.step(grads, state, params, donate=k > 2)
-    (looks,) = opt.plan.looks.values()
-    assert looks.last is not None
-    assert looks.last.plain
+    (guards,) = opt.plan.guards.values()
+    assert guards.last is not None
+    assert guards.last.facts
+    assert opt.explain(grads, state, params, donate=True).cached
 
 
 def test_what_changes_all_the_time_is_not_learnt_for_ever() -> None:
-    looks = Looks()
+    guards = GuardCache()
     kinds = [some(), [torch.randn(2)] * 2]
     for k in range(20):
-        if not looks.fit(kinds[k % 2]):
-            looks.learn(kinds[k % 2])
-    assert looks.misses > MISSES
-    last = looks.last
-    looks.learn(kinds[0])
-    assert looks.last is last
-    looks = Looks()
+        if not guards.check(kinds[k % 2]):
+            guards.install(kinds[k % 2])
+    assert guards.misses > MISSES
+    last = guards.last
+    guards.install(kinds[0])
+    assert guards.last is last
+    guards = GuardCache()
     for k in range(120):
-        if not looks.fit(kinds[0][: 1 + k // 6 % 2]):
-            looks.learn(kinds[0][: 1 + k // 6 % 2])
-    assert looks.misses <= MISSES  # most steps were like the one before
+        if not guards.check(kinds[0][: 1 + k // 6 % 2]):
+            guards.install(kinds[0][: 1 + k // 6 % 2])
+    assert guards.misses <= MISSES  # most steps were like the one before
 
 
 def test_nothing_is_kept_alive() -> None:
@@ -329,4 +331,4 @@ def test_many_models_with_one_transform(surroundings: Any) -> None:
             for _ in range(2):
                 params, state = opt.step([torch.ones(2)] * n, state, params)
             assert all(torch.allclose(p, torch.full((2,), 0.8)) for p in params)
-    assert len(opt.plan.looks) <= 8
+    assert len(opt.plan.guards) <= 8

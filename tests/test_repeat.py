@@ -12,7 +12,7 @@ from torch import Tensor
 
 import purestep as ps
 from purestep import optim
-from purestep._engine import repeat as solo
+from purestep._engine import step_cache as repeated
 
 Event = Callable[[torch.optim.Optimizer], None]
 
@@ -128,7 +128,7 @@ def test_the_shorter_way_is_the_same_way(name: str, count: int, flags: dict[str,
     results = []
     for way in ("shorter", "whole"):
         if way == "whole":
-            monkeypatch.setattr(solo.Solo, "again", lambda *args: False)
+            monkeypatch.setattr(repeated.RepeatedStep, "again", lambda *args: False)
         generator = torch.Generator().manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(3, k + 1, generator=generator)) for k in range(count)]
         optimizer = getattr(optim, name)(params, **flags)
@@ -143,8 +143,8 @@ def test_the_shorter_way_is_the_same_way(name: str, count: int, flags: dict[str,
 
 def test_the_shorter_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[bool] = []
-    original = solo.Solo.again
-    monkeypatch.setattr(solo.Solo, "again", lambda *args: taken.append(original(*args)) or taken[-1])
+    original = repeated.RepeatedStep.again
+    monkeypatch.setattr(repeated.RepeatedStep, "again", lambda *args: taken.append(original(*args)) or taken[-1])
     for cls in (optim.AdamW, optim.NAdam):
         taken.clear()
         run(cls, EVENTS["no gradient"], lr=0.01)

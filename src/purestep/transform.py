@@ -36,12 +36,12 @@ from purestep._core.primitives import (
 from purestep._core.torch_api import SequenceKey, is_batched, register_pytree_node, tree_leaves
 from purestep._core.values import call_of, factory_of, show
 from purestep._engine.explain import Explanation, watched
-from purestep._engine.guards import Looks
+from purestep._engine.guards import GuardCache
 from purestep._engine.nesting import Inner
-from purestep._engine.plan import Group, Plan
-from purestep._engine.repeat import solo_of
+from purestep._engine.plan import ParamSlice, Plan
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import Touched
+from purestep._engine.step_cache import repeatable
 from purestep._executors.chains import detail
 from purestep._executors.task import EXECUTOR_NAMES, WATCH, Env, ExecutorName, Ownership
 from purestep._trace.program import program
@@ -257,8 +257,8 @@ class Transform:
         leaves, spec = tree.flatten(params)
         columns = columns_of(self.plan, self._split(state), spec)
         everything = [*leaves, *tree.flatten_like(grads, spec, "grads"), *distinct(self.plan, columns)]
-        last = self.plan.seen(len(leaves), len(everything)).last
-        cached = last is not None and not maths.transforming() and last.fits(everything)
+        last = self.plan.guards_for(len(leaves), len(everything)).last
+        cached = last is not None and not maths.transforming() and last.matches(everything)
         return watched(lambda g, s, p: self._advance(g, s, p, True, donate, wanted, extras), (grads, state, params), cached)
 
     def _advance(
@@ -279,15 +279,11 @@ class Transform:
         states = columns_of(plan, self._split(state), spec)
         eager = not (torch.compiler.is_compiling() or maths.transforming())
         everything = [*leaves, *gradients, *distinct(plan, states)] if eager else []  # which tensors are one is no constant
-        looks = plan.seen(len(leaves), len(everything)) if eager else Looks()
-        known = looks.fit(everything)  # guard hit: these tensors were checked before, and none of them requires grad
-        if apply and donate and executor in (None, "fused", "compiled") and eager and WATCH.decided is None:
-            solo = solo_of(plan)
-            if solo is not None and solo.at_once(gradients, leaves, states, known is not None and known.plain):
-                if known is None:
-                    looks.learn(everything, plain=True)
-                elif not known.plain:
-                    looks.last = known._replace(plain=True)
+        guards = plan.guards_for(len(leaves), len(everything)) if eager else GuardCache()
+        known = guards.check(everything)  # guard hit: these tensors were checked before, and none of them requires grad
+        if known is not None and apply and donate and WATCH.decided is None:
+            repeated = repeatable(plan)
+            if repeated is not None and repeated.at_once((gradients, leaves), states, known.facts, executor):
                 return params, state
         rows = None
         if known is None:
@@ -315,7 +311,7 @@ class Transform:
             followed += [live, given, *[c if isinstance(c, list) else tree_leaves(c) for s in chosen for c in s]]
         mode = choose(executor, *followed)
         before = list(map(list, states))
-        groups = [Group(plan, range(len(given)))]
+        groups = [ParamSlice(plan, range(len(given)))]
         touched = None
         if known is None and not all([g.layout is torch.strided for g in live]):
             touched = Touched(live, given, chosen, groups, mask, lambda k: pick(spec.paths(), rows)[k])
@@ -331,7 +327,7 @@ class Transform:
         if touched is not None:
             out, news = touched.scatter(out, news, apply, env.own.given)
         elif known is None and usual and env.mode == "program" and all([isinstance(x, Tensor) for x in everything]):
-            looks.learn(everything)
+            guards.install(everything)
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)
             for olds, new, info in zip(states, news, plan.fields):

@@ -1,7 +1,7 @@
-"""Whether tensors are what they were when they were last looked at.
+"""Guards: whether tensors are what they were in an earlier call.
 
-To ask 800 tensors for their types, dtypes, shapes and strides takes a good part of the time that their update takes.
-`torch.compile` asks the same of its arguments at every call, in C++, and these are its guards.
+To ask 800 tensors for their types, dtypes, shapes and strides takes a good part of the time of their update. `torch.compile`
+asks the same of its arguments at every call, in C++, and these are its guards.
 """
 
 from __future__ import annotations
@@ -16,39 +16,41 @@ from purestep._core.torch_api import TensorGuards
 from purestep._engine.counters import ordinary, spans
 
 MISSES = 4
-"""To learn what tensors look like costs as much as to look at them; what has changed so many times is not learnt again."""
+"""To install a guard costs as much as to check the tensors, so after this many misses in a row none is installed any more."""
 
 
-class Look(NamedTuple):
-    """What some tensors look like: their types, dtypes, devices, layouts, shapes and strides, and what follows them.
+class Guard(NamedTuple):
+    """The types, dtypes, devices, layouts, shapes and strides of some tensors, and what follows from them.
 
-    None of them is kept alive.
+    It keeps no tensor alive.
     """
 
     guards: TensorGuards
     number: int
     grad: bool  # whether grad mode was on
-    plain: bool  # for whoever looks to say what was found
     facts: dict[Any, Any] | None  # what is known of tensors that look so: see `purestep._executors.task.Task.facts`
 
     @classmethod
-    def unknown(cls) -> Look:
-        """Of nothing, with no facts."""
-        return cls(TensorGuards(dynamic_dims_sizes=None, dynamic_dims_strides=None), 0, False, False, None)
+    def unknown(cls) -> Guard:
+        """A guard that matches nothing and knows no facts."""
+        return cls(TensorGuards(dynamic_dims_sizes=None, dynamic_dims_strides=None), 0, False, None)
 
-    def fits(self, tensors: Sequence[object]) -> bool:
-        """Whether these are as many and look the same, one by one, in the same surroundings; not if one is there twice."""
+    def matches(self, tensors: Sequence[object]) -> bool:
+        """Whether these tensors have, one by one, the same types, dtypes, devices, shapes and strides; in the same grad mode.
+
+        A tensor that is there twice never matches.
+        """
         same = len(tensors) == self.number and torch.is_grad_enabled() is self.grad
         return same and bool(self.guards.check(*tensors))
 
 
-class Looks:
-    """What the tensors of one call after the other look like."""
+class GuardCache:
+    """The guard of the tensors of the last call."""
 
     __slots__ = ("last", "misses", "spans")
 
     def __init__(self) -> None:
-        self.last: Look | None = None
+        self.last: Guard | None = None
         self.misses = 0
         self.spans: dict[int, tuple[list[int], Tensor]] = {}
 
@@ -67,19 +69,23 @@ class Looks:
         self.spans[k] = addresses, vectors[0]
         return vectors[0]
 
-    def fit(self, tensors: Sequence[object]) -> Look | None:
-        """What was learnt last, if these look like that."""
+    def check(self, tensors: Sequence[object]) -> Guard | None:
+        """The guard that was installed last, if it matches these tensors."""
         found = self.last  # which another thread may exchange
-        if found is None or not found.fits(tensors):
+        if found is None or not found.matches(tensors):
             return None
         self.misses = 0
         return found
 
-    def learn(self, tensors: Sequence[Tensor], plain: bool = False) -> Look | None:
-        """Keep in mind what these look like, if it is not the first time that nothing was known: there may be no second."""
+    def install(self, tensors: Sequence[Tensor]) -> Guard | None:
+        """Install a guard for these tensors, on the second miss, so that one-off calls do not pay for it.
+
+        Returns:
+            the guard, or None.
+        """
         self.misses += 1
         if 1 < self.misses <= MISSES:
             guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            self.last = Look(guards, len(tensors), torch.is_grad_enabled(), plain, {})
+            self.last = Guard(guards, len(tensors), torch.is_grad_enabled(), {})
             return self.last
         return None

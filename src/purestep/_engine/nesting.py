@@ -13,7 +13,7 @@ from purestep._core.lists import overwrite, pick, put
 from purestep._core.plain import plain
 from purestep._core.primitives import Fields
 from purestep._core.torch_api import foreach_add, foreach_add_, foreach_zero_, tree_leaves
-from purestep._engine.plan import Group
+from purestep._engine.plan import ParamSlice
 from purestep._executors.task import Env
 
 
@@ -24,14 +24,14 @@ class Inner:
     Extra arguments and masks are seen to.
     """
 
-    def __init__(self, run: Any, groups: Sequence[Group], rows: list[int] | None, apply: bool) -> None:
+    def __init__(self, run: Any, groups: Sequence[ParamSlice], rows: list[int] | None, apply: bool) -> None:
         self._around = run  # the `purestep._engine.run.Run` of the transform that wraps this one
         self._env: Env = run.env
         self._apply = apply  # what are called updates here are new parameters, then
         self._rows, self._groups, self._fields = rows, groups, groups[0].plan.fields
         if rows is not None:
             below = [len([k for k in rows if k < g.rows.start]) for g in groups] + [len(rows)]
-            self._groups = [Group(g.plan, range(*ends)) for g, *ends in zip(groups, below, below[1:])]
+            self._groups = [ParamSlice(g.plan, range(*ends)) for g, *ends in zip(groups, below, below[1:])]
 
     def update(self, gs: list[Tensor], state: Any, params: list[Tensor], *, donate: bool = False) -> tuple[list[Tensor], Any]:
         """The updates and the new state.

@@ -1,7 +1,7 @@
 """What can be said about a chain of links before any tensor is seen.
 
 A *plan* cuts a chain into *stages*: runs of leafwise links, and whole links with what they are put around. Of a run, those
-links that act on the same parameters are a *segment*, which one program or one of the `KERNELS` computes.
+links that act on the same parameters are a *fused_chain*, which one program or one of the `KERNELS` computes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from purestep._core.masks import Label
 from purestep._core.primitives import Link, Primitive, fields_of, is_off, scheduled, state_type
 from purestep._core.torch_api import tree_leaves
-from purestep._engine.guards import Looks
+from purestep._engine.guards import GuardCache
 from purestep._executors.chains import FusedChain, detail, details
 from purestep._trace.program import program
 
@@ -23,7 +23,7 @@ LOOKS = 8
 """So many models with different numbers of tensors are kept in mind."""
 
 
-class Group(NamedTuple):
+class ParamSlice(NamedTuple):
     """Some of the parameters, and the plan with the hyperparameters that hold for them."""
 
     plan: Plan
@@ -46,14 +46,14 @@ class Plan:
         self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
         self.hypers = [x for link in links for x in tree_leaves(link.transform) if isinstance(x, Tensor)]
         self.foreign = [v for v in [link.transform for link in links] if not v.declaration.whole and not ours(v)]
-        self.segments: dict[tuple[bool, tuple[int, ...]], FusedChain] = {}
+        self.chains: dict[tuple[bool, tuple[int, ...]], FusedChain] = {}
         self.stages: list[Stage] = []
         for start, stop, whole in runs(links):
             self.stages.append(Stage(self, start, stop, whole))
         if not self.stages or self.stages[-1].whole:
             self.stages.append(Stage(self, len(links), len(links), False))  # where the updates are applied
-        self.solo: Any = ...  # what `purestep._engine.repeat` makes of it, at the first use
-        self.looks: dict[tuple[int, int], Looks] = {}  # of all tensors of a call, by the number of parameters and of all
+        self.repeated: Any = ...  # what `purestep._engine.step_cache` makes of it, at the first use
+        self.guards: dict[tuple[int, int], GuardCache] = {}  # of all tensors of a call, by the number of parameters and of all
         self.final = len(self.stages) - 2 if self.stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
 
     def alike(self, states: Sequence[Any]) -> list[Any]:
@@ -71,21 +71,21 @@ class Plan:
             return self.hypers
         return [*self.hypers, *[x for value in self.foreign for x in captured(value)]]
 
-    def seen(self, count: int, total: int) -> Looks:
+    def guards_for(self, count: int, total: int) -> GuardCache:
         """What the tensors of a call with `count` parameters, `total` of all, have looked like."""
-        found = self.looks.get((count, total))
+        found = self.guards.get((count, total))
         if found is None:
-            if len(self.looks) >= LOOKS:
-                self.looks.clear()
-            found = self.looks[count, total] = Looks()
+            if len(self.guards) >= LOOKS:
+                self.guards.clear()
+            found = self.guards[count, total] = GuardCache()
         return found
 
-    def segment(self, positions: tuple[int, ...], scaled: bool = False) -> FusedChain:
+    def fused_chain(self, positions: tuple[int, ...], scaled: bool = False) -> FusedChain:
         """The links at these positions, run one after the other, perhaps on gradients times a number."""
-        found = self.segments.get((scaled, positions))
+        found = self.chains.get((scaled, positions))
         if found is None:
             made = FusedChain(positions, [self.links[i].transform for i in positions], scaled)
-            found = self.segments[scaled, positions] = made
+            found = self.chains[scaled, positions] = made
         return found
 
 
@@ -175,14 +175,14 @@ def packed_links(plan: Plan) -> set[int]:
     for stage in plan.stages:
         if stage.inner is not None:
             found |= {stage.start + 1 + i for i in packed_links(stage.inner)}
-        elif stage.positions and plan.segment(stage.positions).kernel is None:
-            segment = plan.segment(stage.positions)
-            recipe = details(segment, tuple([(False,) * len(info.names) for _, _, info in segment.items]))
+        elif stage.positions and plan.fused_chain(stage.positions).kernel is None:
+            fused_chain = plan.fused_chain(stage.positions)
+            recipe = details(fused_chain, tuple([(False,) * len(info.names) for _, _, info in fused_chain.items]))
             try:
-                elementwise = program(recipe, False, False, False, *segment.declarations, form="single").elementwise
+                elementwise = program(recipe, False, False, False, *fused_chain.declarations, form="single").elementwise
             except TypeError:  # a leaf function that cannot be traced runs by itself
                 continue
-            if elementwise and not segment.encoded:
+            if elementwise and not fused_chain.encoded:
                 # torch adds a sparse tensor to one with a storage offset in the wrong place, beyond the end of its memory
                 found |= {i for i in stage.positions if plan.links[i].transform.declaration.sparse != "rows"}
     return found

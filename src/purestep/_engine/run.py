@@ -28,7 +28,7 @@ from purestep._core.torch_api import dispatch_mode_count
 from purestep._engine.counters import CounterWrite, commit
 from purestep._engine.nesting import Inner, check_nested, reused
 from purestep._engine.numbers import Numbers
-from purestep._engine.plan import Group, Stage
+from purestep._engine.plan import ParamSlice, Stage
 from purestep._executors import registry as registry
 from purestep._executors.chains import FUSED_DTYPES, FusedChain
 from purestep._executors.flat_buffer import COUNT, SIZE
@@ -74,7 +74,7 @@ class Inputs:
         return self.mask(link.masks) if link.masks else None
 
 
-def run_chain(groups: Sequence[Group], inputs: Inputs, env: Env, apply: bool) -> tuple[list[Any], list[Any]]:
+def run_chain(groups: Sequence[ParamSlice], inputs: Inputs, env: Env, apply: bool) -> tuple[list[Any], list[Any]]:
     """The new parameters (or the updates), and the new states."""
     if not inputs.params:
         return inputs.grads, inputs.states
@@ -84,7 +84,7 @@ def run_chain(groups: Sequence[Group], inputs: Inputs, env: Env, apply: bool) ->
 class Run:
     """What changes while a chain runs."""
 
-    def __init__(self, groups: Sequence[Group], inputs: Inputs, env: Env, apply: bool) -> None:
+    def __init__(self, groups: Sequence[ParamSlice], inputs: Inputs, env: Env, apply: bool) -> None:
         self.groups, self.inputs, self.env, self.apply = groups, inputs, env, apply
         self.plan = groups[0].plan
         self.grads, self.params, self.states = inputs.grads, inputs.params, inputs.states
@@ -113,7 +113,7 @@ class Run:
     def home(self, whole: Stage) -> None:
         """Write what the last transform, a whole one, has moved to the parameters, if they were given away."""
         if self.env.wanted == "fused" and whole.inner is None:
-            demand_kernel(self.plan.segment(()), self.params)
+            demand_kernel(self.plan.fused_chain(()), self.params)
         new = not self.env.own.copies and not all(map(operator.is_, self.grads, self.params))
         if self.env.own.given and new and not maths.recorded(self.grads + self.params):
             self.grads = overwrite(self.params, self.grads)
@@ -162,7 +162,7 @@ class Run:
     def inner(self, n: int, rows: list[int] | None, declaration: Any) -> Inner:
         """The transforms that the `n`-th stage wraps."""
         plans: list[Any] = [g.plan.stages[n].inner for g in self.groups]
-        within = [Group(plan, g.rows) for plan, g in zip(plans, self.groups)]
+        within = [ParamSlice(plan, g.rows) for plan, g in zip(plans, self.groups)]
         return Inner(self, within, rows, self.moved and declaration.passes)
 
     def keep(self, i: int, after: Any, rows: list[int] | None) -> None:
@@ -224,7 +224,7 @@ class Run:
         groups, stage = self.groups, self.plan.stages[n]
         if self.env.wanted == "fused" and apply:
             for plan, _ in groups:
-                demand_kernel(plan.segment(plan.stages[n].positions), self.params)
+                demand_kernel(plan.fused_chain(plan.stages[n].positions), self.params)
         if stage.scheduled and self.env.watched:
             for plan, rows in groups:  # the schedules must be known before anything is overwritten
                 for i in plan.stages[n].scheduled:
@@ -236,14 +236,14 @@ class Run:
             self.scale()
         scaled = self.factor is not None
         sorting = Sorting(self, stage, odd, apply)
-        chain = groups[0].plan.segment(stage.positions, scaled) if len(groups) == 1 and sorting.uniform() else None
+        chain = groups[0].plan.fused_chain(stage.positions, scaled) if len(groups) == 1 and sorting.uniform() else None
         if chain is not None and not sorting.splits(chain):
             self.grads = self.bucket(chain, None, apply)
         else:
             out = list(self.grads)
             for group in groups:
                 for ks, positions in sorting.buckets(group, group.plan.stages[n]):
-                    chain, strange = group.plan.segment(positions, scaled), odd is not None and odd[ks[0]]
+                    chain, strange = group.plan.fused_chain(positions, scaled), odd is not None and odd[ks[0]]
                     for k, u in zip(ks, self.bucket(chain, ks, apply, strange)):
                         out[k] = u
             self.grads = out
@@ -345,7 +345,7 @@ class Sorting:
         few = sum([p.numel() <= SIZE for p in params])
         return COUNT <= few < len(params)
 
-    def buckets(self, group: Group, stage: Stage) -> list[tuple[list[int], tuple[int, ...]]]:
+    def buckets(self, group: ParamSlice, stage: Stage) -> list[tuple[list[int], tuple[int, ...]]]:
         """The rows that one program can take together, and the transforms that act on them."""
         plan, rows = group.plan, group.rows
         selected, states = self.run.inputs.selected, self.run.states
@@ -354,7 +354,7 @@ class Sorting:
         keys: list[Sequence[Any]] = [[(p.dtype, p.device) for p in params], *[m for m in masks if m is not None]]
         if self.odd is not None:
             keys.append([self.odd[k] and (2 if sharded.is_sharded(self.run.params[k]) else 1) for k in rows])
-        if self.splits(plan.segment(stage.positions)):
+        if self.splits(plan.fused_chain(stage.positions)):
             keys.append([p.numel() <= SIZE for p in params])
         for i, f in (*stage.columns, *stage.scalars):
             values = [states[i][f][k] for k in rows]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from purestep._core.primitives import LinkDeclaration
 from purestep._core.tree import quote
-from purestep._engine.plan import Group
+from purestep._engine.plan import ParamSlice
 
 
 class Row(NamedTuple):
@@ -36,7 +36,7 @@ class Touched:
         grads: list[Any],
         params: list[Any],
         states: list[Any],
-        groups: Sequence[Group],
+        groups: Sequence[ParamSlice],
         mask: Callable[[tuple[Any, ...]], list[bool]],
         path: Callable[[int], str],
     ) -> None:
@@ -87,7 +87,7 @@ class Touched:
         return out, states
 
 
-def on(group: Group) -> list[Any]:
+def on(group: ParamSlice) -> list[Any]:
     """The links of a group that are not switched off."""
     return [link for link, off in zip(group.plan.links, group.plan.off) if not off]
 

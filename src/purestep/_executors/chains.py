@@ -60,7 +60,6 @@ class FusedChain:
         self.names = " -> ".join([d.name for d in self.declarations])
         self.encoded = [(j, f) for j, (_, _, info) in enumerate(self.items) for f, yes in enumerate(info.encoded) if yes]
         self.details: dict[tuple[Any, ...], tuple[LeafSpec, ...]] = {}
-        self.decision: Any = None  # see `purestep._executors.task.Decision`
         self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
         self.hypers = arguments_of(values)
         self.kernel: Kernel | None = None
@@ -75,6 +74,9 @@ class FusedChain:
                     self.split = FusedChain(positions[:n], values[:n], scaled), FusedChain(positions[n:], values[n:])
                 self.first = k
                 break
+        kernel_name = None if self.kernel is None else self.kernel.name
+        self.structure = (self.positions, scaled, tuple(self.declarations), kernel_name, self.first)  # all but its numbers
+        self.decision: Any = None  # which executor took it last: see `purestep._executors.task.Decision`
 
     @property
     def head(self) -> FusedChain:
@@ -146,17 +148,17 @@ def absent(fields: Any) -> tuple[tuple[bool, ...], ...]:
     return tuple([tuple([c[0] is None for c in own]) for own in fields])
 
 
-def encodes(segment: FusedChain, fields: Any) -> bool:
+def encodes(chain: FusedChain, fields: Any) -> bool:
     """Whether any of these parameters' state is kept in another dtype than it is computed with in."""
-    return any([fields[j][f][0] is not None for j, f in segment.encoded])
+    return any([fields[j][f][0] is not None for j, f in chain.encoded])
 
 
-def details(segment: FusedChain, absent: tuple[tuple[bool, ...], ...]) -> tuple[LeafSpec, ...]:
+def details(chain: FusedChain, absent: tuple[tuple[bool, ...], ...]) -> tuple[LeafSpec, ...]:
     """What a recipe says of these transforms when their states lack these fields, except for their declarations."""
-    found = segment.details.get(absent)
+    found = chain.details.get(absent)
     if found is None:
-        parts = [detail(v, a) for (_, v, _), a in zip(segment.items, absent)]
-        found = segment.details[absent] = tuple([LeafSpec((), (), (NUMBER,))] * segment.scaled + parts)
+        parts = [detail(v, a) for (_, v, _), a in zip(chain.items, absent)]
+        found = chain.details[absent] = tuple([LeafSpec((), (), (NUMBER,))] * chain.scaled + parts)
     return found
 
 

@@ -317,8 +317,23 @@ class Decision(NamedTuple):
     """Which executor took the last task of a chain, and what this followed from."""
 
     facts: dict[Any, Any]
-    asked: tuple[Any, ...]
+    asked: Asked
     executor: Executor
+
+
+Asked: TypeAlias = tuple[bool, "ExecutorName | None", bool]
+"""Whether the updates are applied, which executor a user wants, and whether the memory was given away."""
+
+
+def decided(chain: FusedChain, recipe: Any, facts: dict[Any, Any], asked: Asked) -> Executor | None:
+    """The executor that took such a task on tensors of which these facts are known; None if there was none."""
+    last: Decision | None = chain.decision
+    if last is not None and last.facts is facts and last.asked == asked:
+        return last.executor
+    found: Executor | None = facts.get((chain.structure, recipe, asked))
+    if found is not None:
+        chain.decision = Decision(facts, asked, found)
+    return found
 
 
 class Decided(NamedTuple):
@@ -348,18 +363,18 @@ def execute(task: Task) -> Result:
 
     Where a guard has found the tensors of an earlier call, it is the executor that took them then.
     """
-    env, facts, chain = task.env, task.facts, task.chain
+    env, facts = task.env, task.facts
     if facts is None or env.mode != "program" or task.nested or WATCH.decided is not None:
         return decide(task)[1]
     asked = (task.applies, env.wanted, env.own.given)
-    last = chain.decision
-    if last is not None and last.facts is facts and last.asked == asked:
-        found = last.executor.run(task)
-        if found is not None:
-            return found
-    executor, result = decide(task)
-    chain.decision = Decision(facts, asked, executor)
-    return result
+    last: Decision | None = task.chain.decision
+    same = last is not None and last.facts is facts and last.asked == asked
+    executor = last.executor if same and last is not None else decided(task.chain, task.recipe, facts, asked)
+    found = None if executor is None else executor.run(task)
+    if found is None:
+        executor, found = decide(task)
+        facts[task.chain.structure, task.recipe, asked] = executor
+    return found
 
 
 def decide(task: Task) -> tuple[Executor, Result]:

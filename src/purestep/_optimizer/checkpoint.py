@@ -56,7 +56,7 @@ def check_groups(
     for i, (group, own) in enumerate(zip(saved, contents.groups)):
         if contents.selection.partitioned and group["label"] != own["label"]:
             raise ValueError(
-                f"Group {i} of the loaded state has the label {group['label']!r}, but here it is {own['label']!r}. Give "
+                f"ParamSlice {i} of the loaded state has the label {group['label']!r}, but here it is {own['label']!r}. Give "
                 "the optimizer its parameters and groups in the order in which they were saved."
             )
         for name in options.names(group):

@@ -42,11 +42,11 @@ from purestep._core.torch_api import (
 from purestep._core.tree import quote
 from purestep._engine.counters import Counters, traced
 from purestep._engine.explain import Explanation, watched
-from purestep._engine.guards import Looks
-from purestep._engine.plan import Group, Plan
-from purestep._engine.repeat import solo_of
+from purestep._engine.guards import GuardCache
+from purestep._engine.plan import ParamSlice, Plan
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import Touched
+from purestep._engine.step_cache import repeatable
 from purestep._executors.task import Env, ExecutorName, Mode, Ownership
 from purestep._optimizer.averages import averages_in, in_place_of_params
 from purestep._optimizer.checkpoint import check_loaded, check_shared, cleaned, keep_precision, lay_out, with_labels
@@ -190,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
         self._selection, self._place = Selection(partitioned), self._new_place()
         self._first_steps, self._rehearsal = FirstSteps(self._uncounted, {}), Rehearsal()
         self._ready = False
-        self._looks: dict[int, Looks] = {}  # of the tensors of the last step, per group
+        self._guards: dict[int, GuardCache] = {}  # of the tensors of the last step, per group
         self._counters = Counters()
         masks = [m for link in recipe.links for m in link.masks] if isinstance(recipe, Transform) else []
         if masks and not isinstance(params, Tensor):
@@ -292,7 +292,7 @@ class Optimizer(torch.optim.Optimizer):
         ready = routing.decide(self.param_groups, add)
         if ready:
             self._options.forget()
-            self._looks = {}
+            self._guards = {}
             groups = [{**g, "params": [p for p in g["params"] if p in ready]} for g in self.param_groups]
             self._options.refuse(self._contents, groups)
 
@@ -520,15 +520,9 @@ class Optimizer(torch.optim.Optimizer):
         >>> [part.executor for part in optimizer.explain().parts]
         ['fused']
         """
-        cached = bool(self.param_groups)
         grad = torch.is_grad_enabled()
         with torch.no_grad():
-            for group, transform in zip(self.param_groups, self._options.transforms(self.param_groups)):
-                solo, looks, params = solo_of(transform.plan), self._looks.get(id(group)), group["params"]
-                grads = [p.grad for p in params]
-                cached = (
-                    cached and solo is not None and looks is not None and solo.hits(looks, grads, params, self._states(params))
-                )
+            cached = all(map(self._is_known, self.param_groups, self._options.transforms(self.param_groups)))
         other = copy.deepcopy(self)
         for own, its in zip(self.param_groups, other.param_groups):
             for p, q in zip(own["params"], its["params"]):
@@ -547,13 +541,20 @@ class Optimizer(torch.optim.Optimizer):
             return False
         if torch.is_grad_enabled() or choose(None) != "program":
             return False
-        solo = solo_of(transform._plan or transform.plan)
-        if solo is None:
+        repeated = repeatable(transform._plan or transform.plan)
+        if repeated is None:
             return False
-        looks = self._looks.get(id(group))
-        if looks is None:
-            looks = self._looks[id(group)] = Looks()
-        return solo.again(looks, [p.grad for p in params], params, self._states(params), executor)
+        guards = self._guards.get(id(group))
+        if guards is None:
+            guards = self._guards[id(group)] = GuardCache()
+        return repeated.again(guards, [p.grad for p in params], params, self._states(params), executor)
+
+    def _is_known(self, group: dict[str, Any], transform: Transform) -> bool:
+        """Whether the step cache would hit for this group."""
+        repeated, guards, params = repeatable(transform.plan), self._guards.get(id(group)), group["params"]
+        if repeated is None or guards is None:
+            return False
+        return repeated.hits(guards, [p.grad for p in params], params, self._states(params))
 
     def _states(self, params: list[Tensor]) -> list[Mapping[str, Any]]:
         """The state of each of these parameters. One group's are found in order, without a look at each parameter's hash."""
@@ -567,7 +568,7 @@ class Optimizer(torch.optim.Optimizer):
         """One update of the parameters of these groups, which the transforms see together; `loss` is the closure's."""
         params: list[Tensor] = []
         grads: list[Any] = []
-        together_: list[Group] = []
+        together_: list[ParamSlice] = []
         for group, transform in groups:
             own = group["params"]
             given = [p.grad for p in own]
@@ -576,7 +577,7 @@ class Optimizer(torch.optim.Optimizer):
             if type(None) in set(map(type, given)):
                 own = [p for p, g in zip(own, given) if g is not None]
                 given = [g for g in given if g is not None]
-            together_.append(Group(transform.plan, range(len(params), len(params) + len(own))))
+            together_.append(ParamSlice(transform.plan, range(len(params), len(params) + len(own))))
             params += own
             grads += given
         if not params:
@@ -692,7 +693,7 @@ class Optimizer(torch.optim.Optimizer):
         return "foreach" if group.get("foreach") or group.get("fused") is False else None
 
     def _gather(
-        self, params: list[Tensor], states: list[dict[str, Any]], groups: list[Group], keys: list[tuple[str, ...]]
+        self, params: list[Tensor], states: list[dict[str, Any]], groups: list[ParamSlice], keys: list[tuple[str, ...]]
     ) -> list[Any]:
         """The state of these parameters as the engine takes it: per link, per field, a list."""
         columns: list[Any] = []
@@ -828,7 +829,7 @@ class Optimizer(torch.optim.Optimizer):
         self._options = self._options.resumed(self.param_groups, before)
         self._selection = Selection(self._selection.partitioned, self._selection.numbers)
         self._first_steps, self._rehearsal, self._place = FirstSteps(self._uncounted, state), Rehearsal(), self._new_place()
-        self._looks, self._counters = {}, Counters()
+        self._guards, self._counters = {}, Counters()
         for group in self.param_groups:
             for name, default in self._options.fallback(self._before).items():
                 group.setdefault(name, default)

@@ -16,7 +16,7 @@ from purestep._core.hyper import several
 from purestep._core.primitives import is_off
 from purestep._core.tree import quote
 from purestep._core.values import same
-from purestep._engine.plan import Group
+from purestep._engine.plan import ParamSlice
 from purestep._optimizer.following import Following, Schedules, follows
 from purestep._optimizer.routing import Routing
 from purestep._optimizer.selection import Contents
@@ -234,7 +234,7 @@ def refuse_flags(flags: Mapping[str, Any]) -> None:
         raise RuntimeError(f"`compile` and `{others[0]}` cannot be `True` together.")
 
 
-def refuse_disagreement(groups: list[Group]) -> None:
+def refuse_disagreement(groups: list[ParamSlice]) -> None:
     """A transform that sees all groups together has one set of hyperparameters."""
     if len({len(g.plan.links) for g in groups}) > 1:
         raise ValueError("A transform that sees the parameters of all groups together needs the same maximize in all groups.")

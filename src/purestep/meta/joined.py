@@ -33,7 +33,7 @@ def joins(opt: Transform, state: Any, leaves: list[Any], spec: tree.Spec) -> boo
         and all([x is not None for s in states for c in s for x in c])
         and all([same_number(c) for c in counters])
         and all([x.dtype == p.dtype for s, f in zip(states, fields) for k in f.tensors for x, p in zip(s[k], leaves)])
-        and opt.plan.segment(stages[0].positions).joins(leaves)
+        and opt.plan.fused_chain(stages[0].positions).joins(leaves)
     )
 
 

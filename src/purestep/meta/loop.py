@@ -14,7 +14,7 @@ from torch import Tensor
 from purestep._core import tree
 from purestep._core.masks import Memo, select
 from purestep._core.torch_api import tree_leaves
-from purestep._engine.plan import Group
+from purestep._engine.plan import ParamSlice
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._executors.task import Env, Ownership
 from purestep.transform import Transform, columns_of, trees_of
@@ -26,7 +26,7 @@ class Loop:
     def __init__(self, opt: Transform, state: Any, params: list[Tensor], spec: tree.Spec) -> None:
         self.opt, self.params, self.spec = opt, params, spec
         self.states = columns_of(opt.plan, opt._split(state), spec)
-        self.groups = [Group(opt.plan, range(len(params)))]
+        self.groups = [ParamSlice(opt.plan, range(len(params)))]
 
     @classmethod
     def of(cls, opt: Transform, grads: Any, state: Any, params: Any) -> Loop | None:

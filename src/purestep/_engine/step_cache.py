@@ -1,7 +1,18 @@
-"""A step like the last one.
+"""The step cache: a step like the last one.
 
-Training takes the same step again and again: the same tensors, with new gradients and numbers. Tensors that look like those of
-the last step (`Looks`) need not be looked at again, and a plan that is one segment (`Solo`) knows where all of it goes.
+Training takes the same step again and again: the same tensors, with new gradients and numbers. A guard (`GuardCache`) knows
+the tensors of the last step by their types, dtypes, devices, shapes and strides; what executors found out about them (`facts`,
+and which executor took them) holds as long as the guard matches. A plan that is one fused chain with plain numbers is a
+`RepeatedStep`: it knows where in the state each field is.
+
+What it assumes, and where that is checked:
+
+* the tensors look as in the last step: `Guard.matches`, which also fails in another grad mode, inside `torch.func`, or
+  where one tensor is there twice;
+* all parameters have made the same number of updates: the counters are read at every step;
+* a counter is where it was: its address is compared at every step (`GuardCache.span`);
+* the chain is the one that was decided about: `FusedChain.structure` and the recipe are part of the key;
+* nothing records or traces: `choose`.
 """
 
 from __future__ import annotations
@@ -16,63 +27,71 @@ from torch import Tensor
 
 from purestep._core.plain import PLAIN, plain
 from purestep._core.torch_api import BelowAutograd, foreach_copy_
-from purestep._engine.guards import Look, Looks
+from purestep._engine.guards import Guard, GuardCache
 from purestep._engine.numbers import Numbers
 from purestep._engine.plan import Plan
 from purestep._engine.run import choose, one
 from purestep._executors.chains import FusedChain, Kernel, details
-from purestep._executors.task import Env, ExecutorName, Ownership, Task, execute
+from purestep._executors.task import Env, ExecutorName, Ownership, Task, decided, execute
 
 PRIVATE = Ownership(given=True, private=True)
 """An optimizer's own step: the state is its own, and it writes the counters itself."""
 
-UNKNOWN = Look.unknown()
+UNKNOWN = Guard.unknown()
 
 ZERO = torch.zeros(())
 """The counter of what does not count."""
 
 
-class Solo(NamedTuple):
-    """A plan that is one segment, with plain numbers."""
+class RepeatedStep(NamedTuple):
+    """A plan that is one fused chain with plain numbers, and where the fields of its state are."""
 
-    segment: FusedChain
+    chain: FusedChain
     kernel: Kernel | None
     names: tuple[str, ...]  # of the fields that are more than a number per parameter, as a kernel knows them
     keys: tuple[str, ...]  # the same, as the chain's state calls them
-    places: tuple[tuple[int, int], ...]  # the item of the segment and the number of each of these fields
+    places: tuple[tuple[int, int], ...]  # the item of the chain and the number of each of these fields
     counters: tuple[tuple[str, int, int], ...]  # the key, the item and the number of those that are one number
     recipe: Any  # of the program
 
     @classmethod
-    def of(cls, plan: Plan) -> Solo | None:
+    def of(cls, plan: Plan) -> RepeatedStep | None:
         """None if there is more to a plan."""
         stage = plan.stages[0]
-        segment = plan.segment(stage.positions) if len(plan.stages) == 1 and stage.positions and not stage.masked else None
-        if segment is None or segment.numbers is None or segment.first or len(plan.tensors) > len(plan.hypers):
+        chain = plan.fused_chain(stage.positions) if len(plan.stages) == 1 and stage.positions and not stage.masked else None
+        if chain is None or chain.numbers is None or chain.first or len(plan.tensors) > len(plan.hypers):
             return None
-        places = tuple([(j, f) for j, (_, _, info) in enumerate(segment.items) for f in info.columns])
+        places = tuple([(j, f) for j, (_, _, info) in enumerate(chain.items) for f in info.columns])
         names, keys = [], []
         for j, f in places:
-            i, _, info = segment.items[j]
+            i, _, info = chain.items[j]
             names.append(info.names[f])
             keys.append(plan.keys[i][f])
         counters = tuple(
-            [(plan.keys[i][f], j, f) for j, (i, _, info) in enumerate(segment.items) for f, s in enumerate(info.scalars) if s]
+            [(plan.keys[i][f], j, f) for j, (i, _, info) in enumerate(chain.items) for f, s in enumerate(info.scalars) if s]
         )
-        recipe = details(segment, tuple([(False,) * len(info.names) for _, _, info in segment.items]))
-        return cls(segment, segment.kernel, tuple(names), tuple(keys), places, counters, recipe)
+        recipe = details(chain, tuple([(False,) * len(info.names) for _, _, info in chain.items]))
+        return cls(chain, chain.kernel, tuple(names), tuple(keys), places, counters, recipe)
 
     def again(
         self,
-        looks: Looks,
+        guards: GuardCache,
         grads: list[Any],
         params: list[Tensor],
         states: Sequence[Mapping[str, Any]],
         executor: ExecutorName | None = None,
     ) -> bool:
-        """The update that was made last, with new gradients and numbers, and nothing on the way to it.
+        """Make the last step again, with new gradients and numbers.
 
-        Nothing has changed if it is False: then more is new than those, and it takes a `Call` to look at it.
+        Args:
+            guards: what is known of the tensors of the last step.
+            grads: the gradients.
+            params: the parameters, which are overwritten.
+            states: the state of each parameter by the names of its fields; it is overwritten.
+            executor: which executor a user wants.
+
+        Returns:
+            whether the step was made. If not, nothing has changed: something else than gradients and numbers is new.
         """
         columns: list[list[Any]] = []
         counters: list[list[Any]] = []
@@ -84,15 +103,15 @@ class Solo(NamedTuple):
         except KeyError:
             return False
         everything = [*params, *grads, *flat.from_iterable(columns)]
-        look = looks.fit(everything)
-        if look is None:
+        guard = guards.check(everything)
+        if guard is None:
             if not (plain(everything) and self.takes(params, grads, columns, [])):
                 return False
-            look = looks.learn(everything) or UNKNOWN
+            guard = guards.install(everything) or UNKNOWN
         vectors: list[Tensor] = []
         counts: list[Any] = []
         for k, column in enumerate(counters):
-            vector = looks.span(k, column)
+            vector = guards.span(k, column)
             if vector is None:
                 return False
             values = vector.tolist()
@@ -100,20 +119,20 @@ class Solo(NamedTuple):
                 return False
             vectors.append(vector)
             counts.append(values[0])
-        if self.kernel is not None and executor != "foreach" and self.kernel.computes(params[0]):
+        if self.bound(guard.facts, executor):
             for vector in vectors if len(vectors) < 2 else self.distinct(vectors):
                 vector.add_(1)
             self.run(params, grads, columns, counts[0] if counts else 0, counters[0][0] if counters else ZERO)
         else:
-            self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), look.facts)
+            self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), guard.facts)
         return True
 
-    def hits(self, looks: Looks, grads: list[Any], params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
+    def hits(self, guards: GuardCache, grads: list[Any], params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
         """Whether `again` would find the tensors of the last step."""
         if not all([key in s for s in states for key in self.keys]):
             return False
         everything = [*params, *grads, *[s[key] for key in self.keys for s in states]]
-        return looks.last is not None and looks.last.fits(everything)
+        return guards.last is not None and guards.last.matches(everything)
 
     def distinct(self, vectors: list[Tensor]) -> list[Tensor]:
         """The counters of these as vectors, each once: several items may have the same."""
@@ -137,13 +156,13 @@ class Solo(NamedTuple):
     ) -> None:
         """The program of the plan, in place."""
         fields: list[list[Any]] = []
-        for _, _, info in self.segment.items:
+        for _, _, info in self.chain.items:
             fields.append([None] * len(info.names))
         for (j, f), column in zip(self.places, columns):
             fields[j][f] = column
         for (_, j, f), column in zip(self.counters, counters):
             fields[j][f] = column[:1]
-        task = Task(self.segment, (*lists, fields), True, numbers.env, numbers)
+        task = Task(self.chain, (*lists, fields), True, numbers.env, numbers)
         task.facts, task.recipe = facts, self.recipe
         _, news = execute(task)
         for column, (j, f) in zip(columns, self.places):
@@ -153,22 +172,27 @@ class Solo(NamedTuple):
             vector.fill_(news[j][f])
         torch.autograd.graph.increment_version(lists[1])
 
-    def at_once(self, grads: list[Any], params: list[Any], states: list[Any], plain: bool) -> bool:
-        """The update of parameters and states that were given away, all of them in place, by a kernel, if there is one and
-        nothing is special about any of them; `plain` says that this is known.
+    def bound(self, facts: dict[Any, Any] | None, executor: ExecutorName | None) -> bool:
+        """Whether a kernel has run the last step like this one, so that it can be called at once."""
+        if self.kernel is None or facts is None:
+            return False
+        taken = decided(self.chain, self.recipe, facts, (True, executor, True))
+        return taken is not None and taken.name == "fused"
 
-        Nothing has changed if it is False: then it takes a `Call`, or an error, to say what is.
+    def at_once(
+        self, lists: tuple[list[Any], list[Any]], states: list[Any], facts: dict[Any, Any] | None, executor: ExecutorName | None
+    ) -> bool:
+        """The update of parameters and states that were given away, all in place, by a kernel that has run the last one.
+
+        Nothing has changed if it is False.
         """
-        if self.kernel is None or choose(None) != "program" or not params or type(params[0]) not in PLAIN:
+        if not self.bound(facts, executor) or choose(None) != "program":
             return False
-        if not self.kernel.computes(params[0]):
-            return False
-        links = [i for i, _, _ in self.segment.items]
+        grads, params = lists
+        links = [i for i, _, _ in self.chain.items]
         columns = [states[links[j]][f] for j, f in self.places]
         counters = [states[links[j]][f] for _, j, f in self.counters]
         if not all([one(c, "program") and type(c[0]) is Tensor and c[0].is_cpu for c in counters]):
-            return False
-        if not plain and not self.takes(params, grads, columns, counters):
             return False
         before = counters[0][0].item() if counters else 0  # they are on the CPU: there is nothing to wait for
         after = [c[0].add_(1) for c in counters]
@@ -195,13 +219,13 @@ class Solo(NamedTuple):
         """Call the kernel, in place."""
         given = {**dict(zip(self.names, states)), "step": lambda: after}
         with BelowAutograd():
-            self.kernel.run(params, grads, given, self.segment.hypers, before)  # type: ignore[union-attr]
+            self.kernel.run(params, grads, given, self.chain.hypers, before)  # type: ignore[union-attr]
         torch.autograd.graph.increment_version(params)
 
 
-def solo_of(plan: Plan) -> Solo | None:
-    """A plan as one segment, if it is one; looked for once."""
-    if plan.solo is ...:
-        plan.solo = Solo.of(plan)
-    found: Solo | None = plan.solo
+def repeatable(plan: Plan) -> RepeatedStep | None:
+    """A plan as a repeated step, if it can be one; found out once."""
+    if plan.repeated is ...:
+        plan.repeated = RepeatedStep.of(plan)
+    found: RepeatedStep | None = plan.repeated
     return found

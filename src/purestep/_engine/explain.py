@@ -13,7 +13,7 @@ from purestep._core import maths
 from purestep._core.plain import PLAIN
 from purestep._core.torch_api import tree_leaves, tree_map
 from purestep._executors.flat_buffer import COUNT, SIZE
-from purestep._executors.task import EXECUTORS, WATCH, Decided, Task
+from purestep._executors.task import ASKED, WATCH, Decided, Task
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def visible(x: Any) -> bool:
 def reasons(task: Task, executor: str) -> dict[str, str]:
     """Why the executors that were asked before this one declined, with what is special about the tensors."""
     found: dict[str, str] = {}
-    for other in EXECUTORS:
+    for other in ASKED[task.env.mode]:
         if other.name == executor:
             return found
         why = other.declines(task)

@@ -6,6 +6,7 @@ links that act on the same parameters are a *fused_chain*, which one program or 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -41,9 +42,6 @@ class Plan:
         self.off = [is_off(link.transform) for link in links]
         self.fields = [fields_of(link.transform) for link in links]
         self.types: list[Any] = [state_type(link.transform) for link in links]
-        self.keys = qualified([info.names for info in self.fields], links)
-        self.stateless = all([off or not names for off, names in zip(self.off, self.keys)])
-        self.optional = [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, links, self.fields)]
         self.hypers = [x for link in links for x in tree_leaves(link.transform) if isinstance(x, Tensor)]
         self.foreign = [v for v in [link.transform for link in links] if not v.declaration.whole and not ours(v)]
         self.chains: dict[tuple[bool, tuple[int, ...]], FusedChain] = {}
@@ -55,6 +53,21 @@ class Plan:
         self.repeated: Any = ...  # what `purestep._engine.step_cache` makes of it, at the first use
         self.guards: dict[tuple[int, int], GuardCache] = {}  # of all tensors of a call, by the number of parameters and of all
         self.final = len(self.stages) - 2 if self.stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
+
+    @functools.cached_property
+    def keys(self) -> list[tuple[str, ...]]:
+        """Per link, what an optimizer's state calls its fields."""
+        return qualified([info.names for info in self.fields], self.links)
+
+    @functools.cached_property
+    def stateless(self) -> bool:
+        """Whether no link keeps anything."""
+        return all([off or not names for off, names in zip(self.off, self.keys)])
+
+    @functools.cached_property
+    def optional(self) -> list[bool]:
+        """Per link, whether some parameters may lack its state, or a part of it."""
+        return [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, self.links, self.fields)]
 
     def alike(self, states: Sequence[Any]) -> list[Any]:
         """The lists in the states of these links whose tensors are of the parameters' shapes."""

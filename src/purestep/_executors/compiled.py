@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from purestep._core.threads import OPENMP, SERIAL, one_thread
 from purestep._core.torch_api import BelowInplaceOrView, is_non_overlapping_and_dense, standalone_compile
 from purestep._executors.foreach import collected
-from purestep._executors.task import Base, Result, Task
+from purestep._executors.task import Base, Mode, Result, Task
 from purestep._trace.program import LeafDeclaration, Program, program
 
 WARM = 2**16
@@ -33,14 +33,13 @@ _lock = threading.Lock()
 class Compiled(Base):
     """The whole chain as one kernel, made by Inductor."""
 
+    modes: tuple[Mode, ...] = ("program",)
     name = "compiled"
     when = "`compile=True`, elementwise transforms"
     how = "one kernel of Inductor's for the whole chain, which takes tensors of any shape"
 
     def declines(self, task: Task) -> str | None:
-        if task.env.mode != "program" or task.env.wanted != "compiled":
-            return "nobody asked for it, or the step is recorded or traced"
-        return None
+        return None if task.env.wanted == "compiled" else "nobody asked for it"
 
     def run(self, task: Task) -> Result | None:
         def calculated(columns: list[Any], numbers: list[Any]) -> Any:

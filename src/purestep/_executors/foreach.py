@@ -10,7 +10,7 @@ from torch import Tensor
 from purestep._core.lists import cast
 from purestep._core.torch_api import BelowAutograd
 from purestep._executors.chains import MERGED_DTYPES
-from purestep._executors.task import Base, Result, Task
+from purestep._executors.task import Base, Mode, Result, Task
 from purestep._executors.tiles import calculate
 from purestep._trace.program import runner
 
@@ -18,12 +18,13 @@ from purestep._trace.program import runner
 class Traced(Base):
     """The program on lists, in operations that whoever traces may record."""
 
+    modes: tuple[Mode, ...] = ("traced",)
     name = "traced"
     when = "while `torch.compile`, `make_fx` or `torch.export` traces"
     how = "the program on lists of tensors, which is traced into the graph; numbers stay tensors"
 
     def declines(self, task: Task) -> str | None:
-        return None if task.env.mode == "traced" else "nothing is traced"
+        return None
 
     def run(self, task: Task) -> Result:
         own = task.env.own.given
@@ -38,6 +39,7 @@ class Traced(Base):
 class Foreach(Base):
     """The program on lists of tensors, one foreach call for each of its lines; large tensors in tiles that fit the cache."""
 
+    modes: tuple[Mode, ...] = ("program",)
     name = "foreach"
     when = "everything else"
     how = "the program on all parameters at once, one foreach call for each line; large tensors in tiles that fit the cache"

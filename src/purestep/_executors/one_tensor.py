@@ -10,20 +10,19 @@ from torch import Tensor
 from purestep._core.lists import flattened, parted
 from purestep._executors.chains import joinable
 from purestep._executors.leaf_function import stored
-from purestep._executors.task import Base, Result, Task
+from purestep._executors.task import Base, Mode, Result, Task
 from purestep._trace.program import runner
 
 
 class Joined(Base):
     """Small tensors as one vector, in operations that can be differentiated and batched."""
 
+    modes: tuple[Mode, ...] = ("leaf",)
     name = "joined"
     when = "inside `torch.func` or where autograd records, elementwise transforms on small tensors"
     how = "the program of one tensor, once, on all parameters as one vector; nothing is overwritten"
 
     def declines(self, task: Task) -> str | None:
-        if task.env.mode != "leaf":
-            return "no history is recorded"
         if torch.compiler.is_compiling():
             return "the compiler joins them by itself"
         if not task.counters_equal:
@@ -49,12 +48,13 @@ class Joined(Base):
 class SingleTensor(Base):
     """The program of one tensor, parameter by parameter."""
 
+    modes: tuple[Mode, ...] = ("leaf",)
     name = "single"
     when = "inside `torch.func` or where autograd records, everything else"
     how = "the program of one tensor, parameter by parameter; nothing is overwritten"
 
     def declines(self, task: Task) -> str | None:
-        return None if task.env.mode == "leaf" else "no history is recorded"
+        return None
 
     def run(self, task: Task) -> Result:
         fields = task.fields

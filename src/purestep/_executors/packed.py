@@ -11,21 +11,20 @@ from purestep._core.lists import overwrite
 from purestep._core.torch_api import BelowAutograd, foreach_add, foreach_add_, foreach_copy_
 from purestep._executors.chains import encodes
 from purestep._executors.flat_buffer import COUNT, SIZE, FlatBuffer, borrow, give_back, split
-from purestep._executors.task import Base, Result, Task, execute
+from purestep._executors.task import Base, Mode, Result, Task, execute
 from purestep._executors.tiles import pieces
 
 
 class Packed(Base):
     """Many small tensors as one: a program costs what its calls cost, and there is one call a line for all of them."""
 
+    modes: tuple[Mode, ...] = ("program",)
     name = "packed"
     when = f"on a CPU, elementwise transforms on {COUNT} tensors or more, of at most {SIZE} elements on average"
     how = "the program on one long vector, into which gradients are copied; the state becomes pieces of one vector"
 
     def declines(self, task: Task) -> str | None:
         env = task.env
-        if env.mode != "program":
-            return "the step is recorded or traced"
         if task.nested:
             return "the tensors are packed already"
         if env.wanted in ("foreach", "fused"):

@@ -9,18 +9,19 @@ import torch
 from purestep._core.lists import overwrite, widest
 from purestep._executors.chains import encodes
 from purestep._executors.leaf_function import apart, leaf_update, requires_grad
-from purestep._executors.task import Base, Result, Task
+from purestep._executors.task import Base, Mode, Result, Task
 
 
 class Reference(Base):
     """The leaf functions themselves: what all other executors have to agree with."""
 
+    modes: tuple[Mode, ...] = ("leaf",)
     name = "reference"
     when = '`executor="leaf"`; inside `torch.func` or where autograd records, parameters and state of different dtypes'
     how = "the leaf functions themselves, one parameter at a time: an error appears on the line that its author wrote"
 
     def declines(self, task: Task) -> str | None:
-        if task.env.mode == "leaf" and (task.env.wanted == "leaf" or mixed_history(task)):
+        if task.env.wanted == "leaf" or mixed_history(task):
             return None
         return "nobody asked for it, and the dtypes of parameters and state are the same"
 
@@ -31,14 +32,13 @@ class Reference(Base):
 class Promoted(Base):
     """The leaf functions where parameters and state have different dtypes: promoted by torch's rules, and stored as before."""
 
+    modes: tuple[Mode, ...] = ("program", "traced")
     name = "promoted"
     when = "parameters and state of different dtypes"
     how = "the leaf functions, one parameter at a time, in the wider of the dtypes"
 
     def declines(self, task: Task) -> str | None:
-        if task.env.mode != "leaf" and task.fact("mixed"):
-            return None
-        return "parameters and state have one dtype"
+        return None if task.fact("mixed") else "parameters and state have one dtype"
 
     def run(self, task: Task) -> Result:
         given = task.env.own.given

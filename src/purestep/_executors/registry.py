@@ -10,12 +10,12 @@ from purestep._executors.one_by_one import OneByOne
 from purestep._executors.one_tensor import Joined, SingleTensor
 from purestep._executors.packed import Packed
 from purestep._executors.reference import Promoted, Reference
-from purestep._executors.task import EXECUTORS
+from purestep._executors.task import register
 from purestep._executors.torch_fused import TorchFused
 from purestep._executors.vmapped import Vmapped
 
-EXECUTORS[:] = [
+register(
     ByParts(), OneByOne(), ComplexPairs(),
-    Reference(), Vmapped(), Joined(), SingleTensor(),  # mode leaf
+    Reference(), Vmapped(), Joined(), SingleTensor(),  # where a history is recorded, or inside torch.func
     TorchFused(), Packed(), Compiled(), Promoted(), Traced(), Foreach(),
-]  # fmt: skip
+)  # fmt: skip

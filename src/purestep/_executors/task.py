@@ -284,6 +284,7 @@ FACTS: dict[str, Callable[[Task], Any]] = {
 class Executor(Protocol):
     """A way to run a task."""
 
+    modes: tuple[Mode, ...]
     name: str
     when: str  # the sentence of the table in docs/concepts.md: which tasks it takes
     how: str  # and how it runs them
@@ -304,13 +305,29 @@ class Executor(Protocol):
 class Base:
     """What most executors have in common."""
 
+    modes: tuple[Mode, ...] = ("leaf", "program", "traced")
+    """The modes in which it is asked."""
+
     def workspace(self, task: Task) -> int:
         """How many bytes of buffers it keeps for the next step."""
         return 0
 
 
 EXECUTORS: list[Executor] = []
-"""In the order in which they are asked; filled by `purestep._executors.registry`."""
+"""In the order in which they are asked; filled by `register`."""
+
+ASKED: dict[Mode, list[Executor]] = {"leaf": [], "program": [], "traced": []}
+"""The same for each mode."""
+
+
+def register(*executors: Executor) -> None:
+    """Ask these executors, in this order, whether they take a task, in the modes that they are for.
+
+    The last of each mode takes every task.
+    """
+    EXECUTORS[:] = executors
+    for mode, asked in ASKED.items():
+        asked[:] = [executor for executor in executors if mode in executor.modes]
 
 
 class Decision(NamedTuple):
@@ -379,7 +396,7 @@ def execute(task: Task) -> Result:
 
 def decide(task: Task) -> tuple[Executor, Result]:
     """The executor that takes a task, and what it returns."""
-    for executor in EXECUTORS:
+    for executor in ASKED[task.env.mode]:
         if executor.declines(task) is None:
             place = None if WATCH.decided is None else len(WATCH.decided)
             found = executor.run(task)

@@ -12,21 +12,20 @@ from purestep._core.lists import clones
 from purestep._core.torch_api import BelowAutograd
 from purestep._executors.foreach import run_foreach
 from purestep._executors.leaf_function import stored
-from purestep._executors.task import Base, Result, Task, all_ordinary
+from purestep._executors.task import Base, Mode, Result, Task, all_ordinary
 from purestep._executors.tiles import chunks, through
 
 
 class TorchFused(Base):
     """One of torch's fused kernels, after a program of what comes before it in the chain."""
 
+    modes: tuple[Mode, ...] = ("program",)
     name = "fused"
     when = "`step` of a chain whose end one of torch's fused kernels computes, on tensors that the kernel takes"
     how = "the program of the transforms before that end, then the kernel"
 
     def declines(self, task: Task) -> str | None:
         env, chain = task.env, task.chain
-        if env.mode != "program":
-            return "the step is recorded or traced"
         if not task.applies:
             return "a kernel writes parameters, and updates are asked for"
         if chain.kernel is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from purestep._core.torch_api import without_innermost_interpreter
-from purestep._executors.task import Base, Result, Task
+from purestep._executors.task import Base, Mode, Result, Task
 from purestep._executors.tiles import CHUNK, SHORT, Blocks, calculate, room
 from purestep._executors.vmap_level import VmapLevel
 from purestep._trace.program import LeafDeclaration, program
@@ -30,6 +30,7 @@ FEW = 2**22
 class Vmapped(Base):
     """All members of a vmap, and all parameters, at once."""
 
+    modes: tuple[Mode, ...] = ("leaf",)
     name = "vmapped"
     when = "inside one `torch.func.vmap` and no other transform of `torch.func`, elementwise transforms on batched tensors"
     how = "the program on the stacked tensors, as if there were no `vmap`: one foreach call for all parameters of all members"

@@ -59,9 +59,9 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", complete)
     app.connect("object-description-transform", shorten)
     app.connect("build-finished", check)
-    transform = ModuleAnalyzer.for_module("purestep.transform")
-    transform.analyze()
-    transform.overloads.pop("leafwise", None)  # for type checkers: autodoc would show these lines instead of its signature
+    declare = ModuleAnalyzer.for_module("purestep.declare")
+    declare.analyze()
+    declare.overloads.pop("leafwise", None)  # for type checkers: autodoc would show these lines instead of its signature
 
 
 # -- what autodoc does not find by itself

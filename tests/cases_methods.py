@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import purestep as ps
-from purestep.transform import Composite
+from purestep.compose import Composite
 from tests.case import Case, Options
 
 

@@ -6,15 +6,17 @@ import ast
 import graphlib
 import inspect
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import purestep as ps
+from purestep import optim
 from purestep._core import torch_api
 
 ROOT = Path(ps.__file__).parent
@@ -159,6 +161,8 @@ FLOORS = [
     ["_engine"],
     ["schedules"],
     ["transform"],
+    ["compose"],
+    ["declare"],
     ["transforms"],
     ["_optimizer"],
     ["algorithms"],
@@ -410,3 +414,104 @@ def test_a_gap_in_a_docstring_is_found(doc: str, found: list[str]) -> None:
     said = gaps(Function(doc, ["x", "y"], set(), "Tensor", {"ValueError"}))
     assert len(said) == len(found)
     assert all([part in text for part, text in zip(found, said)])
+
+
+# ------------------------------------------------------------------------------------------------------------- structure
+
+ENGINE = [ROOT / name for name in ("_engine", "_executors", "_trace")]
+METHODS, ARGUMENTS, LINES = 12, 6, 50
+
+
+def definitions() -> Iterator[tuple[str, ast.AST, str]]:
+    """Every class and function of the engine, the executors and the tracer: its name, its node, the source of its file."""
+    for folder in ENGINE:
+        for path in sorted(folder.rglob("*.py")):
+            source = path.read_text()
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                    yield f"{folder.name}/{path.name}:{node.name}", node, source
+
+
+def arguments_of(node: ast.FunctionDef) -> int:
+    """How many arguments a function has, `self` aside."""
+    named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return len(named) - bool(named and named[0].arg in ("self", "cls"))
+
+
+def code_lines_of(node: ast.FunctionDef, source: str) -> int:
+    """How many lines of code a function has: no docstring, no comment, no empty line."""
+    first = node.body[1] if ast.get_docstring(node) is not None and len(node.body) > 1 else node.body[0]
+    lines = source.splitlines()[first.lineno - 1 : node.end_lineno]
+    return len([line for line in lines if line.strip() and not line.strip().startswith("#")])
+
+
+def test_no_class_does_too_much() -> None:
+    methods = {
+        name: len([x for x in node.body if isinstance(x, ast.FunctionDef)])
+        for name, node, _ in definitions() if isinstance(node, ast.ClassDef)
+    }  # fmt: skip
+    assert {name: n for name, n in methods.items() if n > METHODS} == {}
+
+
+def test_no_function_takes_too_much() -> None:
+    counts = {name: arguments_of(node) for name, node, _ in definitions() if isinstance(node, ast.FunctionDef)}
+    assert {name: n for name, n in counts.items() if n > ARGUMENTS} == {}
+
+
+def test_no_function_is_too_long() -> None:
+    lengths = {name: code_lines_of(node, s) for name, node, s in definitions() if isinstance(node, ast.FunctionDef)}
+    assert {name: n for name, n in lengths.items() if n > LINES} == {}
+
+
+# ----------------------------------------------------------------------------------------------------------------- frames
+
+
+def frames_of(call: Callable[[], object]) -> int:
+    """How many frames of purestep's own a call enters."""
+    counted = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal counted
+        counted += event == "call" and "purestep" in frame.f_code.co_filename and "tests" not in frame.f_code.co_filename
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+def warm(opt: ps.Transform, **how: bool) -> Callable[[], object]:
+    params, grads = {f"p{k}": torch.randn(64) for k in range(6)}, {f"p{k}": torch.randn(64) for k in range(6)}
+    state = opt.init_state(params)
+    for _ in range(6):
+        params, state = opt.step(grads, state, params, **how)  # type: ignore[arg-type]
+    return lambda: opt.step(grads, state, params, **how)  # type: ignore[arg-type]
+
+
+def warm_optimizer(kind: type[torch.optim.Optimizer]) -> Callable[[], object]:
+    params = [torch.nn.Parameter(torch.randn(64)) for _ in range(6)]
+    optimizer = kind(params, lr=1e-3)  # type: ignore[call-arg]
+    for p in params:
+        p.grad = torch.randn(64)
+    for _ in range(6):
+        optimizer.step()
+    return optimizer.step
+
+
+BUDGET: dict[str, tuple[Callable[[], Callable[[], object]], int]] = {
+    "adamw pure": (lambda: warm(ps.adamw(1e-3)), 90),
+    "adamw donated": (lambda: warm(ps.adamw(1e-3), donate=True), 45),
+    "adamw compiled": (lambda: warm(ps.adamw(1e-3), compile=True), 140),
+    "nadam pure": (lambda: warm(ps.nadam(1e-3)), 150),
+    "AdamW": (lambda: warm_optimizer(optim.AdamW), 32),
+    "NAdam": (lambda: warm_optimizer(optim.NAdam), 72),
+}
+"""How many frames a step of six tensors may enter, once it is warm (Python 3.11, where a comprehension is a frame, too)."""
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_a_warm_step_calls_little(name: str) -> None:
+    make, most = BUDGET[name]
+    assert frames_of(make()) <= most

@@ -73,8 +73,10 @@ from purestep.algorithms.soap import SoapState, scale_by_soap, soap
 from purestep.algorithms.sophia import SophiaState, hutchinson, scale_by_sophia, sophia
 from purestep.algorithms.sparse_adam import SparseAdamState, scale_by_sparse_adam, sparse_adam
 from purestep.algorithms.yogi import YogiState, scale_by_yogi, yogi
+from purestep.compose import chain
+from purestep.declare import leafwise, nested, whole
 from purestep.state import find, find_all, get_hyperparams, map_params, step_count
-from purestep.transform import Transform, apply_updates, chain, eval_params, leafwise, nested, whole
+from purestep.transform import Transform, apply_updates, eval_params
 from purestep.transforms.average import AverageParamsState, EmaParamsState, average_params, ema_params
 from purestep.transforms.clip import clip, clip_by_global_norm
 from purestep.transforms.decay import add_decayed_weights

@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from purestep import compose, transform
 from purestep._core import masks, primitives, values
 from purestep._optimizer import begun, optimizer
 
@@ -23,5 +24,7 @@ def install() -> None:
     """Let `pickle.load`, and `torch.load` in its default mode, find these under their old paths."""
     for path, module in MODULES.items():
         sys.modules.setdefault(path, module)
+    for kind in (compose.Chain, compose.Nested):  # they were in the module of `Transform`
+        setattr(transform, kind.__name__, kind)
     for state in (primitives.EmptyState, primitives.ScheduleState):
         torch.serialization.add_safe_globals([(state, f"purestep.links.{state.__name__}")])

@@ -28,7 +28,7 @@ from purestep._core.torch_api import dispatch_mode_count
 from purestep._engine.counters import CounterWrite, commit
 from purestep._engine.nesting import Inner, check_nested, reused
 from purestep._engine.numbers import Numbers
-from purestep._engine.plan import ParamSlice, Stage
+from purestep._engine.plan import ParamSlice, Plan, Stage
 from purestep._executors import registry as registry
 from purestep._executors.chains import FUSED_DTYPES, FusedChain
 from purestep._executors.flat_buffer import COUNT, SIZE
@@ -42,8 +42,11 @@ def choose(wanted: ExecutorName | None, *tensors: Iterable[Any]) -> Mode:
     """How leaf functions are run in a call that takes these tensors."""
     if wanted == "leaf" or maths.transforming():
         return "leaf"
-    if torch.is_grad_enabled() and any([any([t is not None and t.requires_grad for t in x]) for x in tensors]):
-        return "leaf"
+    if torch.is_grad_enabled():
+        for xs in tensors:
+            for x in xs:
+                if x is not None and x.requires_grad:
+                    return "leaf"
     return "traced" if torch.compiler.is_compiling() or dispatch_mode_count() > 0 else "program"
 
 
@@ -139,12 +142,14 @@ class Run:
         count = fields[info.step] if info.step >= 0 else None
         lower = self.numbers.lower
         arguments = {n: lower(x, count) if n in d.intervals else x for n, x in link.transform.arguments.items()}
-        arguments |= {n: self.extra(n, rows) for n in d.extras}
+        arguments |= {n: extra(self.inputs, self.plan, n, rows) for n in d.extras}
         given: list[Any] = [pick(c, rows) if leaf else c for c, leaf in zip(fields, info.leaves)]
         self.moved = self.apply and n == self.plan.final and rows is None and (d.moves or d.passes)
         inner = None
         if stage.inner is not None:
-            arguments[d.inner] = inner = self.inner(n, rows, d)
+            plans: list[Any] = [plan.stages[n].inner for plan, _ in self.groups]
+            within = [ParamSlice(plan, rows_) for plan, (_, rows_) in zip(plans, self.groups)]
+            arguments[d.inner] = inner = Inner(self, within, rows, self.moved and d.passes)
             given.append(inner.state(self.states[i + 1 : stage.stop]))
         state = EmptyState() if d.state is None else d.state(*given)
         if WATCH.decided is not None:
@@ -158,12 +163,6 @@ class Run:
             after = reused(self.env, (state, after, new), info)
         self.keep(i, after, rows)
         self.updated(d, new, rows)
-
-    def inner(self, n: int, rows: list[int] | None, declaration: Any) -> Inner:
-        """The transforms that the `n`-th stage wraps."""
-        plans: list[Any] = [g.plan.stages[n].inner for g in self.groups]
-        within = [ParamSlice(plan, g.rows) for plan, g in zip(plans, self.groups)]
-        return Inner(self, within, rows, self.moved and declaration.passes)
 
     def keep(self, i: int, after: Any, rows: list[int] | None) -> None:
         """Keep what a whole transform has returned as its state."""
@@ -193,29 +192,13 @@ class Run:
         env, rows = self.env, inner._rows
         own = Ownership(given=donate and env.own.given, counters=env.own.counters and rows is None)
         mask: Mask = lambda masks: pick(self.inputs.mask(masks), rows)  # noqa: E731
-        inputs = Inputs(*lists, mask, {name: self.extra(name, rows) for name in self.inputs.extras})
+        inputs = Inputs(*lists, mask, {name: extra(self.inputs, self.plan, name, rows) for name in self.inputs.extras})
         inputs.plain = self.inputs.plain
         within = Env(env.mode, env.wanted, own, [*inputs.grads, *inputs.params])
         result = run_chain(inner._groups, inputs, within, apply)
         if within.mode != env.mode:
             env.record()
         return result
-
-    def extra(self, name: str, rows: list[int] | None) -> Any:
-        """An extra argument, for some of the parameters: a function of all is one of these, the others held fixed."""
-        given = self.inputs.extras[name]
-        if name in self.plan.trees:
-            return pick(given, rows)
-        if name == "value":
-            return sharded.whole(given)
-        if rows is None or name != "value_and_grad":
-            return given
-
-        def some(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            value, grads = given(put(self.params, rows, params))
-            return value, pick(grads, rows)
-
-        return some
 
     # -- leafwise transforms
 
@@ -230,7 +213,7 @@ class Run:
                 for i in plan.stages[n].scheduled:
                     on, column = self.inputs.selected(plan.links[i]), self.states[i][plan.fields[i].step]
                     self.numbers.evaluate(plan.links[i].transform, [column[k] for k in rows if on is None or on[k]])
-        odd = None if self.inputs.plain else self.unusual(stage)
+        odd = None if self.inputs.plain else unusual([self.grads, self.params, *[self.states[i][f] for i, f in stage.columns]])
         elsewhere = isinstance(self.factor, Tensor) and not alike([p.device for p in self.params])
         if self.env.mode == "leaf" or elsewhere or odd is not None:
             self.scale()
@@ -248,13 +231,6 @@ class Run:
                         out[k] = u
             self.grads = out
         self.factor = None
-
-    def unusual(self, stage: Stage) -> list[bool] | None:
-        """Which parameters have tensors in this stage that are not plain; None if they all are."""
-        lists = [self.grads, self.params, *[self.states[i][f] for i, f in stage.columns]]
-        if plain(*lists, optional=True):
-            return None
-        return [not plain(row, optional=True) for row in zip(*lists)]
 
     def bucket(self, chain: FusedChain, rows: list[int] | None, apply: bool, odd: bool = False) -> list[Any]:
         """Run these transforms on these rows, keep their states, and return the updates, or the parameters if `apply`."""
@@ -370,6 +346,30 @@ class Sorting:
             ([rows[k] for k in ks], tuple([i for i, m in zip(stage.positions, masks) if m is None or m[ks[0]]]))
             for ks in found.values()
         ]
+
+
+def unusual(lists: list[list[Any]]) -> list[bool] | None:
+    """Which parameters have tensors in these lists that are not plain; None if they all are."""
+    if plain(*lists, optional=True):
+        return None
+    return [not plain(row, optional=True) for row in zip(*lists)]
+
+
+def extra(inputs: Inputs, plan: Plan, name: str, rows: list[int] | None) -> Any:
+    """An extra argument, for some of the parameters: a function of all is one of these, the others held fixed."""
+    given = inputs.extras[name]
+    if name in plan.trees:
+        return pick(given, rows)
+    if name == "value":
+        return sharded.whole(given)
+    if rows is None or name != "value_and_grad":
+        return given
+
+    def some(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        value, grads = given(put(inputs.params, rows, params))
+        return value, pick(grads, rows)
+
+    return some
 
 
 def demand_kernel(chain: FusedChain, params: list[Tensor]) -> None:

@@ -11,7 +11,7 @@ from purestep._core.lists import cast
 from purestep._core.torch_api import BelowAutograd
 from purestep._executors.chains import MERGED_DTYPES
 from purestep._executors.task import Base, Mode, Result, Task
-from purestep._executors.tiles import calculate
+from purestep._executors.tiles import Variant, calculate
 from purestep._trace.program import runner
 
 
@@ -59,10 +59,9 @@ def run_foreach(task: Task) -> Result:
 
     def calculated(columns: list[Any], numbers: list[Any]) -> Any:
         given = (task.grads, task.params, columns)
-        return calculate(
-            task.recipe, task.chain.declarations, given, numbers,
-            apply=task.applies, own=task.owns_grads, donate=task.env.own.given, kernels=merges(task),
-        )  # fmt: skip
+        own, given_away = task.owns_grads, task.env.own.given
+        variant = Variant(task.recipe, task.chain.declarations, task.applies, own, given_away, merges(task))
+        return calculate(variant, given, numbers)
 
     return finished(task, calculated)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from purestep._core.torch_api import foreach_copy_
 from purestep._executors.flat_buffer import SIZE
-from purestep._trace.program import LeafDeclaration, Program, program
+from purestep._trace.program import Form, LeafDeclaration, Program, program
 
 SHORT = 4
 """A program of so many operations costs less without blocks, where there is nothing that may be overwritten."""
@@ -24,30 +24,35 @@ CHUNK = 2**18
 """On a CPU a program works on this many elements at a time."""
 
 
-def calculate(
-    recipe: tuple[Any, ...],
-    declarations: Sequence[LeafDeclaration],
-    given: tuple[list[Tensor], list[Tensor], list[Any]],
-    numbers: list[Any],
-    *,
-    apply: bool,
-    own: bool,
-    donate: bool,
-    kernels: bool = False,
-) -> tuple[Any, ...]:
-    """What the program of a recipe returns: run on all tensors at once, or in blocks if they are large.
+class Variant(NamedTuple):
+    """Which variant of a chain's program is run: see `purestep._trace.program.program`."""
 
-    `given` are the gradients, the parameters, and the fields of the state, each a list or a number. With `kernels` they are
-    such that torch's fused kernels may be called for lines that these compute.
+    recipe: tuple[Any, ...]
+    declarations: Sequence[LeafDeclaration]
+    apply: bool
+    own: bool = False
+    donate: bool = False
+    kernels: bool = False  # torch's fused kernels may be called for lines that they compute
+
+    def program(self, donate: bool, form: Form = "lists") -> Program:
+        """The program, which overwrites what it is given or not."""
+        return program(self.recipe, self.apply, self.own, donate, *self.declarations, form=form)
+
+
+def calculate(variant: Variant, given: tuple[list[Tensor], list[Tensor], list[Any]], numbers: list[Any]) -> tuple[Any, ...]:
+    """What a program returns: run on all tensors at once, or in tiles if they are large.
+
+    `given` are the gradients, the parameters, and the fields of the state, each a list or a number.
     """
+    donate, kernels = variant.donate, variant.kernels
     grads, params, columns = given
     cuts = chunks(params)
-    overwriting = program(recipe, apply, own, True, *declarations, form="kernels" if kernels else "lists")
+    overwriting = variant.program(True, "kernels" if kernels else "lists")
     if cuts is not None or (kernels and not donate):  # the kernels overwrite what they are given
         found = Blocks.of(overwriting, grads, params, columns, donate)
         if found is not None:
             return found.run(numbers, donate)
-    run = (overwriting if donate else program(recipe, apply, own, False, *declarations)).run
+    run = (overwriting if donate else variant.program(False)).run
     if cuts is None:
         return run(grads, params, *columns, *numbers)
     made = [run(grads[s], params[s], *[c[s] if isinstance(c, list) else c for c in columns], *numbers) for s in cuts]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purestep._core.torch_api import without_innermost_interpreter
 from purestep._executors.task import Base, Mode, Result, Task
-from purestep._executors.tiles import CHUNK, SHORT, Blocks, calculate, room
+from purestep._executors.tiles import CHUNK, SHORT, Blocks, Variant, calculate, room
 from purestep._executors.vmap_level import VmapLevel
 from purestep._trace.program import LeafDeclaration, program
 
@@ -83,7 +83,7 @@ def run_stacked(
         own: tuple[Any, ...] = (g, p, [next(tensors) if isinstance(c, list) else next(floats) for c in columns])
         hypers = list(floats)
         if not any([isinstance(x, Tensor) for x in values]):
-            results = calculate(recipe, declarations, own, hypers, apply=apply, own=False, donate=False)
+            results = calculate(Variant(recipe, declarations, apply), own, hypers)
         else:
             found = by_member(recipe, declarations, own, hypers, apply, level.size)
             if found is None:

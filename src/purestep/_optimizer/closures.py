@@ -13,8 +13,8 @@ from purestep._core import sharded
 from purestep._core.lists import overwrite
 from purestep._core.plain import plain
 from purestep._core.primitives import state_type
+from purestep._engine.checks import FROM_CLOSURE, check_value
 from purestep._engine.plan import Plan
-from purestep.transform import FROM_CLOSURE, check_value
 
 
 def closure_inputs(plan: Plan, closure: Any, loss: Any) -> dict[str, Any]:

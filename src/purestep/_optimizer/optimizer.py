@@ -62,7 +62,8 @@ from purestep._optimizer.routing import Routing, routed, with_lists
 from purestep._optimizer.scaled import Snapshot, unscale
 from purestep._optimizer.selection import Contents, Selection
 from purestep._optimizer.shared import NOTHING, Place, Shared
-from purestep.transform import Transform, whole
+from purestep.declare import whole
+from purestep.transform import Transform
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 

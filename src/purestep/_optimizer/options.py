@@ -16,11 +16,13 @@ from purestep._core.hyper import several
 from purestep._core.primitives import is_off
 from purestep._core.tree import quote
 from purestep._core.values import same
+from purestep._engine.checks import flattened, refuse_flat
 from purestep._engine.plan import ParamSlice
 from purestep._optimizer.following import Following, Schedules, follows
 from purestep._optimizer.routing import Routing
 from purestep._optimizer.selection import Contents
-from purestep.transform import Transform, chain, flattened, refuse_flat
+from purestep.compose import chain
+from purestep.transform import Transform
 from purestep.transforms.scale import maximize as ascend
 
 

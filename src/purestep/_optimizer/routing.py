@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from purestep._core.masks import Label, Memo, refuse_unnamed, refuse_unused, route, select
 from purestep._core.primitives import Link
 from purestep._optimizer.selection import Selection, spec_of
-from purestep.transform import Transform, chain
+from purestep.compose import chain
+from purestep.transform import Transform
 from purestep.transforms.mask import masked
 
 Entry = tuple[dict[str, Any], str | None, Tensor]

@@ -9,7 +9,9 @@ from torch import Tensor, zeros_like
 from purestep._core.hyper import Betas, Hyper, NonNegative
 from purestep._core.maths import Scalar, counter, lerp
 from purestep.algorithms.adam import ratio
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction, scale_by_learning_rate
 

@@ -12,7 +12,9 @@ from purestep._core.hyper import Hyper, Interval, NonNegative
 from purestep._core.maths import Scalar, counter, lerp, maximum, minimum, operation, readable, root, transforming
 from purestep._optimizer.mirror import over
 from purestep._optimizer.optimizer import Optimizer, Params
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.norms import ELSEWHERE, real
 from purestep.transforms.scale import direction
 

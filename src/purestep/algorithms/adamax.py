@@ -10,7 +10,9 @@ from purestep._core.hyper import Betas, Hyper, NonNegative
 from purestep._core.maths import Scalar, counter, lerp, maximum
 from purestep._optimizer.mirror import over
 from purestep._optimizer.optimizer import Optimizer, Params
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction, scale_by_learning_rate
 

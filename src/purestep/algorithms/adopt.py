@@ -9,7 +9,9 @@ from torch import Tensor
 from purestep._core.hyper import Betas, Hyper, Positive
 from purestep._core.maths import lerp, maximum, minimum, root, where
 from purestep.algorithms.adam import AdamState
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction, scale_by_learning_rate
 

@@ -12,7 +12,9 @@ from torch import Tensor, zeros_like
 from purestep._core.hyper import Betas, Hyper, Interval, NonNegative, Positive
 from purestep._core.lists import real
 from purestep._core.maths import counter, inner, maximum, minimum, multiply, number, root, where
-from purestep.transform import Transform, chain, whole
+from purestep.compose import chain
+from purestep.declare import whole
+from purestep.transform import Transform
 from purestep.transforms.scale import direction
 
 Growth: TypeAlias = Annotated[Any, Interval(low=1.0, optional=True)]

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from purestep._core.hyper import Hyper, Interval, NonNegative
 from purestep._core.maths import Scalar, counter, inner, maximum, number, operation, origin, root, where, wide
-from purestep.transform import Transform, chain, leafwise, whole
+from purestep.compose import chain
+from purestep.declare import leafwise, whole
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.norms import ELSEWHERE, real
 from purestep.transforms.scale import direction, scale_by_learning_rate

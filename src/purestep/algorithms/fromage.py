@@ -6,7 +6,9 @@ from torch import Tensor
 
 from purestep._core.hyper import Hyper, NonNegative
 from purestep._core.maths import root
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.norms import scale_by_trust_ratio
 from purestep.transforms.scale import direction
 

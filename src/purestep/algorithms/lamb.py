@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from purestep._core.hyper import Betas, Hyper
 from purestep.algorithms.adam import scale_by_adam
-from purestep.transform import Transform, chain
+from purestep.compose import chain
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.norms import scale_by_trust_ratio
 from purestep.transforms.scale import direction, scale_by_learning_rate

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from purestep._core.hyper import Hyper
-from purestep.transform import Transform, chain
+from purestep.compose import chain
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.momentum import trace
 from purestep.transforms.norms import scale_by_trust_ratio

@@ -30,7 +30,7 @@ from purestep._optimizer.checkpoint import check_number
 from purestep._optimizer.mirror import over
 from purestep._optimizer.optimizer import Optimizer, Params
 from purestep._optimizer.shared import NOTHING, Place
-from purestep.transform import whole
+from purestep.declare import whole
 
 Number: TypeAlias = Any  # a float, or a 0-d tensor
 Flag: TypeAlias = Any  # a bool, or a 0-d tensor of one

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from purestep._core.hyper import Extra, NonNegative, Positive, Steps, UnitInterval
 from purestep._core.maths import counter, inner, minimum, multiply, number, some
-from purestep.transform import whole
+from purestep.declare import whole
 
 
 class BacktrackingLinesearchState(NamedTuple):

@@ -8,7 +8,9 @@ from torch import Tensor, zeros_like
 
 from purestep._core.hyper import Fraction, Hyper, NonNegative
 from purestep._core.maths import Scalar, counter, maximum, root, where
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction
 

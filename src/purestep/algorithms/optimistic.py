@@ -9,7 +9,9 @@ from torch import Tensor, zeros_like
 from purestep._core.hyper import Betas, Hyper
 from purestep._core.maths import Scalar, counter, where
 from purestep.algorithms.adam import scale_by_adam
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.scale import direction, scale_by_learning_rate
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from purestep._core.hyper import Extra, Hyper, NonNegative
 from purestep._core.maths import inner, maximum, minimum, multiply, where
 from purestep._core.primitives import EmptyState
-from purestep.transform import Transform, chain, whole
+from purestep.compose import chain
+from purestep.declare import whole
+from purestep.transform import Transform
 from purestep.transforms.scale import direction, scale_by_learning_rate
 
 

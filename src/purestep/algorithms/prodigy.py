@@ -9,7 +9,9 @@ from torch import Tensor, zeros_like
 from purestep._core.hyper import Betas, Hyper, Interval, NonNegative, Positive
 from purestep._core.maths import counter, inner, maximum, minimum, multiply, number, origin, root, where
 from purestep.algorithms.dadapt_adamw import Growth, debiased, in_reals, ratio, size
-from purestep.transform import Transform, chain, whole
+from purestep.compose import chain
+from purestep.declare import whole
+from purestep.transform import Transform
 from purestep.transforms.scale import direction
 
 Beta3: TypeAlias = Annotated[Any, Interval(low=0.0, high=1.0, below=True, optional=True)]

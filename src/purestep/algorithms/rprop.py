@@ -10,7 +10,9 @@ from purestep._core.hyper import Hyper, Interval, NonNegative
 from purestep._core.maths import Scalar, counter, filled, maximum, minimum, where
 from purestep._optimizer.mirror import over
 from purestep._optimizer.optimizer import Optimizer, Params
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.scale import direction, scale
 
 Etas: TypeAlias = tuple[

@@ -8,7 +8,7 @@ from purestep._core.hyper import Extra, NonNegative
 from purestep._core.lists import imaginary, real
 from purestep._core.maths import global_norm, multiply
 from purestep._core.primitives import EmptyState
-from purestep.transform import whole
+from purestep.declare import whole
 
 
 @whole()

@@ -10,7 +10,9 @@ from torch import Tensor
 from purestep._core.hyper import Betas, Hyper, Interval, NonNegative, Steps
 from purestep._core.maths import Scalar, counter, maximum, minimum, precise, where
 from purestep.algorithms.rmsprop import scale_by_rms
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.scale import direction
 

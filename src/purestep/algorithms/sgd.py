@@ -5,7 +5,8 @@ from __future__ import annotations
 from purestep._core.hyper import Hyper
 from purestep._optimizer.mirror import over
 from purestep._optimizer.optimizer import Optimizer, Params
-from purestep.transform import Transform, chain
+from purestep.compose import chain
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.momentum import trace
 from purestep.transforms.scale import direction, scale_by_learning_rate

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from purestep._core.hyper import Hyper, NonNegative, Positive, Steps
 from purestep._core.maths import Scalar, counter, operation, some, where, wide
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.momentum import trace
 from purestep.transforms.norms import ELSEWHERE, real

@@ -10,7 +10,9 @@ from torch import Tensor, zeros_like
 
 from purestep._core.hyper import Fraction, Hyper, Positive
 from purestep._core.maths import Scalar, counter, lerp, operation, root
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.norms import real
 from purestep.transforms.scale import direction, scale_by_learning_rate
 

@@ -14,7 +14,9 @@ from purestep._core.lists import imaginary, real
 from purestep._core.maths import counter, lerp, maximum, minimum, precise
 from purestep._core.sharded import is_sharded, kind
 from purestep.algorithms.dadapt_adamw import in_reals
-from purestep.transform import Transform, chain, whole
+from purestep.compose import chain
+from purestep.declare import whole
+from purestep.transform import Transform
 from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.noise import WORD, philox, whole_number
 from purestep.transforms.scale import scale_by_learning_rate

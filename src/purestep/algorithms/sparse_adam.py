@@ -11,7 +11,9 @@ from purestep._core.maths import Scalar, counter, precise, root
 from purestep._optimizer.mirror import over
 from purestep._optimizer.optimizer import Optimizer, Params
 from purestep.algorithms.adam import moments
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.scale import direction, scale_by_learning_rate
 
 

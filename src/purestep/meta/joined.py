@@ -14,8 +14,9 @@ from torch import Tensor
 from purestep._core import tree
 from purestep._core.lists import flattened, parted
 from purestep._core.plain import plain
+from purestep._engine.boundary import columns_of, trees_of
 from purestep._executors.task import same_number
-from purestep.transform import Transform, columns_of, trees_of
+from purestep.transform import Transform
 
 
 def joins(opt: Transform, state: Any, leaves: list[Any], spec: tree.Spec) -> bool:

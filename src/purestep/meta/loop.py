@@ -14,10 +14,11 @@ from torch import Tensor
 from purestep._core import tree
 from purestep._core.masks import Memo, select
 from purestep._core.torch_api import tree_leaves
+from purestep._engine.boundary import columns_of, trees_of
 from purestep._engine.plan import ParamSlice
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._executors.task import Env, Ownership
-from purestep.transform import Transform, columns_of, trees_of
+from purestep.transform import Transform
 
 
 class Loop:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from purestep._core.hyper import Period, Steps, UnitInterval
 from purestep._core.maths import Scalar, counter, lerp, maximum, where
-from purestep.transform import leafwise
+from purestep.declare import leafwise
 
 
 class EmaParamsState(NamedTuple):

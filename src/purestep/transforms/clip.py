@@ -9,7 +9,7 @@ from torch import Tensor
 from purestep._core.hyper import NonNegative
 from purestep._core.maths import global_norm, maximum, minimum
 from purestep._core.primitives import EmptyState
-from purestep.transform import leafwise, whole
+from purestep.declare import leafwise, whole
 
 
 @leafwise(sparse="rows")

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from purestep._core.hyper import Hyper, NonNegative
-from purestep.transform import Transform, leafwise
+from purestep.declare import leafwise
+from purestep.transform import Transform
 from purestep.transforms.mask import masked
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, zeros_like
 
 from purestep._core.hyper import Fraction
 from purestep._core.maths import Scalar, counter, lerp
-from purestep.transform import leafwise
+from purestep.declare import leafwise
 
 
 class EmaState(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from purestep._core.maths import Scalar, counter, operation, summed
-from purestep.transform import leafwise, whole
+from purestep.declare import leafwise, whole
 from purestep.transforms.norms import real
 
 

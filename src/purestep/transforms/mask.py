@@ -12,7 +12,9 @@ from purestep._core.masks import Label, Labels
 from purestep._core.maths import operation
 from purestep._core.primitives import Link
 from purestep._core.values import show
-from purestep.transform import Composite, Transform, leafwise
+from purestep.compose import Composite
+from purestep.declare import leafwise
+from purestep.transform import Transform
 
 
 class Masked(Composite):

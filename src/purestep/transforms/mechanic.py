@@ -10,7 +10,8 @@ from torch import Tensor
 from purestep._core.hyper import Hyper, NonNegative, Period, Positive
 from purestep._core.maths import Scalar, counter, inner, maximum, minimum, multiply, number, origin, root, where
 from purestep._engine.nesting import Inner
-from purestep.transform import Transform, nested
+from purestep.declare import nested
+from purestep.transform import Transform
 
 MOST = 16  # of the betas 1 - 0.1, 1 - 0.01, … the last that is not 1 in float64
 

@@ -8,7 +8,8 @@ from torch import Tensor, zeros_like
 
 from purestep._core.hyper import Hyper, NonNegative
 from purestep._core.maths import Scalar, counter, where
-from purestep.transform import Transform, leafwise
+from purestep.declare import leafwise
+from purestep.transform import Transform
 
 
 class TraceState(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from purestep._core import tree
 from purestep._core.maths import Scalar, counter, root, where
-from purestep.transform import whole
+from purestep.declare import whole
 from purestep.transforms.norms import norm
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, zeros_like
 from purestep._core.hyper import Period, UnitInterval, Whole, check_steps
 from purestep._core.maths import Scalar, counter, finite, lerp, select, where
 from purestep._engine.nesting import Inner
-from purestep.transform import Transform, nested
+from purestep.declare import nested
+from purestep.transform import Transform
 
 Limit: TypeAlias = Annotated[int | None, Whole(optional=True)]
 

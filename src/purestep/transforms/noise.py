@@ -16,7 +16,7 @@ from torch import Tensor
 from purestep._core import sharded
 from purestep._core.hyper import Interval, NonNegative
 from purestep._core.maths import Scalar, counter, precise, root
-from purestep.transform import whole
+from purestep.declare import whole
 
 Seed: TypeAlias = Annotated[Any, Interval(low=0.0, high=2.0**53)]
 

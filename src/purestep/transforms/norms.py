@@ -13,7 +13,7 @@ from purestep._core.hyper import NonNegative, Positive
 from purestep._core.maths import global_norm, maximum, norms, operation, readable, recorded, root, where
 from purestep._core.primitives import EmptyState
 from purestep._core.sharded import is_sharded
-from purestep.transform import leafwise, whole
+from purestep.declare import leafwise, whole
 
 
 def norm(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from purestep._core.hyper import Extra, Fraction, NonNegative, Steps, UnitInterval
 from purestep._core.maths import maximum, precise, where
-from purestep.transform import whole
+from purestep.declare import whole
 
 
 class ReduceOnPlateauState(NamedTuple):

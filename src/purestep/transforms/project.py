@@ -11,7 +11,7 @@ from torch import Tensor
 from purestep._core.hyper import Hyper
 from purestep._core.maths import maximum, minimum
 from purestep._core.primitives import EmptyState
-from purestep.transform import leafwise, whole
+from purestep.declare import leafwise, whole
 
 
 @leafwise()

@@ -20,7 +20,8 @@ from purestep._core.hyper import Whole, check_steps
 from purestep._core.maths import Encoded, operation
 from purestep._core.primitives import Link, LinkDeclaration, Primitive, Sparse
 from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count
-from purestep.transform import Composite, Leafwise, PyTree, Transform
+from purestep.compose import Composite
+from purestep.transform import Leafwise, PyTree, Transform
 
 Bits: TypeAlias = Literal[8, 16]
 Codes: TypeAlias = Encoded | None

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from purestep._core.hyper import Hyper, NonNegative
-from purestep.transform import Transform, chain, leafwise
+from purestep.compose import chain
+from purestep.declare import leafwise
+from purestep.transform import Transform
 
 
 @leafwise(sparse="rows")

@@ -1,0 +1,168 @@
+"""Transforms made of others: chains, and transforms that wrap another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from typing_extensions import Self
+
+from purestep._core.masks import Not
+from purestep._core.primitives import (
+    Link,
+)
+from purestep._core.torch_api import SequenceKey, register_pytree_node
+from purestep._core.values import call_of, show
+from purestep.transform import Single, Transform
+
+PyTree = Any
+
+
+class Composite(Transform):
+    """A transform made of others, given by its children and by what is not a transform."""
+
+    __slots__ = ("__weakref__", "_plan", "children", "context", "links")
+    children: tuple[Transform, ...]
+    context: tuple[Any, ...]
+    freezes: Any = None
+    """The mask of parameters that nothing else in the same chain acts on."""
+
+    def __init__(self, children: Iterable[Transform], context: tuple[Any, ...] = ()) -> None:
+        object.__setattr__(self, "children", tuple(children))
+        object.__setattr__(self, "context", context)
+        object.__setattr__(self, "links", self._links())
+        object.__setattr__(self, "_plan", None)
+
+    def _links(self) -> tuple[Link, ...]:
+        return tuple([link for child in self.children for link in child.links])
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"A transform is frozen: make a new one with replace({name}=...).")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.children == other.children and self.context == other.context
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.children))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.children, self.context)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_pytree_node(
+            cls,
+            lambda x: (list(x.children), x.context),
+            lambda children, context: _composite(cls, children, context),
+            serialized_type_name=f"purestep.{cls.__qualname__}",
+            flatten_with_keys_fn=lambda x: (  # pyright: ignore[reportArgumentType]
+                [(SequenceKey(i), c) for i, c in enumerate(x.children)],
+                x.context,
+            ),
+        )
+
+    def _rebuild(self, primitives: Any) -> Self:
+        return type(self)([child._rebuild(primitives) for child in self.children], self.context)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__.lower()}({', '.join([*map(repr, self.children), *map(show, self.context)])})"
+
+
+class Nested(Composite):
+    """A transform put around another: its own arguments, and the other; declared with `nested`."""
+
+    __slots__ = ()
+
+    def _links(self) -> tuple[Link, ...]:
+        own, inner = self.children
+        return Link(own.links[0].transform, (), len(inner.links)), *inner.links
+
+    def _split(self, state: Any) -> list[Any]:
+        own, inner = self.children
+        expected = own.links[0].transform.declaration.state
+        if type(state) is not expected:
+            return [state, *inner.links]  # refused by its name
+        return [state, *inner._split(state.inner)]
+
+    def _join(self, states: Sequence[Any]) -> Any:
+        return states[0]._replace(inner=self.children[1]._join(states[1:]))
+
+    def __repr__(self) -> str:
+        own, inner = self.children
+        value = own.links[0].transform
+        d = value.declaration
+        return call_of(d, {n: inner if n == d.inner else value.arguments[n] for n in d.signature.parameters})
+
+
+def _composite(cls: Any, children: Iterable[Any], context: Any) -> Any:
+    """Put a composite together from what a pytree function left in its children's place, which may be anything."""
+    children = tuple(children)
+    if all([isinstance(c, Transform) for c in children]):
+        return cls(children, context)
+    made = object.__new__(cls)
+    for name, x in (("children", children), ("context", context), ("links", ()), ("_plan", None)):
+        object.__setattr__(made, name, x)
+    return made
+
+
+class Chain(Composite):
+    """Transforms one after the other; made with `chain`."""
+
+    __slots__ = ()
+
+    def _links(self) -> tuple[Link, ...]:
+        frozen = [Not(c.freezes) for c in self.children if isinstance(c, Composite) and c.freezes is not None]
+        links = []
+        for child in self.children:
+            others = () if isinstance(child, Composite) and child.freezes is not None else frozen
+            links += [link._replace(masks=(*link.masks, *others)) for link in child.links]
+        return tuple(links)
+
+    def _split(self, state: Any) -> list[Any]:
+        if not isinstance(state, tuple) or hasattr(state, "_fields") or len(state) != len(self.children):
+            raise TypeError(
+                f"The state of a chain of {len(self.children)} must be a tuple of {len(self.children)} states, but got "
+                f"{type(state).__name__}{f' of {len(state)}' if isinstance(state, tuple) else ''}. A state belongs to the "
+                "transform whose init_state made it."
+            )
+        found: list[Any] = []
+        for child, x in zip(self.children, state):
+            found += (x,) if isinstance(child, Single) else child._split(x)
+        return found
+
+    def _join(self, states: Sequence[Any]) -> Any:
+        parts, start = [], 0
+        for child in self.children:
+            if isinstance(child, Single):
+                parts.append(states[start])
+                start += 1
+                continue
+            parts.append(child._join(states[start : start + len(child.links)]))
+            start += len(child.links)
+        return tuple(parts)
+
+
+def chain(*transforms: Transform) -> Chain:
+    """Apply transforms one after the other: each takes the updates of the one before it.
+
+    Its state is a tuple with one entry per transform. A chain within a chain is the same as its transforms written out,
+    so `chain(a, chain(b, c)) == chain(a, b, c)`; a chain of nothing leaves the gradients as they are.
+
+    >>> import purestep as ps
+    >>> ps.chain(ps.clip_by_global_norm(1.0), ps.adam(lr=0.1).replace(weight_decay=0.5))
+    chain(clip_by_global_norm(1.0), add_decayed_weights(0.5), scale_by_adam(betas=(0.9, 0.999), eps=1e-08), \
+scale_by_learning_rate(0.1))
+
+    Args:
+        *transforms: the transforms, the first of which takes the gradients.
+
+    Raises:
+        TypeError: an argument is not a transform.
+    """
+    children: list[Transform] = []
+    for i, t in enumerate(transforms):
+        if not isinstance(t, Transform):
+            hint = f" Did you mean to call it: {t.__name__}(...)?" if hasattr(t, "declaration") else ""
+            raise TypeError(f"chain takes transforms, but argument {i} is {t!r}.{hint}")
+        children += t.children if isinstance(t, Chain) else [t]
+    return Chain(children)

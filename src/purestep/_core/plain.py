@@ -10,7 +10,7 @@ than a tensor promises, and only of plain tensors are all of these true and test
 * `purestep._executors.tiles`, `purestep._executors.compiled`: ``view(-1)`` and `torch.split` of a contiguous tensor share its
   memory, and a pointer can be handed to a kernel.
 * torch's fused kernels: the same, and a dtype that the kernel is known to be right for
-  (`purestep._engine.plan.Kernel.computes`).
+  (`purestep._executors.chains.Kernel.computes`).
 * below autograd (`purestep._executors`, `purestep._engine.step_cache`): nothing above the backend has to see an operation.
 * remembered steps (`purestep._engine.step_cache`, `purestep._engine.guards`): what is the same object is the same memory.
   `torch.compile`'s guards ask for exact types, so what they know to be plain is.

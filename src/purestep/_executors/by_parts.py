@@ -19,8 +19,11 @@ class ByParts(Base):
     """Sharded tensors (`torch.distributed.tensor.DTensor`)."""
 
     name = "by parts"
-    when = "sharded tensors"
-    how = "elementwise transforms on the part that each process has, by the executors below; others on the gathered tensor"
+    when = "sharded parameters (`DTensor`)"
+    how = (
+        "elementwise transforms: the part that each process holds, with one of the executors below; other transforms: "
+        "the gathered tensor, in every process"
+    )
 
     def declines(self, task: Task) -> str | None:
         return None if task.odd and sharded.is_sharded(task.params[0]) else "no parameter is sharded"

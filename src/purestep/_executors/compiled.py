@@ -36,7 +36,7 @@ class Compiled(Base):
     modes: tuple[Mode, ...] = ("program",)
     name = "compiled"
     when = "`compile=True`, elementwise transforms"
-    how = "one kernel of Inductor's for the whole chain, for tensors of any shape"
+    how = "one kernel of Inductor's for the whole chain, which takes tensors of any shape"
 
     def declines(self, task: Task) -> str | None:
         return None if task.env.wanted == "compiled" else "nobody asked for it"

@@ -14,7 +14,7 @@ class ComplexPairs(Base):
 
     name = "complex"
     when = "complex parameters"
-    how = "as pairs of real numbers in the same memory, by one of the executors below"
+    how = "the parameters as pairs of real numbers in the same memory, with one of the executors below"
 
     def declines(self, task: Task) -> str | None:
         return None if task.params[0].is_complex() else "the parameters are real"

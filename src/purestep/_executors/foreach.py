@@ -20,8 +20,8 @@ class Traced(Base):
 
     modes: tuple[Mode, ...] = ("traced",)
     name = "traced"
-    when = "while `torch.compile`, `make_fx` or `torch.export` looks on"
-    how = "the same program on lists of tensors; numbers stay tensors"
+    when = "while `torch.compile`, `make_fx` or `torch.export` traces"
+    how = "the program on lists of tensors, which is traced into the graph; numbers stay tensors"
 
     def declines(self, task: Task) -> str | None:
         return None
@@ -42,7 +42,7 @@ class Foreach(Base):
     modes: tuple[Mode, ...] = ("program",)
     name = "foreach"
     when = "everything else"
-    how = "the program on all parameters at once, one foreach call a line; large tensors in tiles that fit the cache"
+    how = "the program on all parameters at once, one foreach call for each line; large tensors in tiles that fit the cache"
 
     def declines(self, task: Task) -> str | None:
         return None

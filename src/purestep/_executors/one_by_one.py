@@ -20,8 +20,8 @@ class OneByOne(Base):
     """
 
     name = "one by one"
-    when = "tensor subclasses"
-    how = "the program of one tensor, parameter by parameter, in operations that anyone could call"
+    when = "any other subclass of `torch.Tensor`"
+    how = "the program of one tensor, parameter by parameter, out of place and in public operations of torch"
 
     def declines(self, task: Task) -> str | None:
         return None if task.odd else "all tensors are plain"

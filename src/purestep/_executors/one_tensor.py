@@ -19,8 +19,8 @@ class Joined(Base):
 
     modes: tuple[Mode, ...] = ("leaf",)
     name = "joined"
-    when = "where a history is recorded or inside `torch.func`, small tensors of an elementwise chain"
-    how = "the program of one tensor, once, on all of them as one vector"
+    when = "inside `torch.func` or where autograd records, elementwise transforms on small tensors"
+    how = "the program of one tensor, once, on all parameters as one vector; nothing is overwritten"
 
     def declines(self, task: Task) -> str | None:
         if torch.compiler.is_compiling():
@@ -50,8 +50,8 @@ class SingleTensor(Base):
 
     modes: tuple[Mode, ...] = ("leaf",)
     name = "single"
-    when = "where a history is recorded, or inside `torch.func`"
-    how = "the program of one tensor, parameter by parameter"
+    when = "inside `torch.func` or where autograd records, everything else"
+    how = "the program of one tensor, parameter by parameter; nothing is overwritten"
 
     def declines(self, task: Task) -> str | None:
         return None

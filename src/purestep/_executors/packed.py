@@ -10,7 +10,7 @@ from torch import Tensor
 from purestep._core.lists import overwrite
 from purestep._core.torch_api import BelowAutograd, foreach_add, foreach_add_, foreach_copy_
 from purestep._executors.chains import encodes
-from purestep._executors.flat_buffer import FlatBuffer, borrow, give_back, split
+from purestep._executors.flat_buffer import COUNT, SIZE, FlatBuffer, borrow, give_back, split
 from purestep._executors.task import Base, Mode, Result, Task, execute
 from purestep._executors.tiles import pieces
 
@@ -20,8 +20,8 @@ class Packed(Base):
 
     modes: tuple[Mode, ...] = ("program",)
     name = "packed"
-    when = "many small tensors, elementwise transforms, on a CPU"
-    how = "the program on one long vector; the state's tensors are pieces of one"
+    when = f"on a CPU, elementwise transforms on {COUNT} tensors or more, of at most {SIZE} elements on average"
+    how = "the program on one long vector, into which gradients are copied; the state becomes pieces of one vector"
 
     def declines(self, task: Task) -> str | None:
         env = task.env

@@ -17,8 +17,8 @@ class Reference(Base):
 
     modes: tuple[Mode, ...] = ("leaf",)
     name = "reference"
-    when = '`executor="leaf"`; where a history is recorded, parameters and state of different dtypes'
-    how = "the leaf functions themselves, one parameter at a time: an error appears on its author's line"
+    when = '`executor="leaf"`; inside `torch.func` or where autograd records, parameters and state of different dtypes'
+    how = "the leaf functions themselves, one parameter at a time: an error appears on the line that its author wrote"
 
     def declines(self, task: Task) -> str | None:
         if task.env.wanted == "leaf" or mixed_history(task):
@@ -35,7 +35,7 @@ class Promoted(Base):
     modes: tuple[Mode, ...] = ("program", "traced")
     name = "promoted"
     when = "parameters and state of different dtypes"
-    how = "the leaf functions, one parameter at a time, in the wider dtype"
+    how = "the leaf functions, one parameter at a time, in the wider of the dtypes"
 
     def declines(self, task: Task) -> str | None:
         return None if task.fact("mixed") else "parameters and state have one dtype"

@@ -21,8 +21,8 @@ class TorchFused(Base):
 
     modes: tuple[Mode, ...] = ("program",)
     name = "fused"
-    when = "`step` of a chain that ends as one of torch's fused kernels does, on tensors that the kernel takes"
-    how = "the program of what comes before, then the kernel"
+    when = "`step` of a chain whose end one of torch's fused kernels computes, on tensors that the kernel takes"
+    how = "the program of the transforms before that end, then the kernel"
 
     def declines(self, task: Task) -> str | None:
         env, chain = task.env, task.chain

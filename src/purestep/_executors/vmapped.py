@@ -32,8 +32,8 @@ class Vmapped(Base):
 
     modes: tuple[Mode, ...] = ("leaf",)
     name = "vmapped"
-    when = "inside one `torch.func.vmap` around nothing but eager operations, elementwise transforms"
-    how = "the program on stacked tensors, outside of the vmap: one foreach call for all parameters of all members"
+    when = "inside one `torch.func.vmap` and no other transform of `torch.func`, elementwise transforms on batched tensors"
+    how = "the program on the stacked tensors, as if there were no `vmap`: one foreach call for all parameters of all members"
 
     def declines(self, task: Task) -> str | None:
         if task.env.level is None:

@@ -36,7 +36,7 @@ OPTIMIZERS = {
 WAYS = {
     "at once": {},
     "one by one": {"LARGE": 1, "SHORT": 0},
-    "in groups": {"FEW": 0, "SHORT": 0, "CHUNK": 40},
+    "in groups": {"FEW": 0, "SHORT": 0, "TILE": 40},
 }
 
 

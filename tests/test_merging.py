@@ -78,7 +78,7 @@ def test_kernels_are_called_and_the_numbers_are_the_lines(
     expected = train(t, executor="foreach")
     assert not calls
     if blocks:
-        monkeypatch.setattr(purestep._executors.tiles, "CHUNK", 32)
+        monkeypatch.setattr(purestep._executors.tiles, "TILE", 32)
         monkeypatch.setattr(purestep._executors.tiles, "SIZE", 0)
     assert difference(train(t, **how), expected) <= 1e-13
     if name == "asgd" and not how:

@@ -218,7 +218,7 @@ def test_two_threads_may_step_one_transform() -> None:
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
 def test_blocks(case: Case, options: Options, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of 12, 30 and 1 elements in blocks of 7; nothing given is changed unless it was given away."""
-    monkeypatch.setattr(purestep._executors.tiles, "CHUNK", 7)
+    monkeypatch.setattr(purestep._executors.tiles, "TILE", 7)
     monkeypatch.setattr(purestep._executors.tiles, "SIZE", 0)
     shapes = [s for s in ((3, 4), (30,), (5, 3), ()) if case.treats(torch.zeros(s))]
 
@@ -247,7 +247,7 @@ def test_blocks(case: Case, options: Options, donate: bool, monkeypatch: pytest.
 def test_blocks_are_what_runs_on_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     original = purestep._executors.tiles.blocks
-    monkeypatch.setattr(purestep._executors.tiles, "CHUNK", 8)
+    monkeypatch.setattr(purestep._executors.tiles, "TILE", 8)
     monkeypatch.setattr(purestep._executors.tiles, "SIZE", 0)
     monkeypatch.setattr(purestep._executors.tiles, "blocks", lambda given: sizes.append(max(given)) or original(given))
     t, p = ps.nadam(0.1), torch.zeros(100)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import purestep as ps
 from purestep import optim
-from purestep._executors.tiles import CHUNK
+from purestep._executors.tiles import TILE
 from purestep.transforms.quantize import BLOCK, code, decoded, dynamic_tree, encoded, rounded, scale_of
 from tests.problems import difference
 
@@ -149,7 +149,7 @@ BITS = pytest.mark.parametrize("bits", [8, 16])
 def test_in_blocks_as_in_one_piece(bits: Any, dtype: torch.dtype, apply: bool) -> None:
     """Large tensors, of sizes that no block divides, give the same bits donated, pure, and one by one."""
     params = {
-        "a": torch.randn(CHUNK + 1000, 3, dtype=dtype),
+        "a": torch.randn(TILE + 1000, 3, dtype=dtype),
         "b": torch.randn(777, dtype=dtype),
         "c": torch.randn(5000, dtype=dtype),
     }
@@ -172,7 +172,7 @@ def test_in_blocks_as_in_one_piece(bits: Any, dtype: torch.dtype, apply: bool) -
 @BITS
 def test_memory(bits: Any) -> None:
     """A donated step of a large tensor allocates no more than some blocks."""
-    p = torch.randn(16 * CHUNK)
+    p = torch.randn(16 * TILE)
     opt = ps.quantize_state(ps.adamw(0.01), bits)
     state, g = opt.init_state(p), torch.randn_like(p)
     kept = sum(x.nbytes for x in torch.utils._pytree.tree_leaves(state) if isinstance(x, Tensor))
@@ -185,7 +185,7 @@ def test_memory(bits: Any) -> None:
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    assert peak <= 10 * 4 * CHUNK
+    assert peak <= 10 * 4 * TILE
 
 
 @BITS

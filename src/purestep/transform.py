@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from purestep._core import maths, tree
 from purestep._core.lists import pick, put
-from purestep._core.masks import Memo, refuse_unmatched, refuse_unused, route, select
+from purestep._core.masks import MaskCache, refuse_unmatched, refuse_unused, route, select
 from purestep._core.plain import plain
 from purestep._core.primitives import (
     Link,
@@ -56,7 +56,7 @@ from purestep._engine.explain import Explanation, watched
 from purestep._engine.guards import GuardCache
 from purestep._engine.plan import ParamSlice, Plan
 from purestep._engine.run import Inputs, choose, run_chain
-from purestep._engine.sparse import Touched
+from purestep._engine.sparse import SparseRows
 from purestep._engine.step_cache import repeatable
 from purestep._executors.chains import detail
 from purestep._executors.task import WATCH, Env, ExecutorName, Ownership
@@ -111,7 +111,7 @@ class Transform:
         leaves, spec = tree.flatten(params)
         check_params(leaves, spec)
         states = []
-        memo: Memo = {}
+        memo: MaskCache = {}
         for link in self.links:
             value = link.transform
             fields = fields_of(value)
@@ -290,7 +290,8 @@ class Transform:
         states = columns_of(plan, self._split(state), spec)
         eager = not (torch.compiler.is_compiling() or maths.transforming())
         everything = [*leaves, *gradients, *distinct(plan, states)] if eager else []  # which tensors are one is no constant
-        guards = plan.guards_for(len(leaves), len(everything)) if eager else GuardCache()
+        remembers = eager and WATCH.decided is None  # `explain` leaves the step cache as it is
+        guards = plan.guards_for(len(leaves), len(everything)) if remembers else GuardCache()
         known = guards.check(everything)  # guard hit: these tensors were checked before, and none of them requires grad
         if known is not None and apply and donate and WATCH.decided is None:
             repeated = repeatable(plan)
@@ -310,7 +311,7 @@ class Transform:
         chosen = states if rows is None else [pick_leaves(s, info, rows) for s, info in zip(states, plan.fields)]
         live, given = pick(gradients, rows), pick(leaves, rows)
 
-        memo: Memo = {}
+        memo: MaskCache = {}
 
         def mask(masks: tuple[Any, ...]) -> list[bool]:
             return pick(select(masks, leaves, spec, memo), rows)
@@ -325,7 +326,7 @@ class Transform:
         groups = [ParamSlice(plan, range(len(given)))]
         touched = None
         if known is None and not all([g.layout is torch.strided for g in live]):
-            touched = Touched(live, given, chosen, groups, mask, lambda k: pick(spec.paths(), rows)[k])
+            touched = SparseRows(live, given, chosen, groups, mask, lambda k: pick(spec.paths(), rows)[k])
             live, given, chosen = touched.grads, touched.params, touched.states
         if "value_and_grad" in extras:
             extras["value_and_grad"] = on_lists(extras["value_and_grad"], leaves, rows, spec)

@@ -65,10 +65,10 @@ def route(masks: Sequence[Any]) -> str:
     return ".".join([str(m.label) for m in reversed(masks) if isinstance(m, Label)])
 
 
-Memo = dict[Any, list[Any]]
+MaskCache = dict[Any, list[Any]]
 
 
-def select(masks: Sequence[Any], params: Sequence[Any], spec: Spec, memo: Memo | None = None) -> list[bool]:
+def select(masks: Sequence[Any], params: Sequence[Any], spec: Spec, memo: MaskCache | None = None) -> list[bool]:
     """Whether each parameter is under all of these masks. An inner one, first in the list, is asked only about what is left.
 
     `memo` keeps labels that several masks ask for.
@@ -79,7 +79,7 @@ def select(masks: Sequence[Any], params: Sequence[Any], spec: Spec, memo: Memo |
     return on
 
 
-def evaluate(mask: Any, params: Sequence[Any], spec: Spec, memo: Memo) -> list[bool]:
+def evaluate(mask: Any, params: Sequence[Any], spec: Spec, memo: MaskCache) -> list[bool]:
     """A mask as one bool per parameter; False where there is None instead of one.
 
     Raises:
@@ -109,7 +109,7 @@ def evaluate(mask: Any, params: Sequence[Any], spec: Spec, memo: Memo) -> list[b
     return values
 
 
-def refuse_unused(masks: Iterable[Any], memo: Memo) -> None:
+def refuse_unused(masks: Iterable[Any], memo: MaskCache) -> None:
     """Refuse labels that no parameter has, when `memo` knows the labels of all parameters: they are likely misspelt.
 
     Raises:

@@ -1,7 +1,7 @@
-"""What can be said about a chain of links before any tensor is seen.
+"""What is known of a chain before any tensor is there.
 
-A *plan* cuts a chain into *stages*: runs of leafwise links, and whole links with what they are put around. Of a run, those
-links that act on the same parameters are a *fused_chain*, which one program or one of the `KERNELS` computes.
+A *plan* cuts a chain into *stages*: runs of leafwise links, and whole links with the links that they wrap. Those links of a
+run that act on the same parameters are a *fused chain*, which one program or one of torch's kernels computes.
 """
 
 from __future__ import annotations

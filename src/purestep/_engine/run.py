@@ -104,7 +104,7 @@ class Run:
                 self.scale()
                 self.whole(n)
             elif self.moved:
-                self.home(self.plan.stages[-2])
+                self.copy_back(self.plan.stages[-2])
             elif stage.stop > stage.start or self.apply:
                 self.leafwise(n, self.apply and stage is last)
         self.scale()
@@ -113,7 +113,7 @@ class Run:
             commit(self.writes, self.states, self.plan.fields, own.given and own.counters)
         return self.grads, self.states
 
-    def home(self, whole: Stage) -> None:
+    def copy_back(self, whole: Stage) -> None:
         """Write what the last transform, a whole one, has moved to the parameters, if they were given away."""
         if self.env.wanted == "fused" and whole.inner is None:
             demand_kernel(self.plan.fused_chain(()), self.params)

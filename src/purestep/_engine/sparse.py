@@ -2,7 +2,7 @@
 
 A transform says what a sparse gradient means to it. ``"rows"``: it changes these rows only, as if the others were not
 there. ``"dense"``: the other rows change too, so the gradient is made dense first. Without a word, it is refused. Only the
-transforms that act on a parameter are asked about its gradient. Around an update, `Touched` puts the rows of the parameter
+transforms that act on a parameter are asked about its gradient. Around an update, `SparseRows` puts the rows of the parameter
 and of its state in the place of the whole, and afterwards puts what came of them back.
 """
 
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     states: list[list[Any]]  # per link, per field
 
 
-class Touched:
+class SparseRows:
     """The lists of one update, with the rows of sparse gradients in place of the parameters they belong to."""
 
     def __init__(

@@ -57,7 +57,7 @@ class FusedChain:
         self.scaled = scaled  # whether it begins with gradients times a number, which comes from a whole transform before it
         self.items = [(i, value, fields_of(value)) for i, value in zip(positions, values)]
         self.declarations = [SCALED] * scaled + [value.declaration for value in values]
-        self.names = " -> ".join([d.name for d in self.declarations])
+        self.names = " -> ".join([value.declaration.name for value in values])
         self.encoded = [(j, f) for j, (_, _, info) in enumerate(self.items) for f, yes in enumerate(info.encoded) if yes]
         self.details: dict[tuple[Any, ...], tuple[LeafSpec, ...]] = {}
         self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers

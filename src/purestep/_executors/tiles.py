@@ -20,7 +20,7 @@ from purestep._trace.program import Form, LeafDeclaration, Program, program
 SHORT = 4
 """A program of so many operations costs less without blocks, where there is nothing that may be overwritten."""
 
-CHUNK = 2**18
+TILE = 2**18
 """On a CPU a program works on this many elements at a time."""
 
 
@@ -46,10 +46,10 @@ def calculate(variant: Variant, given: tuple[list[Tensor], list[Tensor], list[An
     """
     donate, kernels = variant.donate, variant.kernels
     grads, params, columns = given
-    cuts = chunks(params)
+    cuts = tile_slices(params)
     overwriting = variant.program(True, "kernels" if kernels else "lists")
     if cuts is not None or (kernels and not donate):  # the kernels overwrite what they are given
-        found = Blocks.of(overwriting, grads, params, columns, donate)
+        found = Tiles.of(overwriting, grads, params, columns, donate)
         if found is not None:
             return found.run(numbers, donate)
     run = (overwriting if donate else variant.program(False)).run
@@ -59,7 +59,7 @@ def calculate(variant: Variant, given: tuple[list[Tensor], list[Tensor], list[An
     return tuple([list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*made)])
 
 
-class Blocks(NamedTuple):
+class Tiles(NamedTuple):
     """A program that can be run on pieces, and lists of large tensors, to be run on pieces that fit the cache.
 
     The program overwrites what it is given. What was not given away is copied first, piece by piece, into memory that is
@@ -72,12 +72,12 @@ class Blocks(NamedTuple):
     columns: list[Any]  # lists, and numbers
 
     @classmethod
-    def of(cls, program: Program, grads: list[Tensor], params: list[Tensor], columns: list[Any], donate: bool) -> Blocks | None:
+    def of(cls, program: Program, grads: list[Tensor], params: list[Tensor], columns: list[Any], donate: bool) -> Tiles | None:
         """None if the program must see whole tensors, they are not each in one piece, or to copy them costs more than it."""
         if not donate and program.length <= SHORT:
             return None
         lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
-        whole = not program.block or CHUNK % program.block
+        whole = not program.block or TILE % program.block
         if whole or not all([all(map(Tensor.is_contiguous, x)) for x in lists]):
             return None
         return cls(program, grads, params, columns)
@@ -144,29 +144,29 @@ def cut(xs: list[Tensor], sizes: list[int], block: int = 1) -> list[Tensor]:
     """What belongs to large tensors, in pieces, the rest as it is: a number each, or one for each `block` of them."""
     pieces: list[Tensor] = []
     for x, size in zip(xs, sizes):
-        pieces += torch.split(x.view(-1), CHUNK if x.numel() == size else CHUNK // block) if size > CHUNK else (x,)
+        pieces += torch.split(x.view(-1), TILE if x.numel() == size else TILE // block) if size > TILE else (x,)
     return pieces
 
 
 def blocks(sizes: list[int]) -> list[slice]:
-    """Consecutive slices of about `CHUNK` elements each."""
+    """Consecutive slices of about `TILE` elements each."""
     cuts, start, size = [], 0, 0
     for k, n in enumerate(sizes):
-        if size and size + n > CHUNK:
+        if size and size + n > TILE:
             cuts.append(slice(start, k))
             start, size = k, 0
         size += n
     return [*cuts, slice(start, len(sizes))]
 
 
-def chunks(params: list[Tensor]) -> list[slice] | None:
-    """Slices of the parameters of about `CHUNK` elements each; None for all at once: for small ones, and on accelerators."""
+def tile_slices(params: list[Tensor]) -> list[slice] | None:
+    """Slices of the parameters of about `TILE` elements each; None for all at once: for small ones, and on accelerators."""
     if not params[0].is_cpu:
         return None
     sizes = [p.numel() for p in params]
-    return None if sum(sizes) <= max(2 * CHUNK, SIZE * len(sizes)) else blocks(sizes)
+    return None if sum(sizes) <= max(2 * TILE, SIZE * len(sizes)) else blocks(sizes)
 
 
 def pieces(flat: Tensor) -> list[Tensor]:
     """One long tensor in pieces that fit the cache."""
-    return list(torch.split(flat, CHUNK))
+    return list(torch.split(flat, TILE))

@@ -13,7 +13,7 @@ from purestep._core.torch_api import BelowAutograd
 from purestep._executors.foreach import run_foreach
 from purestep._executors.leaf_function import stored
 from purestep._executors.task import Base, Mode, Result, Task, all_ordinary
-from purestep._executors.tiles import chunks, through
+from purestep._executors.tiles import through, tile_slices
 
 
 class TorchFused(Base):
@@ -109,7 +109,7 @@ def bound_kernel(task: Task, n: int) -> tuple[Bound, dict[str, list[Tensor]], li
 def in_tiles(first: Task, kernel: Bound, states: dict[str, list[Tensor]]) -> list[list[Any]] | None:
     """What comes before a kernel, and the kernel, on large tensors tile by tile, if it is elementwise; its new fields."""
     params = first.params
-    if chunks(params) is None:
+    if tile_slices(params) is None:
         return None
     columns, places, news = first.arranged()
     lists = [first.grads, params, *states.values(), *[c for c in columns if isinstance(c, list)]]

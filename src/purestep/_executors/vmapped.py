@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purestep._core.torch_api import without_innermost_interpreter
 from purestep._executors.task import Base, Mode, Result, Task
-from purestep._executors.tiles import CHUNK, SHORT, Blocks, Variant, calculate, room
+from purestep._executors.tiles import SHORT, TILE, Tiles, Variant, calculate, room
 from purestep._executors.vmap_level import VmapLevel
 from purestep._trace.program import LeafDeclaration, program
 
@@ -115,7 +115,7 @@ def by_member(
         every = Members(0, size)
         found = plain.run(*every.of(grads, params, columns), *every.numbers(hypers))
         return tuple([rearranged(x, params) if isinstance(x, (list, tuple)) else collected([x]) for x in found])
-    step = 1 if elements >= LARGE else max(1, CHUNK // max(1, elements))
+    step = 1 if elements >= LARGE else max(1, TILE // max(1, elements))
     if step > 1 and not plain.broadcasts:
         return None
     donating = program(recipe, apply, False, True, *declarations)
@@ -129,7 +129,7 @@ def by_member(
         home = [some.rows(c) if isinstance(c, list) else x for c, x in zip(new_columns, old)]
         place = some.rows(new_params) if apply else p
         out = place if apply else some.rows(updates)
-        results.append(Blocks(donating, g, p, old).fill(some.numbers(hypers), place, home, out))
+        results.append(Tiles(donating, g, p, old).fill(some.numbers(hypers), place, home, out))
     return updates, *[c if isinstance(c, list) else collected(x) for c, *x in zip(new_columns, *results)]
 
 

@@ -45,7 +45,7 @@ from purestep._engine.explain import Explanation, watched
 from purestep._engine.guards import GuardCache
 from purestep._engine.plan import ParamSlice, Plan
 from purestep._engine.run import Inputs, choose, run_chain
-from purestep._engine.sparse import Touched
+from purestep._engine.sparse import SparseRows
 from purestep._engine.step_cache import repeatable
 from purestep._executors.task import Env, ExecutorName, Mode, Ownership
 from purestep._optimizer.averages import averages_in, in_place_of_params
@@ -642,7 +642,7 @@ class Optimizer(torch.optim.Optimizer):
             extras = {**extras, "value_and_grad": value_and_grad(given, params, grads, loss, extras["value_and_grad"])}
         touched = None
         if not all([g.layout is torch.strided for g in grads]):
-            touched = Touched(
+            touched = SparseRows(
                 grads,
                 given,
                 columns,

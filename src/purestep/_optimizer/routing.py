@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from purestep._core.masks import Label, Memo, refuse_unnamed, refuse_unused, route, select
+from purestep._core.masks import Label, MaskCache, refuse_unnamed, refuse_unused, route, select
 from purestep._core.primitives import Link
 from purestep._optimizer.selection import Selection, spec_of
 from purestep.compose import chain
@@ -145,9 +145,11 @@ class Routing:
                 found.append(self.label(tuple(active)))
         return found[0]
 
-    def _active(self, known: list[Any], paths: dict[Tensor, str], named: bool) -> tuple[dict[Tensor, tuple[bool, ...]], Memo]:
+    def _active(
+        self, known: list[Any], paths: dict[Tensor, str], named: bool
+    ) -> tuple[dict[Tensor, tuple[bool, ...]], MaskCache]:
         """Which links of the partition act on each parameter, and the labels found; `known` has None for lazy parameters."""
-        memo: Memo = {}
+        memo: MaskCache = {}
         spec = spec_of(paths, self._masks(), named)
         ways = [select(outer(link.masks), known, spec, memo) for link in self.recipe.links]
         return dict(zip(paths, zip(*ways))), memo

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from purestep._core import tree
-from purestep._core.masks import Memo, select
+from purestep._core.masks import MaskCache, select
 from purestep._core.torch_api import tree_leaves
 from purestep._engine.boundary import columns_of, trees_of
 from purestep._engine.plan import ParamSlice
@@ -43,7 +43,7 @@ class Loop:
         """The new parameters."""
         gradients, params, opt = tree.flatten_like(grads, self.spec, "grads"), self.params, self.opt
         kept = [c if isinstance(c, list) else tree_leaves(c) for s in self.states for c in s]
-        memo: Memo = {}
+        memo: MaskCache = {}
         inputs = Inputs(gradients, params, self.states, lambda masks: select(masks, params, self.spec, memo))
         mode = choose(None, params, gradients, *kept, opt.plan.tensors)
         env = Env(mode, None, Ownership(counters=True), gradients + params)

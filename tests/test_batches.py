@@ -58,14 +58,14 @@ def advance(opt: Any, state: Any, params: Any, grads: Any) -> Any:
 def found(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call was done on stacked tensors."""
     results: list[bool] = []
-    original = purestep._executors.vmapped.run
+    original = purestep._executors.vmapped.run_stacked
 
     def run(*args: Any) -> Any:
         result = original(*args)
         results.append(result is not None)
         return result
 
-    monkeypatch.setattr(purestep._executors.vmapped, "run", run)
+    monkeypatch.setattr(purestep._executors.vmapped, "run_stacked", run)
     return results
 
 

@@ -47,7 +47,7 @@ from purestep._engine.plan import ParamSlice, Plan
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import SparseRows
 from purestep._engine.step_cache import repeatable
-from purestep._executors.task import Env, ExecutorName, Mode, Ownership
+from purestep._executors.task import Env, ExecutorName, Ownership
 from purestep._optimizer.averages import averages_in, in_place_of_params
 from purestep._optimizer.checkpoint import check_loaded, check_shared, cleaned, keep_precision, lay_out, with_labels
 from purestep._optimizer.closures import closure_inputs, keep_progress, value_and_grad
@@ -591,84 +591,68 @@ class Optimizer(torch.optim.Optimizer):
         self, groups: list[tuple[dict[str, Any], Transform]], extras: Mapping[str, Any] = NOTHING, loss: Any = None
     ) -> None:
         """One update of the parameters of these groups, which the transforms see together; `loss` is the closure's."""
-        params: list[Tensor] = []
-        grads: list[Any] = []
-        together_: list[ParamSlice] = []
-        for group, transform in groups:
-            own = group["params"]
-            given = [p.grad for p in own]
-            if "value_and_grad" in extras:  # a function of all parameters has a gradient for each
-                given = [torch.zeros_like(p) if g is None else g for p, g in zip(own, given)]
-            if type(None) in set(map(type, given)):
-                own = [p for p, g in zip(own, given) if g is not None]
-                given = [g for g in given if g is not None]
-            together_.append(ParamSlice(transform.plan, range(len(params), len(params) + len(own))))
-            params += own
-            grads += given
+        has_closure = "value_and_grad" in extras
+        params, grads, slices = with_gradients(groups, has_closure)
         if not params:
             return
         self._accept(grads, params)
-        if self._first_steps.untouched:
-            for rows, (_, transform) in zip(together_, groups):
-                self._first_steps.touch(self._contents, params[rows.rows.start : rows.rows.stop], transform)
-        stateless = all([g.plan.stateless for g in together_])
-        states: list[dict[str, Any]] = [{}] * len(params) if stateless else list(map(self.state.__getitem__, params))
-        keys = together_[0].plan.keys
-        try:
-            columns = self._gather(params, states, together_, keys)
-        except KeyError:
-            for rows, (_, transform) in zip(together_, groups):
-                fill(self._contents, params[rows.rows.start : rows.rows.stop], transform)
-            columns = self._gather(params, states, together_, keys)
+        states, columns = self._columns(params, slices, groups)
+        plan = slices[0].plan
+
+        def path(k: int) -> str:
+            return self._selection.paths(self.param_groups)[params[k]]
+
         if not plain(grads, params):
-            like = together_[0].plan.alike(columns)
-            grads = sharded.alike(grads, params, like, lambda k: quote(self._selection.paths(self.param_groups)[params[k]]))
+            grads = sharded.alike(grads, params, plan.alike(columns), lambda k: quote(path(k)))
         executor = self._executor(groups[0][0])
         if len(groups) > 1:
-            refuse_disagreement(together_)
-        seen: tuple[Any, ...] = ()
-        if torch.is_grad_enabled():
-            fields = [c if isinstance(c, list) else [c] for c in chained.from_iterable(columns)]
-            seen = (params, grads, *fields, *[g.plan.tensors for g in together_])
-        mode: Mode = choose(executor, *seen)
+            refuse_disagreement(slices)
         before = list(map(list, columns))
-        columns = self._represented(columns, together_[0].plan)
-        given_columns = list(map(list, columns))
+        columns = self._represented(columns, plan)
+        represented = list(map(list, columns))
+        records = torch.is_grad_enabled()
+        seen: tuple[Any, ...] = ()
+        if records:
+            fields = [c if isinstance(c, list) else [c] for c in chained.from_iterable(before)]
+            seen = (params, grads, *fields, *[g.plan.tensors for g in slices])
         # where autograd looks on, the graph keeps the old values while the parameters are overwritten
-        given = (
-            [p.clone() for p in params] if torch.is_grad_enabled() else clones(params) if "value_and_grad" in extras else params
-        )
-        if "value_and_grad" in extras:
+        given = [p.clone() for p in params] if records else clones(params) if has_closure else params
+        if has_closure:
             extras = {**extras, "value_and_grad": value_and_grad(given, params, grads, loss, extras["value_and_grad"])}
-        touched = None
-        if not all([g.layout is torch.strided for g in grads]):
-            touched = SparseRows(
-                grads,
-                given,
-                columns,
-                together_,
-                lambda masks: self._selection.of(masks, params, self.param_groups),
-                lambda k: self._selection.paths(self.param_groups)[params[k]],
-            )
-            grads, given, columns = touched.grads, touched.params, touched.states
         inputs = Inputs(grads, given, columns, lambda masks: self._selection.of(masks, params, self.param_groups), extras)
-        own = Ownership(given=not torch.is_grad_enabled(), private=True, copies=touched is None and "value_and_grad" in extras)
-        env = Env(mode, executor, own, grads + given)
+        rows = None
+        if not all([g.layout is torch.strided for g in grads]):
+            rows = SparseRows(grads, given, columns, slices, inputs.mask, path)
+            inputs.grads, inputs.params, inputs.states = rows.grads, rows.params, rows.states
+        own = Ownership(given=not records, private=True, copies=rows is None and has_closure)
+        env = Env(choose(executor, *seen), executor, own, inputs.grads + inputs.params)
         try:
-            out, after = run_chain(together_, inputs, env, apply=True)
+            out, after = run_chain(slices, inputs, env, apply=True)
         except BaseException as error:
-            if "value_and_grad" in extras and not keep_progress(error, together_[0].plan, self.shared):
+            if has_closure and not keep_progress(error, plan, self.shared):
                 overwrite(params, given)
             raise
-        if touched is not None:
-            out, after = touched.scatter(out, after, True, env.own.given)
-        if torch.is_grad_enabled():
-            for p, x in zip(params, out):
-                if x is not p:
-                    p.copy_(x)
-        elif not all(map(operator.is_, out, params)):
-            overwrite(params, out)
-        self._store(together_[0].plan, states, before, given_columns, after)
+        if rows is not None:
+            out, after = rows.scatter(out, after, True, env.own.given)
+        write_params(params, out)
+        self._store(plan, states, before, represented, after)
+
+    def _columns(
+        self, params: list[Tensor], slices: list[ParamSlice], groups: list[tuple[dict[str, Any], Transform]]
+    ) -> tuple[list[dict[str, Any]], list[Any]]:
+        """The state of each of these parameters, and its fields as the engine takes them: made, where there is none yet."""
+        if self._first_steps.untouched:
+            for part, (_, transform) in zip(slices, groups):
+                self._first_steps.touch(self._contents, params[part.rows.start : part.rows.stop], transform)
+        stateless = all([part.plan.stateless for part in slices])
+        states: list[dict[str, Any]] = [{}] * len(params) if stateless else list(map(self.state.__getitem__, params))
+        keys = slices[0].plan.keys
+        try:
+            return states, self._gather(params, states, slices, keys)
+        except KeyError:
+            for part, (_, transform) in zip(slices, groups):
+                fill(self._contents, params[part.rows.start : part.rows.stop], transform)
+            return states, self._gather(params, states, slices, keys)
 
     def _represented(self, columns: list[Any], plan: Plan) -> list[Any]:
         """The state as the engine takes it, where counters that are equal are one tensor."""
@@ -868,6 +852,40 @@ class Optimizer(torch.optim.Optimizer):
             group.update(self._constants)
         for group, transform in zip(self.param_groups, self._options.transforms(self.param_groups)):
             lay_out(self._contents, group, transform, anew=False)
+
+
+def with_gradients(
+    groups: list[tuple[dict[str, Any], Transform]], zeros: bool
+) -> tuple[list[Tensor], list[Any], list[ParamSlice]]:
+    """The parameters of these groups that have a gradient, their gradients, and which of them each group's transform is for.
+
+    With `zeros`, parameters without a gradient have a gradient of zeros: a function of all parameters has one for each.
+    """
+    params: list[Tensor] = []
+    grads: list[Any] = []
+    slices: list[ParamSlice] = []
+    for group, transform in groups:
+        own = group["params"]
+        given = [p.grad for p in own]
+        if zeros:
+            given = [torch.zeros_like(p) if g is None else g for p, g in zip(own, given)]
+        if type(None) in set(map(type, given)):
+            own = [p for p, g in zip(own, given) if g is not None]
+            given = [g for g in given if g is not None]
+        slices.append(ParamSlice(transform.plan, range(len(params), len(params) + len(own))))
+        params += own
+        grads += given
+    return params, grads, slices
+
+
+def write_params(params: list[Tensor], new: list[Tensor]) -> None:
+    """Write new parameters into the old ones, recorded by autograd if it looks on."""
+    if torch.is_grad_enabled():
+        for p, x in zip(params, new):
+            if x is not p:
+                p.copy_(x)
+    elif not all(map(operator.is_, new, params)):
+        overwrite(params, new)
 
 
 @whole()

@@ -774,3 +774,51 @@ def test_updates_are_not_in_the_memory_of_a_sum(donate: bool) -> None:
         u, state = alone.update({name: torch.full((1,), k + 1.0) for name in p}, state, p, donate=donate)
         held.append(u["b"])
     assert [x.item() for x in held] == [0, 1.5, 0, 3.5]
+
+
+COUNTERS: dict[str, Any] = {
+    "accumulate": lambda: ps.chain(ps.add_noise(0.1, 0.5, seed=1), ps.accumulate(ps.adam(0.01), 2)),
+    "accumulate, every step": lambda: ps.chain(
+        ps.add_noise(0.1, 0.5, seed=1), ps.accumulate(ps.sgd(0.1), lambda step: 1 + step)
+    ),
+    "whole inside": lambda: ps.chain(ps.add_noise(0.1, 0.5, seed=1), ps.accumulate(ps.prodigy(), 2)),
+    "two whole inside": lambda: ps.accumulate(ps.chain(ps.add_noise(0.1, 0.5, seed=1), ps.dog()), 2),
+}
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("name", COUNTERS)
+def test_each_whole_transform_of_an_optimizer_has_its_own_counter(name: str, foreach: bool | None) -> None:
+    """accumulate counts the updates of what it wraps, noise before it counts all (found by tests/test_generated.py)."""
+    make = COUNTERS[name]
+    expected, opt = {"w": torch.ones(3, 2, dtype=torch.float64)}, make()
+    state = opt.init_state(expected)
+    w = torch.nn.Parameter(expected["w"].clone())
+    optimizer = optim.Optimizer([("w", w)], make(), foreach=foreach)
+    for k in range(7):
+        g = torch.full((3, 2), 0.1 * k + 0.1, dtype=torch.float64)
+        expected, state = opt.step({"w": g}, state, expected, executor="leaf")
+        w.grad = g
+        optimizer.step()
+    torch.testing.assert_close(w.detach(), expected["w"], rtol=1e-10, atol=1e-10)
+    names = [
+        n for own, link in zip(opt.plan.keys, opt.links) if link.transform.declaration.whole for n in own if n.endswith("step")
+    ]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_a_part_without_gradients_does_not_count(foreach: bool | None) -> None:
+    make = lambda: ps.partition({"a": ps.prodigy(), "b": ps.dog()}, ps.by_ndim({2: "a"}, default="b"))  # noqa: E731
+    opt, expected = make(), {"w": torch.ones(3, 2, dtype=torch.float64), "v": torch.ones(3, dtype=torch.float64)}
+    state = opt.init_state(expected)
+    params = {n: torch.nn.Parameter(x.clone()) for n, x in expected.items()}
+    optimizer = optim.Optimizer(params.items(), make(), foreach=foreach)
+    for k in range(6):
+        grads = {n: None if n == "v" and k % 2 else 0.3 * x for n, x in expected.items()}
+        for n, g in grads.items():
+            params[n].grad = g
+        expected, state = opt.step(grads, state, expected, executor="leaf")
+        optimizer.step()
+    for n, x in expected.items():
+        torch.testing.assert_close(params[n].detach(), x, rtol=1e-10, atol=1e-10)

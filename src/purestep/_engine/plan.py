@@ -149,19 +149,26 @@ def runs(links: Sequence[Link]) -> list[tuple[int, int, bool]]:
 def qualified(names: list[tuple[str, ...]], links: Sequence[Link]) -> list[tuple[str, ...]]:
     """Per link, the names of its fields in one namespace: qualified by the link's number where two links share a name.
 
-    All links of a chain count the same updates, so there is one `step`; those inside another transform count its, so where
-    there is a `step` outside, theirs is qualified by that transform's number. Links that no parameter has in common share
-    names, but for whole ones, which may have fields of their own.
+    All leafwise links of a chain count the same updates, so there is one `step`; those inside another transform count its, so
+    where there is a `step` outside, theirs is qualified by that transform's number. Links that no parameter has in common share
+    names, except whole ones, which may have fields of their own. A whole link may count something else than another one (the
+    updates of what it wraps, or those in which it has parameters), so each has a `step` of its own.
     """
     around = surrounding(links)
+    is_whole = [link.transform.declaration.whole for link in links]
+    taken: set[str] = set()
 
     def alone(i: int, name: str) -> bool:
         return not any([j != i and name in own and meet(links[i], links[j]) for j, own in enumerate(names)])
 
     def step(i: int) -> str:
-        whole = links[i].transform.declaration.whole  # such a counter is kept elsewhere
-        others = [j for j, own in enumerate(names) if "step" in own and links[j].transform.declaration.whole == whole]
-        return f"{around[i]}.step" if any([around[j] < around[i] and meet(links[i], links[j]) for j in others]) else "step"
+        others = [j for j, own in enumerate(names) if "step" in own and is_whole[j] == is_whole[i]]
+        outside = any([around[j] < around[i] and meet(links[i], links[j]) for j in others])
+        name = f"{around[i]}.step" if outside else "step"
+        if is_whole[i]:
+            name = f"{i}.step" if name in taken else name
+            taken.add(name)
+        return name
 
     return [tuple([step(i) if n == "step" else n if alone(i, n) else f"{i}.{n}" for n in own]) for i, own in enumerate(names)]
 

@@ -1211,7 +1211,7 @@ def test_repr() -> None:
     assert repr(ours) == repr(theirs).replace("dampening: 0\n", "dampening: 0.0\n")
     composed = optim.Optimizer(tensors((2,)), ps.chain(ps.clip_by_global_norm(1.0), ps.sgd(0.1, momentum=0.9)))
     text = repr(composed)
-    assert text.startswith("Optimizer (\nParameter ParamSlice 0\n")
+    assert text.startswith("Optimizer (\nParameter Group 0\n")
     assert "    max_norm: 1.0\n" in text
     assert "    lr: 0.1\n" in text
 

@@ -6,7 +6,6 @@ run that act on the same parameters are a *fused chain*, which one program or on
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,21 +49,27 @@ class Plan:
             self.stages.append(Stage(self, start, stop, whole))
         if not self.stages or self.stages[-1].whole:
             self.stages.append(Stage(self, len(links), len(links), False))  # where the updates are applied
+        self._keys: list[tuple[str, ...]] | None = None
         self.repeated: Any = ...  # what `purestep._engine.step_cache` makes of it, at the first use
         self.guards: dict[tuple[int, int], GuardCache] = {}  # of all tensors of a call, by the number of parameters and of all
         self.final = len(self.stages) - 2 if self.stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
 
-    @functools.cached_property
+    # These are asked by optimizers alone, so they are found out at the first use (not by functools.cached_property, whose lock
+    # torch.compile cannot trace).
+
+    @property
     def keys(self) -> list[tuple[str, ...]]:
         """Per link, what an optimizer's state calls its fields."""
-        return qualified([info.names for info in self.fields], self.links)
+        if self._keys is None:
+            self._keys = qualified([info.names for info in self.fields], self.links)
+        return self._keys
 
-    @functools.cached_property
+    @property
     def stateless(self) -> bool:
         """Whether no link keeps anything."""
-        return all([off or not names for off, names in zip(self.off, self.keys)])
+        return all([off or not info.names for off, info in zip(self.off, self.fields)])
 
-    @functools.cached_property
+    @property
     def optional(self) -> list[bool]:
         """Per link, whether some parameters may lack its state, or a part of it."""
         return [off or bool(link.masks) or info.optional for off, link, info in zip(self.off, self.links, self.fields)]

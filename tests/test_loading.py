@@ -235,3 +235,21 @@ def test_two_optimizers_share_nothing_of_what_they_loaded_for_all_parameters(nam
     one.load_state_dict(saved)
     two.load_state_dict(saved)
     assert not memory(dict(one.shared)) & (memory(dict(two.shared)) | memory(dict(optimizer.shared)))
+
+
+@pytest.mark.parametrize("name", ["Adadelta", "RMSprop", "Adam", "Adagrad", "Rprop", "NAdam"])
+def test_a_state_whose_counter_is_zero_is_kept(name: str) -> None:
+    """Somebody has set the counter back; the rest of the state counts, also in another memory order (found by the machine)."""
+    results = []
+    for side in (torch.optim, optim):
+        p = torch.nn.Parameter(torch.arange(6.0, dtype=torch.float64).reshape(3, 2))
+        optimizer = getattr(side, name)([p], lr=0.1)
+        p.grad = torch.ones(3, 2, dtype=torch.float64)
+        optimizer.step()
+        optimizer.state[p]["step"].fill_(0.0)
+        optimizer.load_state_dict(optimizer.state_dict())
+        p.data = p.data.t().contiguous().t()
+        p.grad = torch.full((3, 2), 0.5, dtype=torch.float64)
+        optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)

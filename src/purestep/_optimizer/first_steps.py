@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from purestep._core.plain import plain
 from purestep._core.primitives import Link, Primitive, fields_of, fresh_state, fresh_whole_state, is_off
 from purestep._core.values import same
 from purestep._engine.counters import traced
@@ -119,11 +120,31 @@ class FirstSteps:
         if any([link.span for link in transform.links]):
             return  # within another transform, what has made no step may have seen gradients
         for p, state in loaded:
-            if is_zero(contents.of(p).get("step")):
+            if is_zero(contents.of(p).get("step")) and self._as_it_began(contents, p, transform):
                 self.remember(contents, [p], transform)
                 options, own = began.get(p, ({}, {}))
                 if options and same(own, state):  # a hook has put it among what is loaded
                     self.untouched[p] = self.untouched[p]._replace(options=options)
+
+    def _as_it_began(self, contents: Contents, p: Tensor, transform: Transform) -> bool:
+        """Whether the state of a parameter is what `init` makes, so that nothing is lost if it is made anew.
+
+        What `init` makes of the parameter's values cannot be compared: these may have changed since. Nor are tensors that are
+        not plain, which processes would have to talk about.
+        """
+        state = contents.of(p)
+        if p.is_meta or not plain([p], *[[x] for x in state.values() if isinstance(x, Tensor)]):
+            return True
+        for link, names in zip(transform.links, transform.plan.keys):
+            value = link.transform
+            skipped = value.declaration.whole or is_off(value) or not contents.selected(link.masks, [p])[0]
+            if skipped or not names or self._dependence.leafwise(value, p):
+                continue
+            for name, x in zip(names, fresh_state(value, p)):
+                old = state.get(name)
+                if isinstance(old, Tensor) and isinstance(x, Tensor) and not same(old, x.to(old.dtype)):
+                    return False
+        return True
 
     # -- around a step
 

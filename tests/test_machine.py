@@ -117,7 +117,7 @@ class Machine(RuleBasedStateMachine):
             for name, x in theirs.state.get(p, {}).items():
                 if isinstance(x, Tensor) and isinstance(mine.get(name), Tensor):
                     torch.testing.assert_close(
-                        mine[name].reshape(x.shape).to(x.dtype), x, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True,
+                        mine[name].reshape(x.shape).to(x.dtype), x, rtol=self.tolerance, atol=self.tolerance, equal_nan=True,
                         msg=lambda m, k=k, name=name: f"{name} of parameter {k}: {m}",
                     )  # fmt: skip
         counters = [s["step"] for s in ours.state.values() if isinstance(s, dict) and isinstance(s.get("step"), Tensor)]

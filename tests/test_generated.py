@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import os
 import pickle
 import re
@@ -286,6 +287,8 @@ def close(found: Any, expected: Any, on: Setting, what: str, recipe: Recipe) -> 
         if not b.is_complex() and torch.finfo(dtype).bits > 16:
             same = torch.equal(a.isfinite(), b.isfinite()) if infinite else torch.equal(a.isnan(), b.isnan())
             assert same, f"{what}: NaN for NaN\n{x}\n{y}"
+        if b.is_complex() and on.special is not None and not math.isfinite(on.special):
+            continue  # (inf + 0j) / 2 has a NaN in it, or not, as the division is written
         if on.special == HUGE:  # beside it, and in differences of two that are huge, all other numbers are rounding
             continue
         finite = a.abs().isfinite() & b.abs().isfinite()

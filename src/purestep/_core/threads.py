@@ -69,7 +69,7 @@ def divided(run: Callable[..., None]) -> Callable[..., None]:
 
     def call(params: list[Tensor], *given: Any) -> None:
         put, threads = OPENMP, torch.get_num_threads()
-        few = [x.numel() <= SERIAL for x in params] if threads > 1 and params[0].is_cpu else []
+        few = [n <= SERIAL for n in map(Tensor.numel, params)] if threads > 1 and params[0].is_cpu else []
         if put is None or sum(few) <= min(FEW, len(params) - 1):
             run(params, *given)
             return

@@ -120,10 +120,11 @@ class FirstSteps:
         if any([link.span for link in transform.links]):
             return  # within another transform, what has made no step may have seen gradients
         for p, state in loaded:
-            if is_zero(contents.of(p).get("step")) and self._as_it_began(contents, p, transform):
+            options, own = began.get(p, ({}, {}))
+            hooked = bool(options) and same(own, state)  # a hook has put it among what is loaded
+            if is_zero(contents.of(p).get("step")) and (hooked or self._as_it_began(contents, p, transform)):
                 self.remember(contents, [p], transform)
-                options, own = began.get(p, ({}, {}))
-                if options and same(own, state):  # a hook has put it among what is loaded
+                if hooked:
                     self.untouched[p] = self.untouched[p]._replace(options=options)
 
     def _as_it_began(self, contents: Contents, p: Tensor, transform: Transform) -> bool:

@@ -28,12 +28,7 @@ class Guard(NamedTuple):
     guards: TensorGuards
     number: int
     grad: bool  # whether grad mode was on
-    facts: dict[Any, Any] | None  # what is known of tensors that look so: see `purestep._executors.task.Task.facts`
-
-    @classmethod
-    def unknown(cls) -> Guard:
-        """A guard that matches nothing and knows no facts."""
-        return cls(TensorGuards(dynamic_dims_sizes=None, dynamic_dims_strides=None), 0, False, None)
+    facts: dict[Any, Any]  # what is known of tensors that look so: see `purestep._executors.task.Task.facts`
 
     def matches(self, tensors: Sequence[object]) -> bool:
         """Whether these tensors have, one by one, the same types, dtypes, devices, shapes and strides; in the same grad mode.

@@ -29,7 +29,7 @@ from purestep._engine.counters import CounterWrite, commit
 from purestep._engine.nesting import Inner, check_nested, reused
 from purestep._engine.numbers import Numbers
 from purestep._engine.plan import ParamSlice, Plan, Stage
-from purestep._executors import registry as registry
+from purestep._executors import registry as registry  # importing it registers the executors
 from purestep._executors.chains import FUSED_DTYPES, FusedChain
 from purestep._executors.flat_buffer import COUNT, SIZE
 from purestep._executors.leaf_function import requires_grad

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from purestep._core.plain import PLAIN, plain
 from purestep._core.torch_api import BelowAutograd, foreach_copy_
-from purestep._engine.guards import Guard, GuardCache
+from purestep._engine.guards import GuardCache
 from purestep._engine.numbers import Numbers
 from purestep._engine.plan import Plan
 from purestep._engine.run import choose, one
@@ -36,8 +36,6 @@ from purestep._executors.task import Env, ExecutorName, Ownership, Task, decided
 
 PRIVATE = Ownership(given=True, private=True)
 """An optimizer's own step: the state is its own, and it writes the counters itself."""
-
-UNKNOWN = Guard.unknown()
 
 ZERO = torch.zeros(())
 """The counter of what does not count."""
@@ -105,9 +103,10 @@ class RepeatedStep(NamedTuple):
         everything = [*params, *grads, *flat.from_iterable(columns)]
         guard = guards.check(everything)
         if guard is None:
-            if not (plain(everything) and self.takes(params, grads, columns, [])):
+            if not (plain(everything) and self.takes(params, grads, columns)):
                 return False
-            guard = guards.install(everything) or UNKNOWN
+            guard = guards.install(everything)
+        facts = None if guard is None else guard.facts
         vectors: list[Tensor] = []
         counts: list[Any] = []
         for k, column in enumerate(counters):
@@ -119,12 +118,12 @@ class RepeatedStep(NamedTuple):
                 return False
             vectors.append(vector)
             counts.append(values[0])
-        if self.bound(guard.facts, executor):
+        if self.bound(facts, executor):
             for vector in vectors if len(vectors) < 2 else self.distinct(vectors):
                 vector.add_(1)
             self.run(params, grads, columns, counts[0] if counts else 0, counters[0][0] if counters else ZERO)
         else:
-            self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), guard.facts)
+            self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), facts)
         return True
 
     def hits(self, guards: GuardCache, grads: list[Any], params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
@@ -200,7 +199,7 @@ class RepeatedStep(NamedTuple):
         torch.autograd.graph.increment_version(flat.from_iterable(columns))
         return True
 
-    def takes(self, params: list[Any], grads: list[Any], columns: list[Any], counters: list[Any]) -> bool:
+    def takes(self, params: list[Any], grads: list[Any], columns: list[Any]) -> bool:
         """Whether the kernel may be trusted with these tensors, and nobody asks for derivatives."""
         dtype, shapes, n = params[0].dtype, [p.shape if type(p) in PLAIN else None for p in params], len(params)
         for xs in (params, grads, *columns):
@@ -211,7 +210,7 @@ class RepeatedStep(NamedTuple):
                 and all([x.is_cpu and x.layout is torch.strided and x.is_contiguous() for x in xs])
             ):
                 return False
-        if torch.is_grad_enabled() and any([any([x.requires_grad for x in xs]) for xs in (params, grads, *counters, *columns)]):
+        if torch.is_grad_enabled() and any([any([x.requires_grad for x in xs]) for xs in (params, grads, *columns)]):
             return False
         return dtype.is_floating_point
 

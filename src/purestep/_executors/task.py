@@ -177,7 +177,7 @@ class Task:
         """One of `FACTS`; looked for once, if the guard of an earlier call has found the same tensors."""
         if self.facts is None:
             return FACTS[name](self)
-        key = (name, self.chain.positions, self.chain.scaled, self.applies)
+        key = (name, self.chain.structure, self.applies)
         if key not in self.facts:
             self.facts[key] = FACTS[name](self)
         return self.facts[key]

@@ -332,3 +332,24 @@ def test_many_models_with_one_transform(surroundings: Any) -> None:
                 params, state = opt.step([torch.ones(2)] * n, state, params)
             assert all(torch.allclose(p, torch.full((2,), 0.8)) for p in params)
     assert len(opt.plan.guards) <= 8
+
+
+@pytest.mark.parametrize("first", [0.0, 0.1])
+def test_another_chain_on_the_same_tensors_is_decided_anew(first: float) -> None:
+    """Without decay torch's SGD computes all of it, with decay after the momentum nothing of torch's does."""
+    make = lambda: ps.chain(ps.trace(0.9), ps.add_decayed_weights(first), ps.scale_by_learning_rate(0.1))  # noqa: E731
+    results = []
+    for flags in ({}, {"foreach": False}):
+        p = torch.nn.Parameter(torch.arange(6.0, dtype=torch.float64))
+        optimizer = optim.Optimizer([p], make(), **flags)
+        ran = []
+        for k in range(9):
+            p.grad = torch.full_like(p, 0.1 * k)
+            if k == 5:
+                optimizer.param_groups[0]["weight_decay"] = 0.1 - first
+            ran.append(optimizer.explain().parts[-1].executor)
+            optimizer.step()
+        results.append(p.detach())
+        if not flags:
+            assert [ran[4], ran[8]] == (["fused", "foreach"] if first == 0.0 else ["foreach", "fused"])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)

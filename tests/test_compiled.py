@@ -13,7 +13,9 @@ from torch import Tensor
 
 import purestep as ps
 import purestep._executors.compiled
+import purestep._trace.program
 from purestep import optim
+from purestep._core.cache import DeclarationCache
 from tests.problems import difference
 
 OPTIMIZERS: dict[str, Any] = {
@@ -88,7 +90,7 @@ def test_one_kernel_serves_every_model_and_learning_rate(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         purestep._executors.compiled, "function", lambda split, *rest: made.append(split.name) or original(split, *rest)
     )
-    monkeypatch.setattr(purestep._trace.program, "_programs", {})  # which keep their kernels
+    monkeypatch.setattr(purestep._trace.program, "_programs", DeclarationCache(100))  # which keep their kernels
     for shapes in (SHAPES, {"w": (8,)}, {"w": (3, 3), "b": (100_000,)}):
         for lr in (0.1, 0.2, torch.tensor(0.3), ps.schedules.linear(0.1, 0.0, total_steps=5)):
             opt = ps.nadam(lr)

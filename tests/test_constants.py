@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 import purestep as ps
 import purestep._trace.program
+from purestep._core.cache import DeclarationCache
 from tests.problems import clone
 
 EXAMPLES = int(os.environ.get("PURESTEP_EXAMPLES", "1"))
@@ -505,7 +506,7 @@ def test_the_derivative_of_a_closed_over_tensor(way: str, kind: str) -> None:
 
 def test_what_is_closed_over_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A declaration made inside a function is gone with its last transform, and so are its programs and all that they hold."""
-    monkeypatch.setattr(purestep._trace.program, "_programs", {})
+    monkeypatch.setattr(purestep._trace.program, "_programs", DeclarationCache(100))
     gc.collect()
     functions, sources = len(vars(purestep._trace.program._functions)), len(linecache.cache)
     for _ in range(3):
@@ -519,15 +520,14 @@ def test_what_is_closed_over_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()  # the declaration, and then its programs
     gc.collect()
     assert last() is None
-    assert all(x.parts == ("trace",) for x in purestep._trace.program._programs.values())
+    assert all(x.parts == ("trace",) for x in purestep._trace.program._programs.entries.values())
     assert len(vars(purestep._trace.program._functions)) == functions
     assert len(linecache.cache) == sources
 
 
 def test_programs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A switch that is another number at every step."""
-    monkeypatch.setattr(purestep._trace.program, "PROGRAMS", 20)
-    monkeypatch.setattr(purestep._trace.program, "_programs", {})
+    monkeypatch.setattr(purestep._trace.program, "_programs", DeclarationCache(20))
 
     @ps.leafwise()
     def shifted(g: Tensor, p: Tensor, by: int) -> Tensor:
@@ -537,7 +537,7 @@ def test_programs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for k in range(50):
         assert shifted(k).update(p, ps.EmptyState(), p)[0].tolist() == [1.0 + k] * 2
     gc.collect()
-    assert len(purestep._trace.program._programs) <= 20
+    assert len(purestep._trace.program._programs.entries) <= 20
     assert len([name for name in linecache.cache if name.endswith(": shifted>")]) <= 20
 
 

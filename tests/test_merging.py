@@ -365,7 +365,7 @@ def test_the_program() -> None:
     """What the kernel is asked for stands in the source."""
     t = ps.radam(0.1)
     train(t, donate=True)
-    found = [p for p in program._programs.values() if p.merged and p.parts[0] == "scale_by_radam"]
+    found = [p for p in program._programs.entries.values() if p.merged and p.parts[0] == "scale_by_radam"]
     lines = [line.strip() for line in found[0].source.splitlines()]
     assert [x for x in lines if x.startswith("adam_(p, g, exp_avg, exp_avg_sq, betas_0, betas_1, ")]
     assert not [x for x in lines if x.startswith(("lerp_", "mul_", "addcmul_", "addcdiv_"))]

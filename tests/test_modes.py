@@ -216,7 +216,7 @@ def test_one_program_while_numbers_change(case: Case, options: Options) -> None:
     """Steps, learning rates and betas are inputs of a program: no change of a number traces again."""
     t = case.transform(options)
     run(t, problem=case.problem, executor="foreach")
-    before = len(purestep._trace.program._programs)
+    before = len(purestep._trace.program._programs.entries)
     for k in range(2, 5):
         changed = {
             name: pytree.tree_map(lambda x, k=k: x and x * (1 - 0.01 * k), value)
@@ -225,7 +225,7 @@ def test_one_program_while_numbers_change(case: Case, options: Options) -> None:
         }
         changed = {name: max(value, case.least[name]) if name in case.least else value for name, value in changed.items()}
         run(t.replace(**changed), problem=case.problem, executor="foreach")
-    assert len(purestep._trace.program._programs) == before
+    assert len(purestep._trace.program._programs.entries) == before
 
 
 # ------------------------------------------------------------------------------------------------------------------ purity

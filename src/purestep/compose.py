@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from typing_extensions import Self
 
 from purestep._core.masks import Not
@@ -18,22 +20,47 @@ from purestep.transform import Single, Transform
 PyTree = Any
 
 
+def fill(made: Composite, children: tuple[Any, ...], context: Any) -> None:
+    """Set the attributes of a new composite."""
+    write = object.__setattr__
+    write(made, "children", children)
+    write(made, "context", context)
+    write(made, "_links", None)
+    write(made, "_plan", None)
+    write(made, "_structure", None)
+
+
+def unflattened(cls: Any, children: Iterable[Any], context: Any) -> Any:
+    """A composite of what a pytree function left in its children's place, which may be anything."""
+    made = object.__new__(cls)
+    fill(made, tuple(children), context)
+    return made
+
+
 class Composite(Transform):
     """A transform made of others, given by its children and by what is not a transform."""
 
-    __slots__ = ("__weakref__", "_plan", "children", "context", "links")
+    __slots__ = ("__weakref__", "_links", "_plan", "_structure", "children", "context")
     children: tuple[Transform, ...]
     context: tuple[Any, ...]
     freezes: Any = None
     """The mask of parameters that nothing else in the same chain acts on."""
 
     def __init__(self, children: Iterable[Transform], context: tuple[Any, ...] = ()) -> None:
-        object.__setattr__(self, "children", tuple(children))
-        object.__setattr__(self, "context", context)
-        object.__setattr__(self, "links", self._links())
-        object.__setattr__(self, "_plan", None)
+        fill(self, tuple(children), context)
+        self._settle()
 
-    def _links(self) -> tuple[Link, ...]:
+    @property
+    def links(self) -> tuple[Link, ...]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of the children, in order."""
+        if self._links is not None:
+            return self._links
+        made = self._linked()
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_links", made)
+        return made
+
+    def _linked(self) -> tuple[Link, ...]:
         return tuple([link for child in self.children for link in child.links])
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -53,7 +80,7 @@ class Composite(Transform):
         register_pytree_node(
             cls,
             lambda x: (list(x.children), x.context),
-            lambda children, context: _composite(cls, children, context),
+            functools.partial(unflattened, cls),
             serialized_type_name=f"purestep.{cls.__qualname__}",
             flatten_with_keys_fn=lambda x: (  # pyright: ignore[reportArgumentType]
                 [(SequenceKey(i), c) for i, c in enumerate(x.children)],
@@ -73,7 +100,7 @@ class Nested(Composite):
 
     __slots__ = ()
 
-    def _links(self) -> tuple[Link, ...]:
+    def _linked(self) -> tuple[Link, ...]:
         own, inner = self.children
         return Link(own.links[0].transform, (), len(inner.links)), *inner.links
 
@@ -94,23 +121,12 @@ class Nested(Composite):
         return call_of(d, {n: inner if n == d.inner else value.arguments[n] for n in d.signature.parameters})
 
 
-def _composite(cls: Any, children: Iterable[Any], context: Any) -> Any:
-    """Put a composite together from what a pytree function left in its children's place, which may be anything."""
-    children = tuple(children)
-    if all([isinstance(c, Transform) for c in children]):
-        return cls(children, context)
-    made = object.__new__(cls)
-    for name, x in (("children", children), ("context", context), ("links", ()), ("_plan", None)):
-        object.__setattr__(made, name, x)
-    return made
-
-
 class Chain(Composite):
     """Transforms one after the other; made with `chain`."""
 
     __slots__ = ()
 
-    def _links(self) -> tuple[Link, ...]:
+    def _linked(self) -> tuple[Link, ...]:
         frozen = [Not(c.freezes) for c in self.children if isinstance(c, Composite) and c.freezes is not None]
         links = []
         for child in self.children:

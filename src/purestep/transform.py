@@ -54,7 +54,7 @@ from purestep._engine.checks import (
 )
 from purestep._engine.explain import Explanation, watched
 from purestep._engine.guards import GuardCache
-from purestep._engine.plan import ParamSlice, Plan
+from purestep._engine.plan import ParamSlice, Plan, Structure, structure_of
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import SparseRows
 from purestep._engine.step_cache import repeatable
@@ -83,16 +83,24 @@ class Transform:
     __slots__ = ()
     links: tuple[Link, ...]
     """The transforms this one is made of, in order."""
+    _links: tuple[Link, ...] | None  # the same, once they are known
     _plan: Plan | None
+    _structure: Structure | None  # what `torch.compile` finds known, so that it need not trace how it is made
 
     @property
     def plan(self) -> Plan:
         """What the engine knows of this transform before it sees a tensor."""
         if torch.compiler.is_compiling():
-            return Plan(self.links)  # traced away; reading the cache would make its state a guard
+            known = self._structure
+            return Plan(self.links, structure_of(self.links) if known is None else known)
         if self._plan is None:
-            object.__setattr__(self, "_plan", Plan(self.links))
+            object.__setattr__(self, "_plan", Plan(self.links, structure_of(self.links)))
         return self._plan  # type: ignore[return-value]
+
+    def _settle(self) -> None:
+        """Find out the structure, once, when the transform is made: except one that a pytree function makes."""
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_structure", structure_of(self.links))
 
     # -- the three functions
 
@@ -463,9 +471,9 @@ class Transform:
 def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
     """The source of the program of each stage of a plan; of a whole transform, its name and those it is put around."""
     texts = []
-    for stage in plan.stages:
+    for stage, within in zip(plan.stages, plan.inner):
         if stage.whole:
-            inner = programs(stage.inner, False, donate) if stage.inner else []
+            inner = programs(within, False, donate) if within else []
             texts += [f"# {plan.links[stage.start].transform!r}{', around:' if inner else ''}\n", *inner]
             if inner:
                 texts.append("# and after it:\n")
@@ -481,13 +489,25 @@ def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
 class Single(Primitive, Transform):
     """A transform that is its own only link."""
 
-    __slots__ = ("_links", "_plan")
-    _links: tuple[Link, ...] | None
+    __slots__ = ("_links", "_plan", "_structure")
 
     def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
         super().__init__(declaration, arguments)
         object.__setattr__(self, "_links", None)
         object.__setattr__(self, "_plan", None)
+        object.__setattr__(self, "_structure", None)
+
+    @classmethod
+    def made(cls, declaration: LinkDeclaration, arguments: Any) -> Self:
+        """The transform that a call of a factory makes."""
+        value = cls(declaration, arguments)
+        value._settle()
+        return value
+
+    def _rebuild(self, primitives: Any) -> Self:
+        found: Self = next(primitives)
+        found._settle()
+        return found
 
     @property
     def links(self) -> tuple[Link, ...]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -123,7 +123,8 @@ class Primitive(Value):
     declaration: LinkDeclaration  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, declaration: LinkDeclaration, arguments: Mapping[str, Any]) -> None:
-        super().__init__(declaration, arguments)
+        object.__setattr__(self, "declaration", declaration)
+        object.__setattr__(self, "arguments", arguments)
         state = declaration.state
         if state is not None and declaration.fields.step < 0 and scheduled(self):
             raise TypeError(
@@ -138,6 +139,35 @@ class Link(NamedTuple):
     transform: Primitive
     masks: tuple[Any, ...] = ()
     span: int = 0  # how many of the links that follow it is put around
+
+
+Kinds: TypeAlias = tuple[Any, ...]
+"""For each hyperparameter: "number", "zero" (a number that switches the transform off), "tensor", "device" (a tensor that is
+not on the CPU), "schedule", None, or the kinds of a tuple."""
+
+
+def kinds_of(value: Primitive) -> Kinds:
+    """What the hyperparameters are, in order; numbers are left out."""
+    d, a = value.declaration, value.arguments
+    found: list[Any] = []
+    for name in d.hypers:
+        x = a[name]
+        if isinstance(x, float):
+            found.append("zero" if x == 0.0 and name == d.off else "number")
+        else:
+            found.append(None if x is None else kind_of(x))
+    return tuple(found)
+
+
+def kind_of(x: Any) -> Any:
+    """What one hyperparameter is: see `Kinds`."""
+    if isinstance(x, tuple):
+        return ("number",) * len(x) if {*map(type, x)} == {float} else tuple(map(kind_of, x))
+    if isinstance(x, Tensor):
+        return "tensor" if x.is_cpu else "device"
+    if x is None or isinstance(x, Schedule):
+        return None if x is None else "schedule"
+    return "number" if isinstance(x, float) else type(x)
 
 
 def state_type(value: Primitive) -> type:

@@ -52,6 +52,7 @@ class Declaration:
         wholes = {p.name: whole_of(hints.get(p.name)) for p in parameters}
         self.steps = {name: whole for name, whole in wholes.items() if whole is not None}
         self.switches = tuple(p.name for p in parameters if p.name not in self.intervals and p.name != self.inner)
+        self.order = tuple(p.name for p in parameters if p.name != self.inner)  # of the arguments of a value
         self.positional = frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.factory: Callable[..., Any] | None = None
 
@@ -124,7 +125,7 @@ class Value:
         register_pytree_node(
             cls,
             _flatten,
-            lambda children, context: _unflatten(cls, children, context),
+            functools.partial(_unflatten, cls),
             serialized_type_name=f"purestep.{cls.__qualname__}",
             flatten_with_keys_fn=_flatten_with_keys,
         )
@@ -132,7 +133,7 @@ class Value:
 
 def _flatten(value: Value) -> tuple[list[Any], tuple[Any, ...]]:
     d, a = value.declaration, value.arguments
-    return [a[name] for name in d.hypers], (d, *[a[name] for name in d.switches])
+    return [*map(a.__getitem__, d.hypers)], (d, *map(a.__getitem__, d.switches))
 
 
 def _flatten_with_keys(value: Value) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
@@ -143,8 +144,9 @@ def _flatten_with_keys(value: Value) -> tuple[list[tuple[Any, Any]], tuple[Any, 
 
 def _unflatten(cls: type[V], children: Iterable[Any], context: tuple[Any, ...]) -> V:
     d, *switches = context
-    arguments = dict(zip(d.hypers, children)) | dict(zip(d.switches, switches))
-    return cls(d, {name: arguments[name] for name in d.signature.parameters if name != d.inner})
+    arguments = dict(zip(d.hypers, children))
+    arguments.update(zip(d.switches, switches))
+    return cls(d, dict(zip(d.order, map(arguments.__getitem__, d.order))))
 
 
 def factory_of(declaration: Declaration, make: Callable[..., Any], kind: str = "Transform") -> Any:

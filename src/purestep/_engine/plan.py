@@ -1,7 +1,9 @@
 """What is known of a chain before any tensor is there.
 
-A *plan* cuts a chain into *stages*: runs of leafwise links, and whole links with the links that they wrap. Those links of a
-run that act on the same parameters are a *fused chain*, which one program or one of torch's kernels computes.
+A *structure* cuts a chain into *stages*: runs of leafwise links, and whole links with the links that they wrap. Those links
+of a run that act on the same parameters are a *fused chain*, which one program or one of torch's kernels computes. A structure
+knows no numbers, so one serves all transforms that differ in numbers alone: a transform that `torch.func.vmap` makes at every
+call finds the structure of the last one. A *plan* is a structure with the links that have the numbers.
 """
 
 from __future__ import annotations
@@ -12,11 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from purestep._core.cache import DeclarationCache
 from purestep._core.masks import Label
-from purestep._core.primitives import Link, Primitive, fields_of, is_off, scheduled, state_type
+from purestep._core.primitives import (
+    Fields,
+    Kinds,
+    Link,
+    LinkDeclaration,
+    Primitive,
+    fields_of,
+    is_off,
+    kinds_of,
+    scheduled,
+    state_type,
+)
 from purestep._core.torch_api import tree_leaves
 from purestep._engine.guards import GuardCache
-from purestep._executors.chains import FusedChain, detail, details
+from purestep._executors.chains import ChainStructure, FusedChain, detail, details
 from purestep._trace.program import program
 
 LOOKS = 8
@@ -30,29 +44,121 @@ class ParamSlice(NamedTuple):
     rows: range
 
 
-class Plan:
-    """What can be said about a chain of links before any tensor is seen; a transform makes its own once."""
+class Stage(NamedTuple):
+    """A run of consecutive leafwise links, or one whole link with the links that it wraps."""
+
+    start: int
+    stop: int
+    whole: bool
+    positions: tuple[int, ...]  # the links that do something
+    masked: bool  # whether any of these acts on some parameters only
+    scheduled: tuple[int, ...]  # the leafwise ones with a schedule among their hyperparameters
+    columns: tuple[tuple[int, int], ...]  # link and field of what is more than a number per parameter
+    scalars: tuple[tuple[int, int], ...]  # and of what is a number per parameter
+    chain: ChainStructure | None  # of a run: all of `positions`
+    inner: Structure | None  # of the links that a whole one wraps
+
+
+class Structure:
+    """All that can be said about a chain of links without a number and without a tensor."""
 
     def __init__(self, links: tuple[Link, ...]) -> None:
-        self.links = links
-        self.whole = any([link.transform.declaration.whole for link in links])
-        self.extras = frozenset([name for link in links for name in link.transform.declaration.extras])
-        self.trees = frozenset([name for link in links for name in link.transform.declaration.trees])
-        self.off = [is_off(link.transform) for link in links]
-        self.fields = [fields_of(link.transform) for link in links]
-        self.types: list[Any] = [state_type(link.transform) for link in links]
-        self.hypers = [x for link in links for x in tree_leaves(link.transform) if isinstance(x, Tensor)]
-        self.foreign = [v for v in [link.transform for link in links] if not v.declaration.whole and not ours(v)]
+        declarations = [link.transform.declaration for link in links]
+        self.whole = any([d.whole for d in declarations])
+        self.extras = frozenset([name for d in declarations for name in d.extras])
+        self.trees = frozenset([name for d in declarations for name in d.trees])
+        self.off: tuple[bool, ...] = tuple([is_off(link.transform) for link in links])
+        self.fields: tuple[Fields, ...] = tuple([fields_of(link.transform) for link in links])
+        self.types: tuple[Any, ...] = tuple([state_type(link.transform) for link in links])
+        self.numeric = all([numeric(kinds_of(link.transform)) for link in links])
+        self.foreign = tuple([i for i, d in enumerate(declarations) if not d.whole and not ours(d)])
+        stages = [self.stage(links, *run) for run in runs(links)]
+        if not stages or stages[-1].whole:  # there the updates are applied
+            stages.append(self.stage(links, len(links), len(links), False))
+        self.stages = tuple(stages)
+        self.nests = any([stage.inner is not None for stage in stages])
+        self.final = len(stages) - 2 if stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
+        self.chains: dict[tuple[bool, tuple[int, ...]], ChainStructure] = {}
+
+    def stage(self, links: tuple[Link, ...], start: int, stop: int, whole: bool) -> Stage:
+        """The stage of these links."""
+        nests = whole and bool(links[start].transform.declaration.inner)
+        on = tuple([i for i in range(start, stop) if not self.off[i]])
+        return Stage(
+            start,
+            stop,
+            whole,
+            on,
+            masked=any([links[i].masks for i in on]),
+            scheduled=tuple([i for i in on if not whole and scheduled(links[i].transform)]),
+            columns=tuple([(i, f) for i in on for f in self.fields[i].columns]),
+            scalars=tuple([(i, f) for i in on for f, scalar in enumerate(self.fields[i].scalars) if scalar]),
+            chain=None if whole else ChainStructure(on, [links[i].transform for i in on]),
+            inner=structure_of(links[start + 1 : stop]) if nests else None,
+        )
+
+    def chain(self, positions: tuple[int, ...], values: list[Primitive], scaled: bool) -> ChainStructure:
+        """The structure of the links at these positions, whose transforms are given."""
+        for stage in () if scaled else self.stages:
+            if stage.chain is not None and stage.positions == positions:
+                return stage.chain
+        if torch.compiler.is_compiling():
+            return ChainStructure(positions, values, scaled)  # reading a cache would make its state a guard
+        found = self.chains.get((scaled, positions))
+        if found is None:
+            found = self.chains[scaled, positions] = ChainStructure(positions, values, scaled)
+        return found
+
+
+_structures: DeclarationCache[Structure] = DeclarationCache(1024)
+
+
+def structure_of(links: tuple[Link, ...]) -> Structure:
+    """The structure of a chain of links; it is made at the first call, and looked up at every other.
+
+    Links have one structure if they have the same declarations and switches, the same hyperparameters are off, None, numbers,
+    tensors or schedules, and the same ones are masked and wrap the same number of others.
+    """
+    if torch.compiler.is_compiling():
+        return Structure(links)  # traced away; reading the cache would make its state a guard
+    specs: list[Any] = []
+    for link in links:
+        value = link.transform
+        d, a = value.declaration, value.arguments
+        switches = () if d.whole else tuple(map(a.__getitem__, d.switches))
+        specs.append((d.key, switches, kinds_of(value), bool(link.masks), link.span))
+    key = tuple(specs)
+    try:
+        found = _structures.entries.get(key)
+    except TypeError:  # a switch cannot be hashed
+        return Structure(links)
+    if found is None:
+        found = Structure(links)
+        _structures.keep(key, found, [link.transform.declaration for link in links])
+    return found
+
+
+def numeric(kinds: Kinds) -> bool:
+    """Whether all hyperparameters are plain numbers or None."""
+    return all([numeric(kind) if isinstance(kind, tuple) else kind in ("number", "zero", None) for kind in kinds])
+
+
+class Plan:
+    """A structure, and the links that have its numbers; a transform makes its own once."""
+
+    def __init__(self, links: tuple[Link, ...], structure: Structure) -> None:
+        self.links, self.structure = links, structure
+        self.whole, self.extras, self.trees = structure.whole, structure.extras, structure.trees
+        self.off, self.fields, self.types = structure.off, structure.fields, structure.types
+        self.stages, self.final = structure.stages, structure.final
+        self.inner: list[Plan | None] = [None] * len(self.stages)  # per stage, what its whole link wraps
+        if structure.nests:
+            self.inner = [None if s.inner is None else Plan(links[s.start + 1 : s.stop], s.inner) for s in self.stages]
+        self.hypers: list[Tensor] = [] if structure.numeric else tensors_of(links)
         self.chains: dict[tuple[bool, tuple[int, ...]], FusedChain] = {}
-        self.stages: list[Stage] = []
-        for start, stop, whole in runs(links):
-            self.stages.append(Stage(self, start, stop, whole))
-        if not self.stages or self.stages[-1].whole:
-            self.stages.append(Stage(self, len(links), len(links), False))  # where the updates are applied
         self._keys: list[tuple[str, ...]] | None = None
         self.repeated: Any = ...  # what `purestep._engine.step_cache` makes of it, at the first use
         self.guards: dict[tuple[int, int], GuardCache] = {}  # of all tensors of a call, by the number of parameters and of all
-        self.final = len(self.stages) - 2 if self.stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
 
     # These are asked by optimizers alone, so they are found out at the first use (not by functools.cached_property, whose lock
     # torch.compile cannot trace).
@@ -85,9 +191,10 @@ class Plan:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors that a call takes from here: hyperparameters, and what leaf functions close over."""
-        if not self.foreign or torch.compiler.is_compiling():
+        foreign = self.structure.foreign
+        if not foreign or torch.compiler.is_compiling():
             return self.hypers
-        return [*self.hypers, *[x for value in self.foreign for x in captured(value)]]
+        return [*self.hypers, *[x for i in foreign for x in captured(self.links[i].transform)]]
 
     def guards_for(self, count: int, total: int) -> GuardCache:
         """What the tensors of a call with `count` parameters, `total` of all, have looked like."""
@@ -102,14 +209,29 @@ class Plan:
         """The links at these positions, run one after the other, perhaps on gradients times a number."""
         found = self.chains.get((scaled, positions))
         if found is None:
-            made = FusedChain(positions, [self.links[i].transform for i in positions], scaled)
-            found = self.chains[scaled, positions] = made
+            values = [self.links[i].transform for i in positions]
+            found = FusedChain(self.structure.chain(positions, values, scaled), values)
+            self.chains[scaled, positions] = found
         return found
 
 
-def ours(value: Primitive) -> bool:
+def tensors_of(links: tuple[Link, ...]) -> list[Tensor]:
+    """The tensors among the hyperparameters, and among those of schedules."""
+    found: list[Tensor] = []
+    for link in links:
+        for x in map(link.transform.arguments.__getitem__, link.transform.declaration.hypers):
+            found += (x,) if isinstance(x, Tensor) else () if x is None or type(x) is float else tensors_in(x)
+    return found
+
+
+def tensors_in(x: Any) -> list[Tensor]:
+    """The tensors in a tuple of numbers, or in a schedule."""
+    return [y for y in tree_leaves(x) if isinstance(y, Tensor)]
+
+
+def ours(declaration: LinkDeclaration) -> bool:
     """Whether a leaf function is one of the library, which closes over no tensors."""
-    return str(getattr(value.declaration.function, "__module__", "")).startswith("purestep.")
+    return str(getattr(declaration.function, "__module__", "")).startswith("purestep.")
 
 
 def captured(value: Primitive) -> tuple[Tensor, ...]:
@@ -120,21 +242,6 @@ def captured(value: Primitive) -> tuple[Tensor, ...]:
         return program(recipe, False, False, False, d, form="single").captured
     except Exception:  # to run it will say what is wrong with it
         return ()
-
-
-class Stage:
-    """A run of consecutive leafwise links, or one whole link with the links it is put around."""
-
-    def __init__(self, plan: Plan, start: int, stop: int, whole: bool) -> None:
-        self.start, self.stop, self.whole = start, stop, whole
-        nested = whole and bool(plan.links[start].transform.declaration.inner)
-        self.inner = Plan(plan.links[start + 1 : stop]) if nested else None
-        on = [i for i in range(start, stop) if not plan.off[i]]
-        self.masked = any([plan.links[i].masks for i in on])
-        self.positions = tuple(on)
-        self.scheduled = [i for i in on if not whole and scheduled(plan.links[i].transform)]
-        self.columns = [(i, f) for i in on for f, scalar in enumerate(plan.fields[i].scalars) if not scalar]
-        self.scalars = [(i, f) for i in on for f, scalar in enumerate(plan.fields[i].scalars) if scalar]
 
 
 def runs(links: Sequence[Link]) -> list[tuple[int, int, bool]]:
@@ -197,12 +304,12 @@ def meet(a: Link, b: Link) -> bool:
 def packed_links(plan: Plan) -> set[int]:
     """The links whose states the packed executor would keep in one piece of memory: elementwise, without a kernel."""
     found: set[int] = set()
-    for stage in plan.stages:
-        if stage.inner is not None:
-            found |= {stage.start + 1 + i for i in packed_links(stage.inner)}
+    for stage, inner in zip(plan.stages, plan.inner):
+        if inner is not None:
+            found |= {stage.start + 1 + i for i in packed_links(inner)}
         elif stage.positions and plan.fused_chain(stage.positions).kernel is None:
             fused_chain = plan.fused_chain(stage.positions)
-            recipe = details(fused_chain, tuple([(False,) * len(info.names) for _, _, info in fused_chain.items]))
+            recipe = details(fused_chain, fused_chain.structure.present)
             try:
                 elementwise = program(recipe, False, False, False, *fused_chain.declarations, form="single").elementwise
             except TypeError:  # a leaf function that cannot be traced runs by itself

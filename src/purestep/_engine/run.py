@@ -147,7 +147,7 @@ class Run:
         self.moved = self.apply and n == self.plan.final and rows is None and (d.moves or d.passes)
         inner = None
         if stage.inner is not None:
-            plans: list[Any] = [plan.stages[n].inner for plan, _ in self.groups]
+            plans: list[Any] = [plan.inner[n] for plan, _ in self.groups]
             within = [ParamSlice(plan, rows_) for plan, (_, rows_) in zip(plans, self.groups)]
             arguments[d.inner] = inner = Inner(self, within, rows, self.moved and d.passes)
             given.append(inner.state(self.states[i + 1 : stage.stop]))

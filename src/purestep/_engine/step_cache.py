@@ -68,7 +68,7 @@ class RepeatedStep(NamedTuple):
         counters = tuple(
             [(plan.keys[i][f], j, f) for j, (i, _, info) in enumerate(chain.items) for f, s in enumerate(info.scalars) if s]
         )
-        recipe = details(chain, tuple([(False,) * len(info.names) for _, _, info in chain.items]))
+        recipe = details(chain, chain.structure.present)
         return cls(chain, chain.kernel, tuple(names), tuple(keys), places, counters, recipe)
 
     def again(

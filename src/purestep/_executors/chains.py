@@ -49,48 +49,84 @@ KERNELS: list[Kernel] = []
 """Filled by `purestep.algorithms.kernels`; the first whose pattern is the tail of a chain is used."""
 
 
-class FusedChain:
-    """Consecutive leafwise links that one program or kernel runs."""
+class ChainStructure:
+    """Consecutive leafwise links that one program or kernel runs: all but their numbers, so that it serves many transforms."""
 
     def __init__(self, positions: Sequence[int], values: Sequence[Primitive], scaled: bool = False) -> None:
         self.positions = tuple(positions)
         self.scaled = scaled  # whether it begins with gradients times a number, which comes from a whole transform before it
-        self.items = [(i, value, fields_of(value)) for i, value in zip(positions, values)]
-        self.declarations = [SCALED] * scaled + [value.declaration for value in values]
+        declarations = [SCALED] * scaled + [value.declaration for value in values]
+        self.fields = tuple([fields_of(value) for value in values])
         self.names = " -> ".join([value.declaration.name for value in values])
-        self.encoded = [(j, f) for j, (_, _, info) in enumerate(self.items) for f, yes in enumerate(info.encoded) if yes]
-        self.details: dict[tuple[Any, ...], tuple[LeafSpec, ...]] = {}
-        self.numbers = constants(values)  # the hyperparameters in order, if all are plain numbers
-        self.hypers = arguments_of(values)
+        self.encoded = tuple([(j, f) for j, info in enumerate(self.fields) for f, yes in enumerate(info.encoded) if yes])
+        self.present = tuple([(False,) * len(info.names) for info in self.fields])  # no field is absent, as is usual
+        self.details = {self.present: specs(values, self.present, scaled)}
+        self.numeric = constants(values) is not None
         self.kernel: Kernel | None = None
         self.first = 0
-        self.split: tuple[FusedChain, FusedChain] | None = None  # before the kernel, and its own; None if the kernel is all
+        self.split: tuple[ChainStructure, ChainStructure] | None = None  # before the kernel, and its own; None if it is all
         for kernel in KERNELS:
-            k = tail(kernel, self.declarations)
+            k = tail(kernel, declarations)
             n = 0 if k is None else max(k - scaled, 0)
             if k is not None and (k == 0 or kernel.tails) and suits(values[n:]):
                 self.kernel = kernel
                 if k:
-                    self.split = FusedChain(positions[:n], values[:n], scaled), FusedChain(positions[n:], values[n:])
+                    self.split = ChainStructure(positions[:n], values[:n], scaled), ChainStructure(positions[n:], values[n:])
                 self.first = k
                 break
-        kernel_name = None if self.kernel is None else self.kernel.name
-        self.structure = (self.positions, scaled, tuple(self.declarations), kernel_name, self.first)  # all but its numbers
+
+
+class FusedChain:
+    """A chain's structure, and the transforms that have its numbers."""
+
+    __slots__ = (
+        "_hypers", "_split", "decision", "declarations", "encoded", "first", "items", "kernel", "names", "numbers",
+        "positions", "scaled", "structure", "values",
+    )  # fmt: skip
+
+    def __init__(self, structure: ChainStructure, values: Sequence[Primitive]) -> None:
+        self.structure, self.values = structure, values
+        self.positions, self.scaled, self.names = structure.positions, structure.scaled, structure.names
+        self.kernel, self.first, self.encoded = structure.kernel, structure.first, structure.encoded
+        self.items = list(zip(structure.positions, values, structure.fields))
+        self.declarations = [SCALED] * structure.scaled + [value.declaration for value in values]
+        self.numbers = (
+            constants(values) if structure.numeric else None
+        )  # the hyperparameters in order, if all are plain numbers
         self.decision: Any = None  # which executor took it last: see `purestep._executors.task.Decision`
+        self._hypers: dict[str, Any] | None = None
+        self._split: tuple[FusedChain, FusedChain] | None = None
+
+    @property
+    def hypers(self) -> dict[str, Any]:
+        """The arguments of all these transforms by name, and the names of the transforms themselves, as a kernel takes them."""
+        if self._hypers is None:
+            self._hypers = arguments_of(self.values)
+        return self._hypers
+
+    def parts(self) -> tuple[FusedChain, FusedChain]:
+        """What runs before the kernel, and what the kernel computes."""
+        if self.structure.split is None:
+            return self, self
+        if self._split is None:
+            head, tail = self.structure.split
+            n = len(head.positions)
+            self._split = FusedChain(head, self.values[:n]), FusedChain(tail, self.values[n:])
+        return self._split
 
     @property
     def head(self) -> FusedChain:
         """What runs before the kernel."""
-        return self if self.split is None else self.split[0]
+        return self.parts()[0]
 
     @property
     def tail(self) -> FusedChain:
         """What the kernel computes."""
-        return self if self.split is None else self.split[1]
+        return self.parts()[1]
 
     def joins(self, params: list[Tensor]) -> bool:
         """Whether these may as well be one vector: of a state that has all its fields."""
-        recipe = details(self, tuple([(False,) * len(info.names) for _, _, info in self.items]))
+        recipe = details(self, self.structure.present)
         return joinable(params, program(recipe, True, False, False, *self.declarations, form="single"))
 
 
@@ -155,11 +191,16 @@ def encodes(chain: FusedChain, fields: Any) -> bool:
 
 def details(chain: FusedChain, absent: tuple[tuple[bool, ...], ...]) -> tuple[LeafSpec, ...]:
     """What a recipe says of these transforms when their states lack these fields, except for their declarations."""
-    found = chain.details.get(absent)
+    known = chain.structure.details
+    found = known.get(absent)
     if found is None:
-        parts = [detail(v, a) for (_, v, _), a in zip(chain.items, absent)]
-        found = chain.details[absent] = tuple([LeafSpec((), (), (NUMBER,))] * chain.scaled + parts)
+        found = known[absent] = specs(chain.values, absent, chain.scaled)
     return found
+
+
+def specs(values: Sequence[Primitive], absent: tuple[tuple[bool, ...], ...], scaled: bool) -> tuple[LeafSpec, ...]:
+    """What a recipe says of transforms, perhaps behind a factor."""
+    return tuple([LeafSpec((), (), (NUMBER,))] * scaled + [detail(v, a) for v, a in zip(values, absent)])
 
 
 def detail(value: Primitive, absent: tuple[bool, ...]) -> LeafSpec:

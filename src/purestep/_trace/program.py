@@ -27,16 +27,16 @@ import builtins
 import itertools
 import linecache
 import operator
-import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from purestep._core.cache import DeclarationCache
 from purestep._core.torch_api import constant_result
 from purestep._trace.closure import Guard, guards_of
 from purestep._trace.codegen import Code, generate
@@ -149,19 +149,9 @@ PROGRAMS = 1024
 """The cache keeps this many programs; then it drops the oldest."""
 
 
-class Key(NamedTuple):
-    """The key of a program in the cache: its recipe, with the keys of the declarations in place of the declarations."""
+_programs: DeclarationCache[Program] = DeclarationCache(PROGRAMS)
+"""Programs by their recipes, with the keys of the declarations in place of the declarations."""
 
-    specs: tuple[LeafSpec, ...]
-    apply: bool
-    own_grads: bool
-    donate: bool
-    form: Form
-    declarations: tuple[int, ...]
-
-
-_programs: dict[Key, Program] = {}
-_lock = threading.Lock()
 _serial = itertools.count()
 _key = operator.attrgetter("key")
 _functions = types.ModuleType("purestep.programs", "Every program's function, under its name.")
@@ -180,12 +170,14 @@ def program(
     `details` has a `LeafSpec` for each declaration. They are apart from the declarations because `torch.compile` can only read
     a recipe of plain constants.
     """
-    key: Any = (details, apply, own_grads, donate, form, tuple(map(_key, declarations)))  # equal to its `Key`, without a frame
-    found = _programs.get(key)
+    key = (details, apply, own_grads, donate, form, tuple(map(_key, declarations)))
+    found = _programs.entries.get(key)
     if found is None or ((found.guards or found.captured) and not is_current(found, details, declarations)):
         # Tracing changes nothing global: if two threads trace at once, they make equal programs.
         made = compile(Recipe(parts_of(details, declarations), apply, own_grads, donate, form))
-        keep(Key(*key), made, declarations)
+        setattr(_functions, made.name, made.run)
+        weakref.finalize(made, vars(_functions).pop, made.name, None).atexit = False
+        _programs.keep(key, made, declarations)
         return made
     return found
 
@@ -222,24 +214,3 @@ def is_current(found: Program, details: tuple[Any, ...], declarations: Sequence[
     again = trace(Recipe(parts_of(details, declarations), found.apply, False, False))
     same = len(again.captured) == len(found.captured) and all(map(operator.is_, again.captured, found.captured))
     return same and signature(again.graph) == found.signature
-
-
-def keep(key: Key, made: Program, declarations: Sequence[LeafDeclaration]) -> None:
-    """Keep a program in the cache for as long as all of its declarations exist."""
-    setattr(_functions, made.name, made.run)
-    weakref.finalize(made, vars(_functions).pop, made.name, None).atexit = False
-    with _lock:
-        _programs.pop(key, None)
-        while len(_programs) >= PROGRAMS:
-            del _programs[next(iter(_programs))]
-        _programs[key] = made
-    for d in declarations:
-        if not d.watched:
-            d.watched = True
-            weakref.finalize(d, forget, d.key).atexit = False
-
-
-def forget(declaration: int) -> None:
-    """Drop the programs of a declaration that was freed, by its key."""
-    for key in [k for k in list(_programs) if declaration in k.declarations]:
-        _programs.pop(key, None)

@@ -22,7 +22,7 @@ class Masked(Composite):
 
     __slots__ = ()
 
-    def _links(self) -> tuple[Link, ...]:
+    def _linked(self) -> tuple[Link, ...]:
         (inner,), (mask,) = self.children, self.context
         return tuple([link._replace(masks=(*link.masks, mask)) for link in inner.links])
 
@@ -62,7 +62,7 @@ class Partition(Composite):
 
     __slots__ = ()
 
-    def _links(self) -> tuple[Link, ...]:
+    def _linked(self) -> tuple[Link, ...]:
         (labels,) = self.context
         return tuple(
             [

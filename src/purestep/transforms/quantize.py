@@ -305,7 +305,7 @@ class Quantized(Composite):
 
     __slots__ = ()
 
-    def _links(self) -> tuple[Link, ...]:
+    def _linked(self) -> tuple[Link, ...]:
         (inner,) = self.children
         return tuple([link._replace(transform=quantized(link.transform, *self.context)) for link in inner.links])
 

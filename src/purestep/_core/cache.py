@@ -1,0 +1,58 @@
+"""A cache of what follows from declarations, none of which it keeps alive."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Hashable, Iterable
+from typing import Any, Generic, Protocol, TypeVar
+
+V = TypeVar("V")
+
+
+class Keyed(Protocol):
+    """A declaration, as a key of a cache knows it."""
+
+    key: int  # identifies the declaration; a key that held the declaration itself would keep it alive
+    watched: bool  # a finalizer drops what follows from this declaration when it is freed
+
+
+class DeclarationCache(Generic[V]):
+    """At most `size` entries; the oldest is dropped for a new one, and an entry is dropped with any of its declarations."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.entries: dict[Hashable, V] = {}
+        self.declarations: dict[Hashable, tuple[int, ...]] = {}
+        self.lock = threading.RLock()  # a finalizer may run while an entry is added
+        CACHES.add(self)
+
+    def keep(self, key: Hashable, made: V, declarations: Iterable[Keyed]) -> None:
+        """Keep an entry for as long as all of these declarations exist."""
+        declarations = list(declarations)
+        with self.lock:
+            self.drop(key)
+            while len(self.entries) >= self.size:
+                self.drop(next(iter(self.entries)))
+            self.entries[key], self.declarations[key] = made, tuple([d.key for d in declarations])
+        for d in declarations:
+            if not d.watched:
+                d.watched = True
+                weakref.finalize(d, forget, d.key).atexit = False
+
+    def drop(self, key: Hashable) -> None:
+        """Drop an entry, if it is there."""
+        self.entries.pop(key, None)
+        self.declarations.pop(key, None)
+
+
+CACHES: weakref.WeakSet[DeclarationCache[Any]] = weakref.WeakSet()
+"""All of them: a declaration that is freed is forgotten by each."""
+
+
+def forget(declaration: int) -> None:
+    """Drop what follows from a declaration that was freed, by its key."""
+    for cache in list(CACHES):
+        with cache.lock:
+            for key in [k for k, known in cache.declarations.items() if declaration in known]:
+                cache.drop(key)

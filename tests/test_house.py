@@ -480,6 +480,17 @@ def warm(opt: ps.Transform, **how: bool) -> Callable[[], object]:
     return lambda: opt.step(grads, state, params, **how)  # type: ignore[arg-type]
 
 
+def warm_vmapped(make: Callable[..., ps.Transform]) -> Callable[[], object]:
+    """A step of four members with learning rates of their own: `vmap` makes the transform anew at every call."""
+    opt = make(torch.linspace(1e-3, 1e-2, 4))
+    params, grads = ({f"p{k}": torch.randn(4, 64) for k in range(6)} for _ in range(2))
+    state = torch.func.vmap(make(1e-3).init_state)(params)
+    mapped = torch.func.vmap(lambda opt, g, s, p: opt.step(g, s, p), in_dims=(ps.in_dims(opt), 0, 0, 0))
+    for _ in range(6):
+        params, state = mapped(opt, grads, state, params)
+    return lambda: mapped(opt, grads, state, params)
+
+
 def warm_optimizer(kind: type[torch.optim.Optimizer]) -> Callable[[], object]:
     params = [torch.nn.Parameter(torch.randn(64)) for _ in range(6)]
     optimizer = kind(params, lr=1e-3)  # type: ignore[call-arg]
@@ -493,10 +504,11 @@ def warm_optimizer(kind: type[torch.optim.Optimizer]) -> Callable[[], object]:
 BUDGET: dict[str, tuple[Callable[[], Callable[[], object]], int]] = {
     "adamw pure": (lambda: warm(ps.adamw(1e-3)), 90),
     "adamw donated": (lambda: warm(ps.adamw(1e-3), donate=True), 45),
-    "adamw compiled": (lambda: warm(ps.adamw(1e-3), compile=True), 140),
-    "nadam pure": (lambda: warm(ps.nadam(1e-3)), 150),
-    "AdamW": (lambda: warm_optimizer(optim.AdamW), 32),
-    "NAdam": (lambda: warm_optimizer(optim.NAdam), 72),
+    "adamw compiled": (lambda: warm(ps.adamw(1e-3), compile=True), 120),
+    "nadam pure": (lambda: warm(ps.nadam(1e-3)), 140),
+    "adamw vmapped": (lambda: warm_vmapped(ps.adamw), 227),
+    "AdamW": (lambda: warm_optimizer(optim.AdamW), 28),
+    "NAdam": (lambda: warm_optimizer(optim.NAdam), 60),
 }
 """How many frames a step of six tensors may enter, once it is warm (Python 3.11, where a comprehension is a frame, too)."""
 

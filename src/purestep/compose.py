@@ -32,9 +32,14 @@ def fill(made: Composite, children: tuple[Any, ...], context: Any) -> None:
 
 def unflattened(cls: Any, children: Iterable[Any], context: Any) -> Any:
     """A composite of what a pytree function left in its children's place, which may be anything."""
-    made = object.__new__(cls)
+    made: Composite = object.__new__(cls)
     fill(made, tuple(children), context)
     return made
+
+
+def links_of(child: Transform) -> tuple[Link, ...]:
+    """The links of a part of a composite. A transform that is its own only link is that link: its plan does not hold these."""
+    return (Link(child),) if isinstance(child, Single) else child.links
 
 
 class Composite(Transform):
@@ -61,7 +66,10 @@ class Composite(Transform):
         return made
 
     def _linked(self) -> tuple[Link, ...]:
-        return tuple([link for child in self.children for link in child.links])
+        found: list[Link] = []
+        for child in self.children:
+            found += links_of(child)
+        return tuple(found)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"A transform is frozen: make a new one with replace({name}=...).")
@@ -102,7 +110,7 @@ class Nested(Composite):
 
     def _linked(self) -> tuple[Link, ...]:
         own, inner = self.children
-        return Link(own.links[0].transform, (), len(inner.links)), *inner.links
+        return links_of(own)[0]._replace(span=len(inner.links)), *links_of(inner)
 
     def _split(self, state: Any) -> list[Any]:
         own, inner = self.children
@@ -128,10 +136,12 @@ class Chain(Composite):
 
     def _linked(self) -> tuple[Link, ...]:
         frozen = [Not(c.freezes) for c in self.children if isinstance(c, Composite) and c.freezes is not None]
+        if not frozen:
+            return super()._linked()
         links = []
         for child in self.children:
             others = () if isinstance(child, Composite) and child.freezes is not None else frozen
-            links += [link._replace(masks=(*link.masks, *others)) for link in child.links]
+            links += [link._replace(masks=(*link.masks, *others)) for link in links_of(child)]
         return tuple(links)
 
     def _split(self, state: Any) -> list[Any]:

@@ -27,6 +27,7 @@ from purestep._core.primitives import (
     fresh_state,
     fresh_whole_state,
     is_off,
+    refuse_schedules,
     state_type,
 )
 from purestep._core.torch_api import tree_leaves
@@ -53,13 +54,12 @@ from purestep._engine.checks import (
     spread_alike,
 )
 from purestep._engine.explain import Explanation, watched
-from purestep._engine.guards import GuardCache
 from purestep._engine.plan import ParamSlice, Plan, Structure, structure_of
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import SparseRows
 from purestep._engine.step_cache import repeatable
 from purestep._executors.chains import detail
-from purestep._executors.task import WATCH, Env, ExecutorName, Ownership
+from purestep._executors.task import LEAF_BY_LEAF, WATCH, Env, ExecutorName, Ownership
 from purestep._trace.program import program
 
 PyTree = Any
@@ -94,7 +94,8 @@ class Transform:
             known = self._structure
             return Plan(self.links, structure_of(self.links) if known is None else known)
         if self._plan is None:
-            object.__setattr__(self, "_plan", Plan(self.links, structure_of(self.links)))
+            links = self.links
+            object.__setattr__(self, "_plan", Plan(links, structure_of(links)))
         return self._plan  # type: ignore[return-value]
 
     def _settle(self) -> None:
@@ -299,8 +300,9 @@ class Transform:
         eager = not (torch.compiler.is_compiling() or maths.transforming())
         everything = [*leaves, *gradients, *distinct(plan, states)] if eager else []  # which tensors are one is no constant
         remembers = eager and WATCH.decided is None  # `explain` leaves the step cache as it is
-        guards = plan.guards_for(len(leaves), len(everything)) if remembers else GuardCache()
-        known = guards.check(everything)  # guard hit: these tensors were checked before, and none of them requires grad
+        guards = plan.guards_for(len(leaves), len(everything)) if remembers else None
+        # guard hit: these tensors were checked before, and none of them requires grad
+        known = None if guards is None else guards.check(everything)
         if known is not None and apply and donate and WATCH.decided is None:
             repeated = repeatable(plan)
             if repeated is not None and repeated.at_once((gradients, leaves), states, known.facts, executor):
@@ -312,7 +314,7 @@ class Transform:
             check_gradients(gradients, leaves, shapes, spec)
             if type(None) in set(map(type, gradients)):
                 rows = [k for k, g in enumerate(gradients) if g is not None]
-            check_states(self.links, states, leaves, shapes, spec)
+            check_states(plan.links, states, leaves, shapes, spec)
         usual = known is not None or (eager and plain(everything, optional=True))
         if not usual and (eager or not plain(leaves, gradients, optional=True)):
             gradients = spread_alike(gradients, leaves, plan.alike(states), spec)
@@ -346,7 +348,7 @@ class Transform:
         out, news = run_chain(groups, inputs, env, apply)
         if touched is not None:
             out, news = touched.scatter(out, news, apply, env.own.given)
-        elif known is None and usual and env.mode == "program" and all([isinstance(x, Tensor) for x in everything]):
+        elif guards is not None and known is None and usual and env.mode == "program" and only_tensors(everything):
             guards.install(everything)
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)
@@ -355,7 +357,7 @@ class Transform:
                     if leaf:
                         new[f] = put(olds[f], rows, new[f])
         if not donate and (env.mode == "program" or not maths.recorded(given)):
-            views = executor == "leaf" or any(map(Tensor.is_complex, given))
+            views = executor in LEAF_BY_LEAF or any(map(Tensor.is_complex, given))
             out, news = unshared(out, news, (leaves, gradients, before), plan, views)
         result = params if out is leaves else tree.unflatten(out, spec)
         if donate and all([all(map(operator.is_, new, old)) for new, old in zip(news, before)]):
@@ -468,6 +470,11 @@ class Transform:
         return "\n".join(programs(self.plan, True, donate))
 
 
+def only_tensors(values: list[Any]) -> bool:
+    """Whether all of these are tensors."""
+    return all([isinstance(x, Tensor) for x in values])
+
+
 def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
     """The source of the program of each stage of a plan; of a whole transform, its name and those it is put around."""
     texts = []
@@ -492,10 +499,14 @@ class Single(Primitive, Transform):
     __slots__ = ("_links", "_plan", "_structure")
 
     def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
-        super().__init__(declaration, arguments)
-        object.__setattr__(self, "_links", None)
-        object.__setattr__(self, "_plan", None)
-        object.__setattr__(self, "_structure", None)
+        write = object.__setattr__
+        write(self, "declaration", declaration)
+        write(self, "arguments", arguments)
+        write(self, "_links", None)
+        write(self, "_plan", None)
+        write(self, "_structure", None)
+        if declaration.state is not None and declaration.fields.step < 0:
+            refuse_schedules(self)
 
     @classmethod
     def made(cls, declaration: LinkDeclaration, arguments: Any) -> Self:

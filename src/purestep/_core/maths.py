@@ -18,7 +18,7 @@ from torch.fx import Proxy
 from torch.linalg import vector_norm
 
 from purestep._core import sharded
-from purestep._core.plain import bare, plain
+from purestep._core.plain import PLAIN, bare, plain
 from purestep._core.recorder import recorder
 from purestep._core.torch_api import (
     DisableFuncTorch,
@@ -410,6 +410,19 @@ def bottom(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
         levels.append((level_of(x), batch_dim_of(x)))
         x = get_unwrapped(x)
     return x, tuple(levels)
+
+
+def places(xs: Sequence[Tensor]) -> list[Any]:
+    """For each tensor what tells where it is, and how it is wrapped: two that agree in it hold the same."""
+    found: list[Any] = []
+    for x in xs:
+        wraps: list[Any] = []
+        while is_wrapped(x):
+            wraps += (level_of(x), batch_dim_of(x))
+            x = get_unwrapped(x)
+        known = type(x) in PLAIN and (x.is_cpu or x.is_cuda) and x.layout is torch.strided
+        found.append((wraps, x.data_ptr(), x.dtype, x.shape, x.stride()) if known else (wraps, id(x)))
+    return found
 
 
 def memory(x: Any) -> int:

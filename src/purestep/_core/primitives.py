@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -122,15 +122,15 @@ class Primitive(Value):
     __slots__ = ()
     declaration: LinkDeclaration  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, declaration: LinkDeclaration, arguments: Mapping[str, Any]) -> None:
-        object.__setattr__(self, "declaration", declaration)
-        object.__setattr__(self, "arguments", arguments)
-        state = declaration.state
-        if state is not None and declaration.fields.step < 0 and scheduled(self):
-            raise TypeError(
-                f"{declaration.name} cannot follow a schedule, because {state.__name__} does not count its updates; "
-                "add the field 'step: Scalar' to it, begun with counter(p)."
-            )
+
+def refuse_schedules(value: Primitive) -> None:
+    """Refuse a schedule among the hyperparameters of a transform whose state does not count its updates."""
+    d = value.declaration
+    if scheduled(value):
+        raise TypeError(
+            f"{d.name} cannot follow a schedule, because {d.state.__name__} does not count its updates; "
+            "add the field 'step: Scalar' to it, begun with counter(p)."
+        )
 
 
 class Link(NamedTuple):
@@ -154,6 +154,10 @@ def kinds_of(value: Primitive) -> Kinds:
         x = a[name]
         if isinstance(x, float):
             found.append("zero" if x == 0.0 and name == d.off else "number")
+        elif type(x) is Tensor:
+            found.append("tensor" if x.is_cpu else "device")
+        elif type(x) is tuple and {*map(type, x)} == {float}:
+            found.append(("number",) * len(x))
         else:
             found.append(None if x is None else kind_of(x))
     return tuple(found)

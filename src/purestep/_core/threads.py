@@ -78,8 +78,11 @@ def divided(run: Callable[..., None]) -> Callable[..., None]:
             large = [not x for x in few]
             run(*[_where(x, large) for x in small])
             small = [_where(x, few) for x in small]
-        with one_thread(put):
+        put(1)
+        try:
             run(*small)
+        finally:
+            put(threads)
 
     return call
 

@@ -81,7 +81,7 @@ def flatten_like(tree: Any, spec: Spec, name: str, other: str = "params") -> lis
     same = type(tree) is kind
     if kind is dict and same and len(tree) == len(keys):
         try:
-            return [tree[key] for key in keys]
+            return list(map(tree.__getitem__, keys))
         except KeyError:
             pass  # named below
     elif (kind is list or kind is tuple) and same and len(tree) == len(keys):

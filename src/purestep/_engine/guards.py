@@ -67,7 +67,9 @@ class GuardCache:
     def check(self, tensors: Sequence[object]) -> Guard | None:
         """The guard that was installed last, if it matches these tensors."""
         found = self.last  # which another thread may exchange
-        if found is None or not found.matches(tensors):
+        if found is None or len(tensors) != found.number or torch.is_grad_enabled() is not found.grad:
+            return None
+        if not found.guards.check(*tensors):
             return None
         self.misses = 0
         return found

@@ -77,14 +77,18 @@ class Numbers:
         for (_, value, info), own in zip(chain.items, fields):
             count = own[info.step][0] if info.step >= 0 else None
             for name in value.declaration.hypers:
-                x = self.lower(value.arguments[name], count)
+                x = value.arguments[name]
+                if type(x) is float:
+                    found.append(x)
+                    continue
+                x = self.lower(x, count)
                 found += x if isinstance(x, tuple) else () if x is None else (x,)
         return found
 
     def lower(self, x: Any, count: Tensor | None) -> Any:
         """A hyperparameter as a program takes it; `count` is the counter that schedules are called with."""
         if isinstance(x, tuple):
-            return tuple([self.lower(y, count) for y in x])
+            return tuple([y if type(y) is float else self.lower(y, count) for y in x])
         if isinstance(x, Schedule):
             return self.lower(self._at(x, count), count)
         if isinstance(x, Tensor):

@@ -220,13 +220,11 @@ def tensors_of(links: tuple[Link, ...]) -> list[Tensor]:
     found: list[Tensor] = []
     for link in links:
         for x in map(link.transform.arguments.__getitem__, link.transform.declaration.hypers):
-            found += (x,) if isinstance(x, Tensor) else () if x is None or type(x) is float else tensors_in(x)
+            if isinstance(x, Tensor):
+                found.append(x)
+            elif not (x is None or type(x) is float or (type(x) is tuple and {*map(type, x)} == {float})):
+                found += [y for y in tree_leaves(x) if isinstance(y, Tensor)]
     return found
-
-
-def tensors_in(x: Any) -> list[Tensor]:
-    """The tensors in a tuple of numbers, or in a schedule."""
-    return [y for y in tree_leaves(x) if isinstance(y, Tensor)]
 
 
 def ours(declaration: LinkDeclaration) -> bool:

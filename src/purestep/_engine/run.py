@@ -33,14 +33,14 @@ from purestep._executors import registry as registry  # importing it registers t
 from purestep._executors.chains import FUSED_DTYPES, FusedChain
 from purestep._executors.flat_buffer import COUNT, SIZE
 from purestep._executors.leaf_function import requires_grad
-from purestep._executors.task import WATCH, Decided, Env, ExecutorName, Mode, Ownership, Task, execute, run_plain
+from purestep._executors.task import LEAF_BY_LEAF, WATCH, Decided, Env, ExecutorName, Mode, Ownership, Task, execute, run_plain
 
 Mask = Callable[[tuple[Any, ...]], "list[bool]"]
 
 
 def choose(wanted: ExecutorName | None, *tensors: Iterable[Any]) -> Mode:
     """How leaf functions are run in a call that takes these tensors."""
-    if wanted == "leaf" or maths.transforming():
+    if wanted in LEAF_BY_LEAF or maths.transforming():
         return "leaf"
     if torch.is_grad_enabled():
         for xs in tensors:

@@ -51,6 +51,7 @@ class RepeatedStep(NamedTuple):
     places: tuple[tuple[int, int], ...]  # the item of the chain and the number of each of these fields
     counters: tuple[tuple[str, int, int], ...]  # the key, the item and the number of those that are one number
     recipe: Any  # of the program
+    hypers: dict[str, Any]  # as a kernel takes them
 
     @classmethod
     def of(cls, plan: Plan) -> RepeatedStep | None:
@@ -69,7 +70,7 @@ class RepeatedStep(NamedTuple):
             [(plan.keys[i][f], j, f) for j, (i, _, info) in enumerate(chain.items) for f, s in enumerate(info.scalars) if s]
         )
         recipe = details(chain, chain.structure.present)
-        return cls(chain, chain.kernel, tuple(names), tuple(keys), places, counters, recipe)
+        return cls(chain, chain.kernel, tuple(names), tuple(keys), places, counters, recipe, chain.hypers)
 
     def again(
         self,
@@ -161,8 +162,8 @@ class RepeatedStep(NamedTuple):
             fields[j][f] = column
         for (_, j, f), column in zip(self.counters, counters):
             fields[j][f] = column[:1]
-        task = Task(self.chain, (*lists, fields), True, numbers.env, numbers)
-        task.facts, task.recipe = facts, self.recipe
+        task = Task(self.chain, (*lists, fields), True, numbers.env, numbers, self.recipe)
+        task.facts = facts
         _, news = execute(task)
         for column, (j, f) in zip(columns, self.places):
             if news[j][f] is not column and not all(map(operator.is_, column, news[j][f])):
@@ -218,7 +219,7 @@ class RepeatedStep(NamedTuple):
         """Call the kernel, in place."""
         given = {**dict(zip(self.names, states)), "step": lambda: after}
         with BelowAutograd():
-            self.kernel.run(params, grads, given, self.chain.hypers, before)  # type: ignore[union-attr]
+            self.kernel.run(params, grads, given, self.hypers, before)  # type: ignore[union-attr]
         torch.autograd.graph.increment_version(params)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from purestep._core import maths, sharded
 from purestep._core.plain import plain
 from purestep._executors.one_by_one import OneByOne, written
-from purestep._executors.task import Base, Result, Task, run_plain
+from purestep._executors.task import LEAF_BY_LEAF, Base, Result, Task, run_plain
 
 _one_by_one = OneByOne()
 
@@ -36,7 +36,7 @@ class ByParts(Base):
         try:
             recipe = task.program(False, False, False, "single")
             # a derivative with respect to a number is a sum over all parts
-            followed = env.mode != "program" and (wanted != "leaf" or torch.is_grad_enabled() or maths.transforming())
+            followed = env.mode != "program" and (wanted not in LEAF_BY_LEAF or torch.is_grad_enabled() or maths.transforming())
             like = [own[f] for (_, _, info), own in zip(task.chain.items, task.fields) for f in info.tensors]
             task.grads = sharded.alike(task.grads, task.params, like, "number {}".format)  # a whole transform may change it
             return (in_part if recipe.elementwise and not followed else in_full)(task)

@@ -181,7 +181,10 @@ def tail(kernel: Kernel, declarations: Sequence[LinkDeclaration]) -> int | None:
 
 def absent(fields: Any) -> tuple[tuple[bool, ...], ...]:
     """Which fields of their states these parameters do not have."""
-    return tuple([tuple([c[0] is None for c in own]) for own in fields])
+    found: list[tuple[bool, ...]] = []
+    for own in fields:
+        found.append(tuple([c[0] is None for c in own]) if own else ())  # noqa: PERF401  (a comprehension is a call)
+    return tuple(found)
 
 
 def encodes(chain: FusedChain, fields: Any) -> bool:

@@ -69,8 +69,8 @@ def run_compiled(
     grads, params, columns = given
     lists = [grads, params, *[c for c in columns if isinstance(c, list)]]
     with BelowInplaceOrView():  # the compiler would ask of a view what it is a view of
-        vectors = [flat(xs) for xs in zip(*lists)]
-    if not all(vectors):
+        vectors = flattened(lists)
+    if vectors is None:
         return None
     found, scalars = split.coefficients(*[c for c in columns if not isinstance(c, list)], *numbers)
     dtypes = tuple([xs[0].dtype for xs in lists])
@@ -79,13 +79,13 @@ def run_compiled(
     made = called(kernel, k, vectors)
     if split.copies:
         made = [unshared(ys, xs) for ys, xs in zip(made, vectors)]
-    news = [[shaped(y, p) for y, p in zip(ys, params)] for ys in zip(*made)]
+    news = [shaped(ys, params) for ys in zip(*made)]
     updates = params if apply and donate else news.pop(0)
     tensors, floats = iter(lists[2:] if donate else news), iter(scalars)
     return updates, *[next(tensors) if isinstance(c, list) else next(floats) for c in columns]
 
 
-def called(kernel: Function, k: Tensor, vectors: list[list[Tensor]]) -> list[list[Tensor]]:
+def called(kernel: Function, k: Tensor, vectors: list[Sequence[Tensor]]) -> list[list[Tensor]]:
     """What a kernel returns for each; small ones are done on one thread."""
     few = [k.is_cpu and x[0].numel() <= SERIAL for x in vectors]
     if OPENMP is None or not any(few) or torch.get_num_threads() == 1:
@@ -130,7 +130,7 @@ def function(split: Program, dtype: torch.dtype, donate: bool) -> Function:
     return kernel
 
 
-def unshared(results: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+def unshared(results: list[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     """Results in memory of their own."""
     held = {x.data_ptr() for x in given}
     found = []
@@ -139,6 +139,14 @@ def unshared(results: list[Tensor], given: list[Tensor]) -> list[Tensor]:
         held.add(y.data_ptr())
         found.append(y)
     return found
+
+
+def flattened(lists: list[list[Tensor]]) -> list[Sequence[Tensor]] | None:
+    """For each parameter, its tensor in each list as a vector; None if their elements are not in the same order."""
+    if all([x.is_contiguous() for xs in lists for x in xs]):
+        return list(zip(*[[x.view(-1) for x in xs] for xs in lists]))
+    found: list[Sequence[Tensor]] = [flat(xs) for xs in zip(*lists)]
+    return found if all(found) else None
 
 
 def flat(tensors: tuple[Tensor, ...]) -> list[Tensor]:
@@ -151,9 +159,9 @@ def flat(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     return [x.as_strided((x.numel(),), (1,)) for x in tensors]
 
 
-def shaped(x: Tensor, like: Tensor) -> Tensor:
-    """A vector as a tensor again."""
-    return x.view(like.shape) if like.is_contiguous() else x.as_strided(like.shape, like.stride())
+def shaped(xs: Sequence[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Vectors as tensors again."""
+    return [x.view(p.shape) if p.is_contiguous() else x.as_strided(p.shape, p.stride()) for x, p in zip(xs, like)]
 
 
 def vector(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:

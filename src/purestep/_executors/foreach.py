@@ -12,7 +12,7 @@ from purestep._core.torch_api import BelowAutograd
 from purestep._executors.chains import MERGED_DTYPES
 from purestep._executors.task import Base, Mode, Result, Task
 from purestep._executors.tiles import Variant, calculate
-from purestep._trace.program import runner
+from purestep._trace.program import program, runner
 
 
 class Traced(Base):
@@ -33,7 +33,9 @@ class Traced(Base):
             run = runner(task.recipe, task.applies, task.owns_grads, own, *task.chain.declarations)
             return run(task.grads, task.params, *columns, *numbers)
 
-        return finished(task, calculated)
+        found = collected(task, calculated)
+        assert found is not None
+        return found
 
 
 class Foreach(Base):
@@ -63,7 +65,9 @@ def run_foreach(task: Task) -> Result:
         variant = Variant(task.recipe, task.chain.declarations, task.applies, own, given_away, merges(task))
         return calculate(variant, given, numbers)
 
-    return finished(task, calculated)
+    found = collected(task, calculated)
+    assert found is not None
+    return found
 
 
 def collected(task: Task, calculated: Callable[[list[Any], list[Any]], Any]) -> Result | None:
@@ -74,7 +78,7 @@ def collected(task: Task, calculated: Callable[[list[Any], list[Any]], Any]) -> 
     if found is None:
         return None
     updates, *results = found
-    if tensors_among(columns) or tensors_among(numbers):  # a 0-d parameter is promoted by a 0-d number
+    if tensors_among(columns, numbers):  # a 0-d parameter is promoted by a 0-d number
         dtype = task.params[0].dtype
         own = [True, *[place not in task.chain.encoded for place in places]]
         updates, *results = [
@@ -85,19 +89,13 @@ def collected(task: Task, calculated: Callable[[list[Any], list[Any]], Any]) -> 
     return Result(list(updates) if isinstance(updates, tuple) else updates, news)
 
 
-def tensors_among(values: list[Any]) -> bool:
-    """Whether any of these is a tensor."""
-    for x in values:  # noqa: SIM110  (any() would be one call more)
-        if isinstance(x, Tensor):
-            return True
+def tensors_among(*lists: list[Any]) -> bool:
+    """Whether anything in these lists is a tensor."""
+    for xs in lists:
+        for x in xs:
+            if isinstance(x, Tensor):
+                return True
     return False
-
-
-def finished(task: Task, calculated: Callable[[list[Any], list[Any]], Any]) -> Result:
-    """`collected`, of what is always calculated."""
-    found = collected(task, calculated)
-    assert found is not None
-    return found
 
 
 def merges(task: Task) -> bool:
@@ -105,6 +103,6 @@ def merges(task: Task) -> bool:
     p = task.params[0]
     if task.env.wanted is not None or not p.is_cpu or p.dtype not in MERGED_DTYPES:
         return False
-    if not task.program(task.applies, task.owns_grads, True, "kernels").merged:
+    if not program(task.recipe, task.applies, task.owns_grads, True, *task.chain.declarations, form="kernels").merged:
         return False
     return bool(task.fact("ordinary"))

@@ -9,7 +9,7 @@ from purestep._executors.chains import encodes
 from purestep._executors.complex_pairs import in_reals, out_of_reals
 from purestep._executors.one_tensor import one
 from purestep._executors.reference import leaf_by_leaf
-from purestep._executors.task import Base, Result, Task
+from purestep._executors.task import LEAF_BY_LEAF, Base, Result, Task
 
 
 class OneByOne(Base):
@@ -48,7 +48,7 @@ def calculated(task: Task) -> Result:
     like = [own[f] for (_, _, info), own in zip(task.chain.items, fields) for f in info.tensors]
     dtype = task.params[0].dtype
     mixed = not all([x is None or x.dtype == dtype for c in like for x in c]) or encodes(task.chain, fields)
-    if mixed or task.env.wanted == "leaf":
+    if mixed or task.env.wanted in LEAF_BY_LEAF:
         with task.env.reading():
             return leaf_by_leaf(task)
     rows = [[[c[k] for c in own] for own in fields] for k in range(len(task.params))]

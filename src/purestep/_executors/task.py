@@ -22,6 +22,9 @@ ExecutorName: TypeAlias = Literal["leaf", "foreach", "fused", "compiled"]
 EXECUTOR_NAMES: tuple[ExecutorName, ...] = ("leaf", "foreach", "fused", "compiled")
 """What a user may ask for."""
 
+LEAF_BY_LEAF: frozenset[ExecutorName | None] = frozenset({"leaf"})
+"""Those of them that put a call into the mode ``leaf``: the leaf functions themselves run, one parameter at a time."""
+
 Mode: TypeAlias = Literal["leaf", "program", "traced"]
 
 
@@ -49,7 +52,7 @@ class Env:
         self.wanted: ExecutorName | None = wanted
         self.own = own
         self.level = VmapLevel.now() if mode == "leaf" and wanted is None else None  # of vmap, if it can be stepped out of
-        self.writes = own.given and wanted == "leaf" and not maths.recorded(tensors)  # leaf by leaf, in place
+        self.writes = own.given and wanted in LEAF_BY_LEAF and not maths.recorded(tensors)  # leaf by leaf, in place
 
     @property
     def overwrites(self) -> bool:
@@ -118,7 +121,13 @@ class Task:
     )  # fmt: skip
 
     def __init__(
-        self, chain: FusedChain, lists: tuple[list[Any], list[Any], list[Any]], applies: bool, env: Env, numbers: Numbers
+        self,
+        chain: FusedChain,
+        lists: tuple[list[Any], list[Any], list[Any]],
+        applies: bool,
+        env: Env,
+        numbers: Numbers,
+        recipe: Any = None,
     ) -> None:
         self.chain, self.applies, self.env, self.numbers = chain, applies, env, numbers
         self.grads, self.params, self.fields = lists
@@ -127,7 +136,7 @@ class Task:
         self.owns_grads = False  # the gradients may be overwritten: they are copies in a buffer
         self.nested = False  # another executor runs this task on memory of its own
         self.facts: dict[Any, Any] | None = None  # what is known of these tensors, which look as in an earlier call
-        self._recipe: Any = None
+        self._recipe = recipe
         self._equal: bool | None = None
 
     def on(self, grads: list[Any], params: list[Any], fields: list[Any], applies: bool | None = None) -> Task:
@@ -142,10 +151,6 @@ class Task:
         if self._recipe is None:
             self._recipe = details(self.chain, absent(self.fields))
         return self._recipe
-
-    @recipe.setter
-    def recipe(self, recipe: Any) -> None:
-        self._recipe = recipe
 
     def program(self, applies: bool, owns: bool, given: bool, form: Form = "lists") -> Program:
         """The program of this chain."""
@@ -201,8 +206,9 @@ class Task:
 
     def all_numbers(self) -> list[Any]:
         """The numbers that a program takes, except counters."""
-        numbers = self.numbers.of_chain(self.chain, self.fields)
-        return [self.factor, *numbers] if self.chain.scaled else numbers
+        chain = self.chain
+        numbers = self.numbers.of_chain(chain, self.fields) if chain.numbers is None else chain.numbers
+        return [self.factor, *numbers] if chain.scaled else numbers
 
 
 class Arranged(NamedTuple):
@@ -220,8 +226,8 @@ def same_number(counters: list[Any]) -> bool:
         return True
     if torch.compiler.is_compiling() or any([x is None or x.requires_grad for x in counters]):
         return False
-    tensor, levels = maths.bottom(first)
-    return all([maths.bottom(x)[0] is tensor and maths.bottom(x)[1] == levels for x in counters[1:]])
+    places = maths.places(counters)
+    return places.count(places[0]) == len(places)
 
 
 # ----------------------------------------------------------------------------------------------------------------- facts

@@ -163,7 +163,7 @@ def tile_slices(params: list[Tensor]) -> list[slice] | None:
     """Slices of the parameters of about `TILE` elements each; None for all at once: for small ones, and on accelerators."""
     if not params[0].is_cpu:
         return None
-    sizes = [p.numel() for p in params]
+    sizes = list(map(Tensor.numel, params))
     return None if sum(sizes) <= max(2 * TILE, SIZE * len(sizes)) else blocks(sizes)
 
 

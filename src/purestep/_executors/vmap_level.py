@@ -46,16 +46,17 @@ class VmapLevel(NamedTuple):
             return None
         return cls(stack[0].level(), VmapInterpreter(stack[0]).batchSize())
 
-    def stacked(self, x: Tensor) -> Tensor | None:
-        """A tensor with the batch in its first dimension; None if it is not batched, not plain, or autograd follows it."""
-        if not is_batched(x):
+    def stacked(self, xs: list[Tensor]) -> list[Tensor] | None:
+        """Tensors with the batch in their first dimension; None if one is not batched, not plain, or autograd follows it."""
+        if not all(map(is_batched, xs)):
             return None
-        inside, dim = get_unwrapped(x), batch_dim_of(x)
-        if not plain([inside]):
+        inside: list[Tensor] = list(map(get_unwrapped, xs))
+        if not plain(inside) or (torch.is_grad_enabled() and any([x.requires_grad for x in inside])):
             return None
-        if torch.is_grad_enabled() and inside.requires_grad:
-            return None
-        return (inside.movedim(dim, 0) if dim else inside).contiguous()
+        dims: list[int] = list(map(batch_dim_of, xs))
+        if any(dims):
+            inside = [x.movedim(dim, 0) for x, dim in zip(inside, dims)]
+        return list(map(Tensor.contiguous, inside))
 
     def read(self, x: Any) -> Any:
         """A number: as it is, or a tensor of one for each member if they differ; None if they cannot be known."""
@@ -70,7 +71,8 @@ class VmapLevel(NamedTuple):
             return values
         return values[0] if values.count(values[0]) == len(values) else column
 
-    def batched(self, x: Tensor) -> Tensor:
-        """A stacked tensor as one of this level."""
-        made: Tensor = add_batch_dim(x, 0, self.number)
-        return made
+    def batched(self, x: Any) -> Any:
+        """Stacked tensors as those of this level; anything else as it is."""
+        if isinstance(x, Tensor):
+            return add_batch_dim(x, 0, self.number)
+        return [add_batch_dim(y, 0, self.number) for y in x] if isinstance(x, (list, tuple)) else x

@@ -73,30 +73,31 @@ def run_stacked(
     if not program(recipe, apply, False, False, *declarations).elementwise:
         return None
     grads, params, columns = given
+    listed = [c for c in columns if isinstance(c, list)]
     with without_innermost_interpreter():
-        lists = [[level.stacked(x) for x in xs] for xs in (grads, params, *[c for c in columns if isinstance(c, list)])]
+        flat = level.stacked([x for xs in (grads, params, *listed) for x in xs])
         values = [level.read(x) for x in (*[c for c in columns if not isinstance(c, list)], *numbers)]
-        if any([x is None for xs in (*lists, values) for x in xs]):
+        if flat is None or any([x is None for x in values]):
             return None
-        g, p, *rest = lists
-        tensors, floats = iter(rest), iter(values)
-        own: tuple[Any, ...] = (g, p, [next(tensors) if isinstance(c, list) else next(floats) for c in columns])
-        hypers = list(floats)
-        if not any([isinstance(x, Tensor) for x in values]):
-            results = calculate(Variant(recipe, declarations, apply), own, hypers)
-        else:
+        own, hypers = arguments(cut(flat, len(params)), columns, values)
+        if any([isinstance(x, Tensor) for x in values]):
             found = by_member(recipe, declarations, own, hypers, apply, level.size)
-            if found is None:
-                return None
-            results = found
-    return tuple([outside(level, x) for x in results])
+        else:
+            found = tuple(calculate(Variant(recipe, declarations, apply), own, hypers))
+    return None if found is None else tuple(map(level.batched, found))
 
 
-def outside(level: VmapLevel, x: Any) -> Any:
-    """A result of stacked tensors, as what it is to a member."""
-    if isinstance(x, (list, tuple)):
-        return [level.batched(y) for y in x]
-    return level.batched(x) if isinstance(x, Tensor) else x
+def cut(flat: list[Tensor], n: int) -> list[list[Tensor]]:
+    """Lists of `n` tensors each, which were put one after the other."""
+    return [flat[k : k + n] for k in range(0, len(flat), n)]
+
+
+def arguments(lists: list[list[Tensor]], columns: list[Any], values: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
+    """The gradients, the parameters and the columns, and the hyperparameters, out of all lists and all numbers in order."""
+    g, p, *rest = lists
+    tensors, numbers = iter(rest), iter(values)
+    given = [next(tensors) if isinstance(c, list) else next(numbers) for c in columns]
+    return (g, p, given), list(numbers)
 
 
 def by_member(
@@ -155,11 +156,11 @@ class Members(NamedTuple):
 
     def of(self, grads: list[Tensor], params: list[Tensor], columns: list[Any]) -> list[Any]:
         """Of all that a program is given."""
-        return [
-            self.rows(grads),
-            self.rows(params),
-            *[self.rows(c) if isinstance(c, list) else self.numbers([c])[0] for c in columns],
-        ]
+        listed = [c for c in columns if isinstance(c, list)]
+        rows = self.rows([x for xs in (grads, params, *listed) for x in xs])
+        numbers = self.numbers([c for c in columns if not isinstance(c, list)])
+        (g, p, given), _ = arguments(cut(rows, len(params)), columns, numbers)
+        return [g, p, *given]
 
 
 def rearranged(xs: Sequence[Tensor], like: list[Tensor]) -> list[Tensor]:

@@ -107,14 +107,11 @@ class Schedules:
     """The schedules that the options of an optimizer's groups follow."""
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[dict[str, Any], dict[str, Following]]] = {}  # by the group's id
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
+        self.found: dict[int, tuple[dict[str, Any], dict[str, Following]]] = {}  # by the group's id
 
     def of(self, group: Mapping[str, Any]) -> dict[str, Following]:
         """Those of one group, by the names of the options."""
-        found = self._found.get(id(group))
+        found = self.found.get(id(group))
         return found[1] if found is not None and found[0] is group else {}
 
     def take(self, group: dict[str, Any], names: Iterable[str]) -> None:
@@ -125,9 +122,9 @@ class Schedules:
 
     def put(self, group: dict[str, Any], name: str, following: Following, steps: int | None) -> None:
         """Let an option follow a schedule; the group shows its number after these steps, or goes on showing what it does."""
-        found = self._found.get(id(group))
+        found = self.found.get(id(group))
         if found is None or found[0] is not group:
-            found = self._found[id(group)] = (group, {})
+            found = self.found[id(group)] = (group, {})
         found[1][name] = following
         if steps is not None:
             group[name] = group[SHOWN + name] = following.at(steps)

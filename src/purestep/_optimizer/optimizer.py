@@ -28,12 +28,13 @@ from torch.nn.parameter import is_lazy
 from purestep._core import maths, sharded
 from purestep._core.lists import clones, overwrite
 from purestep._core.masks import refuse_unmatched
-from purestep._core.maths import readable
+from purestep._core.maths import readable, transforming
 from purestep._core.plain import plain
 from purestep._core.torch_api import (
     STEP_POST_HOOKS,
     STEP_PRE_HOOKS,
     check_fused_device_and_dtype,
+    dispatch_mode_count,
     profiling,
     set_grad_mode,
     tree_leaves,
@@ -47,7 +48,7 @@ from purestep._engine.plan import ParamSlice, Plan
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import SparseRows
 from purestep._engine.step_cache import repeatable
-from purestep._executors.task import Env, ExecutorName, Ownership
+from purestep._executors.task import LEAF_BY_LEAF, Env, ExecutorName, Ownership
 from purestep._optimizer.averages import averages_in, in_place_of_params
 from purestep._optimizer.checkpoint import check_loaded, check_shared, cleaned, keep_precision, lay_out, with_labels
 from purestep._optimizer.closures import closure_inputs, keep_progress, value_and_grad
@@ -212,7 +213,7 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def _contents(self) -> Contents:
         """What the parts of the optimizer are called with."""
-        restarts = Optimizer._uncounted if self._options.schedules else self._uncounted  # schedules count on
+        restarts = Optimizer._uncounted if self._options.schedules.found else self._uncounted  # schedules count on
         return Contents(self.param_groups, self.state, self._selection, self._place, restarts)
 
     # -- for classes with other ways
@@ -477,7 +478,7 @@ class Optimizer(torch.optim.Optimizer):
                         self._advance([pair])
         finally:
             set_grad_mode(grad)
-        if self._options.schedules and not torch.compiler.is_compiling():
+        if self._options.schedules.found and not torch.compiler.is_compiling():
             self._options.schedules.show(self._contents, [t for _, t in groups])
 
     def _step_scaled(self, closure: Any, loss: Any) -> None:
@@ -560,13 +561,14 @@ class Optimizer(torch.optim.Optimizer):
         params, executor = group["params"], self._executor(group)
         if (
             not params
-            or executor == "leaf"
+            or executor in LEAF_BY_LEAF
             or (self._first_steps.untouched and any([p in self._first_steps.untouched for p in params]))
         ):
             return False
-        if torch.is_grad_enabled() or choose(None) != "program":
+        if torch.is_grad_enabled() or transforming() or dispatch_mode_count() > 0 or torch.compiler.is_compiling():
             return False
-        repeated = repeatable(transform._plan or transform.plan)
+        plan = transform._plan or transform.plan
+        repeated = repeatable(plan) if plan.repeated is ... else plan.repeated
         if repeated is None:
             return False
         guards = self._guards.get(id(group))
@@ -739,7 +741,7 @@ class Optimizer(torch.optim.Optimizer):
             self._decide()
         if self._first_steps.untouched and not traced():
             self._first_steps.renew(self._contents, self._options.transforms(self.param_groups))
-        if self._options.schedules:
+        if self._options.schedules.found:
             transforms = self._options.transforms(self.param_groups)
             self._options.schedules.show(self._contents, transforms, exactly=True)
         self._place.move(self.state, self.param_groups)

@@ -65,7 +65,7 @@ class Options:
             options = self._current(sources)
             old = made[i][0]
             if old is None or (not all(map(operator.is_, old, options)) and not all(map(unchanged, old, options))):
-                if any(map(follows, options)) or self.schedules:
+                if any(map(follows, options)) or self.schedules.found:
                     for g in sources:
                         self.schedules.take(g, self.names(g))
                     self.schedules.settle(sources)
@@ -136,9 +136,14 @@ class Options:
 
     def _current(self, groups: Iterable[Mapping[str, Any]]) -> list[Any]:
         """The options of these groups as the transform takes them."""
-        if self.schedules:
+        if self.schedules.found:
             groups = map(self.schedules.options, groups)
-        return [tuple(x) if type(x := g[name]) is list else x for g in groups for name in self.names(g)]
+        routes, first = self.routing.routes, self.first
+        return [
+            tuple(x) if type(x := g[name]) is list else x
+            for g in groups
+            for name in (routes[g["label"]].first if routes else first)
+        ]
 
     def forget(self) -> None:
         """Make all transforms anew at the next step."""

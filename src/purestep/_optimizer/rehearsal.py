@@ -10,6 +10,7 @@ import torch
 from purestep._core.maths import readable
 from purestep._core.primitives import fresh_state
 from purestep._core.torch_api import tree_structure
+from purestep._executors.task import LEAF_BY_LEAF
 from purestep._optimizer.following import Schedules, follows, number, updates
 from purestep._optimizer.selection import Contents
 from purestep.transform import Transform
@@ -33,7 +34,7 @@ class Rehearsal:
                 count = updates(contents, group, transform, option := x.option(group, name))
                 if follows(option):
                     number(option, int(count) if count is not None and readable(torch.as_tensor(count)) else x.steps)
-            if self._done.get(k) is transform or executor(group) == "leaf":
+            if self._done.get(k) is transform or executor(group) in LEAF_BY_LEAF:
                 continue
             self._done[k] = transform
             recipe = tuple([tree_structure(link.transform) for link in transform.links])

@@ -196,6 +196,26 @@ def test_a_batch_of_seeds_and_a_batch_of_models() -> None:
     torch.testing.assert_close((together - g)[0], (together - g)[2])
 
 
+def test_an_optimizer_numbers_parameters_group_by_group() -> None:
+    """A partition makes groups: the noise is what the functions give for these places."""
+    make = lambda: ps.chain(  # noqa: E731
+        ps.add_noise(0.1, seed=1), ps.partition({"m": ps.adam(0.1), "v": ps.sgd(0.1)}, lambda _, p: "m" if p.dim() > 1 else "v")
+    )
+    params = [torch.ones(3, 2), torch.ones(4), torch.ones(2, 2)]
+    own = [torch.nn.Parameter(p.clone()) for p in params]
+    optimizer, opt = optim.Optimizer(own, make()), make()
+    first, *rest = opt.init_state(params)
+    state: Any = (first._replace(place=[torch.tensor(x) for x in (0.0, 2.0, 1.0)]), *rest)
+    for _ in range(2):
+        grads = [p * 2 for p in params]
+        params, state = opt.step(grads, state, params)
+        for p, g in zip(own, grads):
+            p.grad = g
+        optimizer.step()
+    for p, q in zip(own, params):
+        torch.testing.assert_close(p.detach(), q)
+
+
 def test_noise_goes_on_after_a_checkpoint() -> None:
     def make() -> Any:
         model = torch.nn.Linear(3, 2)

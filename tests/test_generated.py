@@ -378,6 +378,8 @@ def test_an_optimizer_takes_the_same_steps(recipe: Recipe, on: Setting) -> None:
     opt = tried(recipe, on)
     if opt is None or on.tree == "nested":
         return
+    if "noise" in recipe.text and "partition" in recipe.text:
+        return  # the optimizer numbers parameters group by group: `test_an_optimizer_numbers_parameters_group_by_group`
     expected, _ = run(opt, on, STEPS, executor="leaf")
     for flags in ({}, {"foreach": True}, {"foreach": False}):
         params = [torch.nn.Parameter(p) for p in on.tensors(0)]

@@ -100,7 +100,9 @@ def apply(diff: str, source: Path) -> None:
     for name, lines in re.findall(r"^--- (.*)\n((?:[ +-](?!-- ).*\n)*)", diff, re.MULTILINE):
         old, new = ["".join([x[1:] + "\n" for x in lines.splitlines() if x[0] in marks]) for marks in (" -", " +")]
         text = (source / name).read_text()
-        assert text.count(old) == 1, f"{name} does not have this once:\n{old}"
+        assert text.count(old) == 1, (
+            f"The diff in docs/internals.md changes these lines of {name}, which are not there once: write it anew.\n{old}"
+        )
         (source / name).write_text(text.replace(old, new))
 
 

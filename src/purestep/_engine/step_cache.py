@@ -161,9 +161,9 @@ class RepeatedStep(NamedTuple):
         for (j, f), column in zip(self.places, columns):
             fields[j][f] = column
         for (_, j, f), column in zip(self.counters, counters):
-            fields[j][f] = column[:1]
+            fields[j][f] = column
         task = Task(self.chain, (*lists, fields), True, numbers.env, numbers, self.recipe)
-        task.facts = facts
+        task.facts, task.equal = facts, True
         _, news = execute(task)
         for column, (j, f) in zip(columns, self.places):
             if news[j][f] is not column and not all(map(operator.is_, column, news[j][f])):

@@ -26,7 +26,7 @@ class Packed(Base):
     def declines(self, task: Task) -> str | None:
         env = task.env
         if task.nested:
-            return "the tensors are packed already"
+            return "another executor hands these tensors on"
         if env.wanted in ("foreach", "fused"):
             return f"{env.wanted} was asked for"
         if task.applies and task.chain.kernel is not None and env.wanted != "compiled":
@@ -57,7 +57,8 @@ def in_buffer(task: Task, buffer: FlatBuffer) -> Result:
     grads, params, given = task.grads, task.params, task.env.own.given
     places = [(j, f) for j, (_, _, info) in enumerate(task.chain.items) for f in info.tensors]
     places = [(j, f) for j, f in places if task.fields[j][f][0] is not None]
-    flats: list[list[Any]] = [[c[:1] for c in own] for own in task.fields]
+    counts = len(cut(task, buffer.grad))
+    flats: list[list[Any]] = [[c[:1] * counts for c in own] for own in task.fields]
     old = [list(own) for own in task.fields]
     for j, f in places:
         flat = buffer.joined(old[j][f])

@@ -16,7 +16,7 @@ class Reference(Base):
     """The leaf functions themselves: what all other executors have to agree with."""
 
     modes: tuple[Mode, ...] = ("leaf",)
-    name = "reference"
+    name = "leaf"
     when = '`executor="leaf"`; inside `torch.func` or where autograd records, parameters and state of different dtypes'
     how = "the leaf functions themselves, one parameter at a time: an error appears on the line that its author wrote"
 

@@ -93,7 +93,9 @@ class Result(NamedTuple):
     """What an executor returns."""
 
     updates: list[Any]  # or the new parameters, if the task applies the updates
-    fields: list[list[Any]]  # per transform and field: a list over the parameters, a number (a counter), or None
+    fields: list[list[Any]]
+    """Per transform and field: a list over the parameters, or None where they have no such field. A counter is a list in the
+    mode ``leaf``, and in the other modes the number of all of them."""
 
 
 class Task:
@@ -104,11 +106,11 @@ class Task:
     """
 
     __slots__ = (
-        "_equal",
         "_recipe",
         "applies",
         "chain",
         "env",
+        "equal",
         "factor",
         "facts",
         "fields",
@@ -137,7 +139,7 @@ class Task:
         self.nested = False  # another executor runs this task on memory of its own
         self.facts: dict[Any, Any] | None = None  # what is known of these tensors, which look as in an earlier call
         self._recipe = recipe
-        self._equal: bool | None = None
+        self.equal: bool | None = None  # whether all parameters have made the same number of updates, if that is known
 
     def on(self, grads: list[Any], params: list[Any], fields: list[Any], applies: bool | None = None) -> Task:
         """The same chain on other tensors."""
@@ -170,9 +172,9 @@ class Task:
     @property
     def counters_equal(self) -> bool:
         """Whether all parameters have made the same number of updates, as far as can be seen without reading a tensor."""
-        if self._equal is None:
-            self._equal = self._have_equal_counters()
-        return self._equal
+        if self.equal is None:
+            self.equal = self._have_equal_counters()
+        return self.equal
 
     def _have_equal_counters(self) -> bool:
         columns = [c for (_, _, info), own in zip(self.chain.items, self.fields) for c, s in zip(own, info.scalars) if s]

@@ -26,6 +26,7 @@ INFIX = {
     operator.ge: ">=", operator.and_: "&", operator.or_: "|",
 }  # fmt: skip
 NAMES = {
+    maths.cos: "cos",
     operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div", operator.pow: "pow",
     operator.neg: "neg", operator.abs: "abs", maths.root: "sqrt", maths.lerp: "lerp", maths.minimum: "minimum",
     maths.maximum: "maximum", maths.where: "where",

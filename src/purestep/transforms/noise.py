@@ -84,6 +84,9 @@ def add_noise(
     Random numbers are Philox4x32-10's (Salmon et al.), keyed by the seed and counted by step, parameter and element. They are
     not those of ``optax.add_noise``, which splits a key of jax's; the variances are.
 
+    Parameters are numbered as `init_state` finds them. An optimizer of `purestep.optim` numbers them in the order of its
+    groups, and a `partition` makes groups, so its noise may be that of other places than under `Transform.step`.
+
     Args:
         eta: :math:`\eta \ge 0`, the variance of the first update's noise; the paper has 0.01, 0.3 and 1.
         gamma: :math:`\gamma \ge 0`, the power of its fall.

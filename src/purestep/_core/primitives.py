@@ -10,7 +10,6 @@ import inspect
 import itertools
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -34,24 +33,35 @@ class ScheduleState(NamedTuple):
     step: Scalar  # updates so far
 
 
-@dataclass(frozen=True)
+FieldKind: TypeAlias = Literal["like", "scalar", "encoded", "other"]
+
+
+class FieldSpec(NamedTuple):
+    """What one field of a state is."""
+
+    name: str
+    kind: FieldKind
+    """``like``: a tensor of the parameter's shape and dtype; ``scalar``: a number; ``encoded``: a tensor in its own dtype."""
+    per_param: bool = True  # there is one for each parameter; else the field belongs to a whole transform
+    optional: bool = False  # some parameters may lack it
+
+
 class Fields:
-    """What the fields of a state are."""
+    """The fields of a state, in order; what is asked of them in a loop is there as a tuple with one entry for each."""
 
-    names: tuple[str, ...] = ()
-    scalars: tuple[bool, ...] = ()  # one number per parameter
-    like: tuple[bool, ...] = ()  # the parameter's shape and dtype
-    leaves: tuple[bool, ...] = ()  # one entry per parameter
-    encoded: tuple[bool, ...] = ()  # a dtype of its own
-    optional: bool = False  # whether a parameter may lack some
-    step: int = -1  # the position of `step`
+    __slots__ = ("columns", "encoded", "leaves", "like", "names", "optional", "scalars", "specs", "step", "tensors")
 
-    tensors: tuple[int, ...] = field(init=False, default=())  # the positions of the fields that are like the parameters
-    columns: tuple[int, ...] = field(init=False, default=())  # of those that are more than a number per parameter
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", tuple([f for f, like in enumerate(self.like) if like]))
-        object.__setattr__(self, "columns", tuple([f for f, scalar in enumerate(self.scalars) if not scalar]))
+    def __init__(self, *specs: FieldSpec) -> None:
+        self.specs = specs
+        self.names = tuple([s.name for s in specs])
+        self.scalars = tuple([s.kind == "scalar" for s in specs])
+        self.like = tuple([s.kind == "like" for s in specs])
+        self.encoded = tuple([s.kind == "encoded" for s in specs])
+        self.leaves = tuple([s.per_param for s in specs])
+        self.optional = any([s.optional for s in specs])
+        self.step = self.names.index("step") if "step" in self.names else -1  # the position of the counter
+        self.tensors = tuple([f for f, s in enumerate(specs) if s.kind == "like"])  # the positions of these
+        self.columns = tuple([f for f, s in enumerate(specs) if s.kind != "scalar"])  # of what is more than a number
 
 
 _serial = itertools.count()
@@ -99,13 +109,19 @@ torch.serialization.add_safe_globals([EmptyState, ScheduleState])
 def inspect_state(state: Any, whole: bool) -> Fields:
     """Read the fields of a state off its annotations."""
     hints = typing.get_type_hints(state, include_extras=True)
-    names: tuple[str, ...] = tuple(n for n in state._fields if n != "inner")  # which is the states of other links
-    scalars = tuple(hints[n] == Scalar for n in names)
-    leaves = tuple(typing.get_origin(hints[n]) is list for n in names) if whole else (True,) * len(names)
-    like = tuple(hints[n] in (Tensor, Tensor | None) for n in names)
-    optional = any(type(None) in typing.get_args(hints[n]) for n in names)
-    encoded = tuple(hints[n] in (Encoded, Encoded | None) for n in names)
-    return Fields(names, scalars, like, leaves, encoded, optional, names.index("step") if "step" in names else -1)
+    names = [n for n in state._fields if n != "inner"]  # which is the states of other links
+    return Fields(*[inspect_field(n, hints[n], whole) for n in names])
+
+
+def inspect_field(name: str, hint: Any, whole: bool) -> FieldSpec:
+    """What the annotation of a field says."""
+    kinds: dict[FieldKind, Any] = {"scalar": Scalar, "like": Tensor, "encoded": Encoded}
+    kind: FieldKind = "other"
+    for found, expected in kinds.items():
+        if hint == expected or (hint == expected | None and found != "scalar"):
+            kind = found
+    per_param = typing.get_origin(hint) is list if whole else True
+    return FieldSpec(name, kind, per_param, type(None) in typing.get_args(hint))
 
 
 def scaled(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
@@ -125,7 +141,7 @@ class Primitive(Value):
 
 def refuse_schedules(value: Primitive) -> None:
     """Refuse a schedule among the hyperparameters of a transform whose state does not count its updates."""
-    d = value.declaration
+    d: Any = value.declaration
     if scheduled(value):
         raise TypeError(
             f"{d.name} cannot follow a schedule, because {d.state.__name__} does not count its updates; "
@@ -191,8 +207,8 @@ def fields_of(value: Primitive) -> Fields:
 
 
 EMPTY = Fields()
-SCHEDULED = Fields(("step",), (True,), (False,), (True,), (False,), False, 0)
-SCHEDULED_WHOLE = Fields(("step",), (True,), (False,), (False,), (False,), False, 0)
+SCHEDULED = Fields(FieldSpec("step", "scalar"))
+SCHEDULED_WHOLE = Fields(FieldSpec("step", "scalar", per_param=False))
 
 
 def scheduled(value: Primitive) -> bool:

@@ -53,7 +53,6 @@ class Composite(Transform):
 
     def __init__(self, children: Iterable[Transform], context: tuple[Any, ...] = ()) -> None:
         fill(self, tuple(children), context)
-        self._settle()
 
     @property
     def links(self) -> tuple[Link, ...]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -89,7 +89,7 @@ def leafwise(
         declaration = LinkDeclaration(function, state, off=off, requires=requires, sparse=sparse, name=name)
         if declaration.extras:
             raise TypeError(f"{declaration.name} is leafwise, so it cannot take extra arguments; declare it with whole().")
-        return factory_of(declaration, Leafwise.made)
+        return factory_of(declaration, Leafwise)
 
     return declare
 
@@ -137,7 +137,7 @@ def whole(
         d = LinkDeclaration(
             function, state, whole=True, moves=moves, scales=scales, sparse=sparse, elementwise=elementwise
         )  # fmt: skip
-        return factory_of(d, Whole.made)
+        return factory_of(d, Whole)
 
     return declare
 
@@ -217,7 +217,7 @@ def nested(
             if not isinstance(inner, Transform):
                 hint = f" Did you mean to call it: {inner.__name__}(...)?" if hasattr(inner, "declaration") else ""
                 raise TypeError(f"{d.name} is put around a transform, but {d.inner} is {inner!r}.{hint}")
-            return Nested((Whole.made(declaration, arguments), inner))
+            return Nested((Whole(declaration, arguments), inner))
 
         return factory_of(d, make)
 

@@ -85,7 +85,7 @@ class Transform:
     """The transforms this one is made of, in order."""
     _links: tuple[Link, ...] | None  # the same, once they are known
     _plan: Plan | None
-    _structure: Structure | None  # what `torch.compile` finds known, so that it need not trace how it is made
+    _structure: Structure | None  # found out by `init_state`, so that `torch.compile` need not trace how a step is planned
 
     @property
     def plan(self) -> Plan:
@@ -97,11 +97,6 @@ class Transform:
             links = self.links
             object.__setattr__(self, "_plan", Plan(links, structure_of(links)))
         return self._plan  # type: ignore[return-value]
-
-    def _settle(self) -> None:
-        """Find out the structure, once, when the transform is made: except one that a pytree function makes."""
-        if not torch.compiler.is_compiling():
-            object.__setattr__(self, "_structure", structure_of(self.links))
 
     # -- the three functions
 
@@ -117,6 +112,8 @@ class Transform:
         Raises:
             TypeError: a leaf is not a floating-point or complex tensor; the error names its path.
         """
+        if self._structure is None and not torch.compiler.is_compiling():
+            object.__setattr__(self, "_structure", structure_of(self.links))
         leaves, spec = tree.flatten(params)
         check_params(leaves, spec)
         states = []
@@ -507,18 +504,6 @@ class Single(Primitive, Transform):
         write(self, "_structure", None)
         if declaration.state is not None and declaration.fields.step < 0:
             refuse_schedules(self)
-
-    @classmethod
-    def made(cls, declaration: LinkDeclaration, arguments: Any) -> Self:
-        """The transform that a call of a factory makes."""
-        value = cls(declaration, arguments)
-        value._settle()
-        return value
-
-    def _rebuild(self, primitives: Any) -> Self:
-        found: Self = next(primitives)
-        found._settle()
-        return found
 
     @property
     def links(self) -> tuple[Link, ...]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]

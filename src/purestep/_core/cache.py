@@ -54,5 +54,6 @@ def forget(declaration: int) -> None:
     """Drop what follows from a declaration that was freed, by its key."""
     for cache in list(CACHES):
         with cache.lock:
-            for key in [k for k, known in cache.declarations.items() if declaration in known]:
-                cache.drop(key)
+            for key in list(cache.declarations):  # a copy: another declaration may be freed meanwhile, in this thread, too
+                if declaration in cache.declarations.get(key, ()):
+                    cache.drop(key)

@@ -18,6 +18,7 @@ from torch import Tensor
 from purestep._core import maths
 from purestep._core.hyper import Hyper
 from purestep._core.maths import Encoded, Scalar
+from purestep._core.torch_api import tree_leaves
 from purestep._core.values import Declaration, Schedule, Value
 
 Sparse: TypeAlias = Literal["rows", "dense"] | None
@@ -159,7 +160,7 @@ class Link(NamedTuple):
 
 Kinds: TypeAlias = tuple[Any, ...]
 """For each hyperparameter: "number", "zero" (a number that switches the transform off), "tensor", "device" (a tensor that is
-not on the CPU), "schedule", None, or the kinds of a tuple."""
+not on the CPU), "schedule", "device schedule" (one with such a tensor), None, or the kinds of a tuple."""
 
 
 def kinds_of(value: Primitive) -> Kinds:
@@ -185,8 +186,11 @@ def kind_of(x: Any) -> Any:
         return ("number",) * len(x) if {*map(type, x)} == {float} else tuple(map(kind_of, x))
     if isinstance(x, Tensor):
         return "tensor" if x.is_cpu else "device"
-    if x is None or isinstance(x, Schedule):
-        return None if x is None else "schedule"
+    if isinstance(x, Schedule):
+        tensors = [y for y in tree_leaves(x) if isinstance(y, Tensor)]
+        return "schedule" if all([y.is_cpu for y in tensors]) else "device schedule"
+    if x is None:
+        return None
     return "number" if isinstance(x, float) else type(x)
 
 

@@ -21,8 +21,8 @@ SOURCE = Path(ps.__file__).parent
 ROOT = SOURCE.parent.parent
 TYPES_AND_TOOLS = {  # public names that are no transforms, and the test file that is theirs
     "select", "nested", "finite", "stack", "detach", "out_dims", "meta", "Inner", "Betas", "EmptyState", "Explanation", "Extra", "ExtraTree", "Fraction", "Hyper", "NonNegative", "Positive", "Scalar", "ScheduleState", "Transform", "UnitInterval", "apply_updates",
-    "counter", "eval_params", "filled", "find", "find_all", "get_hyperparams", "global_norm", "hutchinson", "in_dims", "leafwise", "lerp", "map_params", "maximum", "minimum", "multiply", "operation", "optim",
-    "root", "rounded", "schedules", "step_count", "tensors", "where", "whole",
+    "counter", "eval_params", "filled", "find", "find_all", "get_hyperparams", "global_norm", "hutchinson", "in_dims", "leafwise", "lerp", "load_state_dict", "map_params", "maximum", "minimum", "multiply", "operation", "optim",
+    "root", "rounded", "schedules", "state_dict", "step_count", "tensors", "where", "whole",
 }  # fmt: skip
 
 

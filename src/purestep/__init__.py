@@ -76,6 +76,7 @@ from purestep.algorithms.sparse_adam import SparseAdamState, scale_by_sparse_ada
 from purestep.algorithms.yogi import YogiState, scale_by_yogi, yogi
 from purestep.compose import chain
 from purestep.declare import leafwise, nested, whole
+from purestep.saving import load_state_dict, state_dict
 from purestep.state import find, find_all, get_hyperparams, map_params, step_count
 from purestep.transform import Transform, apply_updates, eval_params
 from purestep.transforms.average import AverageParamsState, EmaParamsState, average_params, ema_params
@@ -229,6 +230,7 @@ __all__ = [
     "leafwise",
     "lerp",
     "lion",
+    "load_state_dict",
     "lookahead",
     "madgrad",
     "map_params",
@@ -324,6 +326,7 @@ __all__ = [
     "sophia",
     "sparse_adam",
     "stack",
+    "state_dict",
     "step_count",
     "tensors",
     "trace",

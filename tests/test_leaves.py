@@ -145,3 +145,115 @@ def test_truncated_backpropagation() -> None:
         middle.detach()
     )
     torch.testing.assert_close(found, alone)
+
+
+# ------------------------------------------------------------------------------------------------- members of populations
+
+
+@each()
+def test_a_population_is_its_members(case: Case) -> None:
+    """Parameters, and the state of every transform with its own fields: counts of skips, averages, line searches."""
+    t = case.transform()
+    starts = [case.problem()[0]] * 3
+    params = [{name: p * (k + 1) for name, p in start.items()} for k, start in enumerate(starts)]
+    members = [(p, t.init_state(p)) for p in params]
+    population = ps.stack(members)
+    for found, (p, state) in zip(ps.unstack(population), members, strict=True):
+        assert pytree.tree_structure(found) == pytree.tree_structure((p, state))
+        for x, y in zip(pytree.tree_leaves(found), pytree.tree_leaves((p, state))):
+            assert torch.equal(x, y) if isinstance(y, torch.Tensor) else x == y
+    parents = [2, 0, 2]
+    expected = pytree.tree_leaves(ps.stack([members[k] for k in parents]))
+    for index in (parents, torch.tensor(parents)):
+        for x, y in zip(pytree.tree_leaves(ps.take(population, index)), expected):
+            assert torch.equal(x, y) if isinstance(y, torch.Tensor) else x == y
+
+
+def test_what_is_one_member_in_several_ways() -> None:
+    population = {"w": torch.arange(6.0).reshape(3, 2), "shared": torch.tensor(5.0), "rate": 0.1, "hole": None}
+    one, some = ps.take(population, -1), ps.take(population, slice(1, None))
+    assert one["w"].tolist() == [4.0, 5.0]
+    assert one["shared"] is population["shared"]
+    assert (one["rate"], one["hole"]) == (0.1, None)
+    assert some["w"].tolist() == [[2.0, 3.0], [4.0, 5.0]]
+    assert some["w"].data_ptr() == population["w"][1:].data_ptr()
+    assert ps.take(population, torch.tensor([True, False, True]))["w"].tolist() == [[0.0, 1.0], [4.0, 5.0]]
+    assert len(ps.unstack(population)) == 3
+    twice = ps.take([population["w"]] * 2, [0, 1])
+    assert twice[0] is twice[1]
+
+
+def test_a_member_that_copies_another_goes_on_as_that_one() -> None:
+    """Population based training: the skips of one that met a NaN, and the learning rate, come along."""
+    opt = ps.skip_if_nonfinite(ps.adam(torch.tensor([0.1, 0.2, 0.3])))
+    dims = ps.in_dims(opt)
+    params = torch.ones(3, 2)
+    state = torch.func.vmap(lambda t, p: t.init_state(p), in_dims=(dims, 0))(opt, params)
+    step = torch.func.vmap(lambda t, g, s, p: t.step(g, s, p), in_dims=(dims, 0, 0, 0))
+    params, state = step(opt, torch.tensor([[1.0, 1.0], [torch.nan, 1.0], [1.0, 1.0]]), state, params)
+    assert state.skipped.tolist() == [0.0, 1.0, 0.0]
+    opt, params, state = ps.take((opt, params, state), [1, 1, 2])
+    assert state.skipped.tolist() == [1.0, 1.0, 0.0]
+    assert opt.hyperparams["lr"].tolist() == pytest.approx([0.2, 0.2, 0.3])
+    params, state = step(opt, torch.ones(3, 2), state, params)
+    assert torch.equal(params[0], params[1])
+    assert not torch.equal(params[1], params[2])
+
+
+@pytest.mark.parametrize(
+    ("population", "message"),
+    [
+        ({"a": torch.ones(2), "b": torch.ones(3, 2)}, "first dimension, but 'a' has 2, 'b' has 3"),
+        ((ps.sgd(torch.ones(2)), torch.ones(3)), r"but '0.2.lr' has 2, '1' has 3"),
+        ({"a": 1.0, "b": torch.tensor(1.0)}, "no population"),
+    ],
+    ids=["sizes", "a transform", "numbers"],
+)
+def test_what_has_no_members(population: object, message: str) -> None:
+    for function in (ps.unstack, lambda x: ps.take(x, 0)):
+        with pytest.raises(ValueError, match=message):
+            function(population)
+    with pytest.raises(IndexError):
+        ps.take(torch.ones(2), 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------- vectors
+
+
+def test_a_tree_as_a_vector_and_back() -> None:
+    params = {"w": torch.randn(2, 3), "layer": [torch.randn(()), None, torch.randn(0, 4)], "b": torch.randn(3).t()}
+    flat, unravel = ps.ravel(params)
+    assert flat.shape == (10,)
+    again = unravel(flat)
+    assert pytree.tree_structure(again) == pytree.tree_structure(params)
+    assert again["layer"][1] is None
+    for x, y in zip(pytree.tree_leaves(again), pytree.tree_leaves(params)):
+        assert y is None or torch.equal(x, y)
+    assert flat.data_ptr() != params["w"].data_ptr()
+
+
+def test_vectors_inside_torch_func() -> None:
+    params = {"w": torch.randn(2, 3, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64)}
+    flat, unravel = ps.ravel(params)
+
+    def loss(p: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (p["w"] ** 3).sum() * p["b"].prod()
+
+    hessian = torch.func.hessian(lambda x: loss(unravel(x)))(flat)
+    assert hessian.shape == (9, 9)
+    expected = ps.ravel(torch.func.grad(loss)(params))[0]
+    torch.testing.assert_close(torch.func.grad(lambda x: loss(unravel(x)))(flat), expected)
+    batch = torch.stack([flat, 2 * flat])
+    back = torch.func.vmap(lambda x: ps.ravel(unravel(x))[0])(batch)
+    assert torch.equal(back, batch)
+    compiled = torch.compile(lambda p: ps.ravel(p)[0] * 2, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(params), 2 * flat)
+
+
+def test_what_is_no_vector() -> None:
+    with pytest.raises(ValueError, match=r"but torch\.float32 on cpu, torch\.float64 on cpu"):
+        ps.ravel([torch.ones(1), torch.ones(1, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="there is none"):
+        ps.ravel([None])
+    with pytest.raises(ValueError, match=r"vector of 2 elements, but got a tensor of shape \(3,\)"):
+        ps.ravel(torch.ones(2))[1](torch.ones(3))

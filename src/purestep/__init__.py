@@ -19,7 +19,7 @@ from purestep._core.maths import (
     select,
     where,
 )
-from purestep._core.populations import detach, in_dims, out_dims, stack, tensors
+from purestep._core.populations import detach, in_dims, out_dims, ravel, stack, take, tensors, unstack
 from purestep._core.primitives import EmptyState, ScheduleState
 from purestep._engine.explain import Explanation
 from purestep._engine.nesting import Inner
@@ -261,6 +261,7 @@ __all__ = [
     "project_box",
     "quantize_state",
     "radam",
+    "ravel",
     "reduce_on_plateau",
     "rmsprop",
     "root",
@@ -328,8 +329,10 @@ __all__ = [
     "stack",
     "state_dict",
     "step_count",
+    "take",
     "tensors",
     "trace",
+    "unstack",
     "where",
     "whole",
     "yogi",

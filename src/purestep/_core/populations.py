@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -142,6 +142,126 @@ def together(column: list[Any], path: str) -> Tensor:
     if len(shapes) > 1:
         raise ValueError(f"The members of a population must have one shape in {tree.quote(path)}, but have {sorted(shapes)}.")
     return torch.stack(each)
+
+
+def take(population: T, index: Any) -> T:
+    """Some members of a population: of transforms, parameters and states alike, their own fields among them.
+
+    A member copies another, as in population based training, with an index that names it twice:
+    ``opt, params, state = ps.take((opt, params, state), parents)``. What has no members, a number or a tensor without a
+    dimension, stays.
+
+    Args:
+        population: any pytree whose tensors have one entry for each member in their first dimension.
+        index: which members: an int for one of them; a list, a slice, a 1-d tensor of ints or of bools for a population.
+
+    Returns:
+        a pytree of the structure of `population`. With an int its tensors have one dimension less. What is one tensor in
+        several places stays one; of an int or a slice the tensors are views.
+
+    Raises:
+        ValueError: the tensors do not have one number of members, or nothing in `population` has any; the error names a path.
+        IndexError: there is no such member.
+
+    >>> import torch, purestep as ps
+    >>> opt = ps.sgd(lr=torch.tensor([0.1, 0.2, 0.3]))
+    >>> params = {"w": torch.tensor([[1.0], [2.0], [3.0]])}
+    >>> best = [2, 1, 2]
+    >>> opt, params = ps.take((opt, params), best)
+    >>> opt.hyperparams["lr"], params["w"].flatten()
+    (tensor([0.3000, 0.2000, 0.3000]), tensor([3., 2., 3.]))
+    >>> ps.take(opt, 1).hyperparams["lr"]
+    tensor(0.2000)
+    """
+    members(population)
+    if isinstance(index, (list, tuple)):
+        index = torch.tensor(index)
+    made: dict[int, Tensor] = {}
+
+    def chosen(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim():
+            return x
+        if id(x) not in made:
+            made[id(x)] = x[index.to(x.device) if isinstance(index, Tensor) else index]
+        return made[id(x)]
+
+    return tree_map(chosen, population)
+
+
+def unstack(population: T) -> list[T]:
+    """The members of a population, one by one: `stack` undone.
+
+    Args:
+        population: any pytree whose tensors have one entry for each member in their first dimension.
+
+    Returns:
+        a list of pytrees of the structure of `population`, whose tensors are views of its.
+
+    Raises:
+        ValueError: as in `take`.
+
+    >>> import torch, purestep as ps
+    >>> [opt.hyperparams["lr"] for opt in ps.unstack(ps.sgd(lr=torch.tensor([0.1, 0.2])))]
+    [tensor(0.1000), tensor(0.2000)]
+    """
+    return [take(population, k) for k in range(members(population))]
+
+
+def members(population: Any) -> int:
+    """How many members there are: the first dimension of all tensors that have one.
+
+    Raises:
+        ValueError: they disagree, or there is none.
+    """
+    sizes: dict[int, str] = {}
+    for path, x in tree_flatten_with_path(population)[0]:
+        if isinstance(x, Tensor) and x.dim():
+            sizes.setdefault(len(x), tree.quote(tree.dotted(path)))
+    if len(sizes) > 1:
+        told = ", ".join([f"{path} has {size}" for size, path in sizes.items()])
+        raise ValueError(f"The tensors of a population must have one number of members in their first dimension, but {told}.")
+    if not sizes:
+        raise ValueError("This is no population: it has no tensor with a dimension for its members.")
+    return next(iter(sizes))
+
+
+def ravel(params: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """All tensors of a pytree as one vector, and a function that undoes it.
+
+    Args:
+        params: any pytree of tensors of one dtype and device. `None` is a leaf without a tensor.
+
+    Returns:
+        ``(flat, unravel)``: a new vector of all elements, in the order of the leaves, and a function from vectors of its size
+        to pytrees of the structure of `params`, in its shapes. Both can be differentiated, batched and compiled.
+
+    Raises:
+        ValueError: there is no tensor, dtypes or devices differ, or `unravel` is called with another size.
+
+    >>> import torch, purestep as ps
+    >>> flat, unravel = ps.ravel({"w": torch.ones(2, 2), "b": torch.zeros(1)})
+    >>> flat
+    tensor([1., 1., 1., 1., 0.])
+    >>> unravel(2 * flat)
+    {'w': tensor([[2., 2.],
+            [2., 2.]]), 'b': tensor([0.])}
+    """
+    leaves, spec = tree.flatten(params)
+    given = [x for x in leaves if x is not None]
+    kinds = list(dict.fromkeys([(x.dtype, x.device) for x in given]))
+    if len(kinds) != 1:
+        found = ", ".join([f"{dtype} on {device}" for dtype, device in kinds]) or "there is none"
+        raise ValueError(f"ravel takes tensors of one dtype on one device, but {found}.")
+    shapes = [None if x is None else x.shape for x in leaves]
+    sizes = [x.numel() for x in given]
+
+    def unravel(flat: Tensor) -> Any:
+        if flat.shape != (sum(sizes),):
+            raise ValueError(f"unravel takes a vector of {sum(sizes)} elements, but got a tensor of shape {tuple(flat.shape)}.")
+        parts = iter(torch.split(flat, sizes))
+        return tree.unflatten([None if shape is None else next(parts).reshape(shape) for shape in shapes], spec)
+
+    return torch.cat([x.reshape(-1) for x in given]), unravel
 
 
 def detach(tree: T) -> T:

@@ -167,6 +167,7 @@ FLOORS = [
     ["_optimizer"],
     ["algorithms"],
     ["state", "meta"],
+    ["saving"],
     ["optim"],
     ["_moved"],
     ["__init__"],

@@ -114,10 +114,12 @@ class Optimizer(torch.optim.Optimizer):
         compile: make one kernel of every run of elementwise transforms, with Inductor, at the first step; see
             `Transform.update`. It is not part of a checkpoint.
         defaults: the same as `transform`, by the name that torch has for it.
+        **hyperparameters: hyperparameters or switches of the transform that are to be others, by the names that
+            `Transform.replace` takes: tools that call an optimizer class give some, such as ``lr=0.1``.
 
     Raises:
-        TypeError: `transform` is not one, or a parameter is not a tensor.
-        ValueError: an option of a group is out of its range.
+        TypeError: `transform` is not one and has no such hyperparameter, or a parameter is not a tensor.
+        ValueError: an option of a group, or a hyperparameter, is out of its range.
 
     >>> import torch, purestep as ps
     >>> from purestep import optim
@@ -156,6 +158,7 @@ class Optimizer(torch.optim.Optimizer):
         fused: bool | None = None,
         compile: bool = False,
         defaults: dict[str, Any] | None = None,
+        **hyperparameters: Any,
     ) -> None:
         options = transform if isinstance(transform, dict) else defaults
         if options is not None and not isinstance(transform, Transform) and type(self) is not Optimizer:
@@ -164,6 +167,7 @@ class Optimizer(torch.optim.Optimizer):
             return
         if not isinstance(transform, Transform):
             raise TypeError(f"Optimizer takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.")
+        transform = transform.replace(**hyperparameters) if hyperparameters else transform
         flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "compile": compile}
         flags |= {"differentiable": differentiable, "fused": fused}
         if maximize and "value_and_grad" in transform.plan.extras:

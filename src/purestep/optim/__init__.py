@@ -7,6 +7,7 @@ from torch.optim import swa_utils as swa_utils
 from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
 
 from purestep._optimizer.optimizer import Optimizer as Optimizer
+from purestep._optimizer.partial import partial as partial
 from purestep.algorithms.adadelta import Adadelta as Adadelta
 from purestep.algorithms.adafactor import Adafactor as Adafactor
 from purestep.algorithms.adagrad import Adagrad as Adagrad

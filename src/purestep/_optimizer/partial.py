@@ -65,7 +65,7 @@ def partial(transform: Transform, /, *, name: str = "", **flags: Any) -> type[Op
         + [inspect.Parameter(n, keyword, default=x) for n, x in shown.items() if n.isidentifier()]
     )
     text = f"`purestep.optim.Optimizer` of {transform!r}."
-    made = OptimizerClass(name or "Optimizer", (Optimizer,), {"__init__": init, "__doc__": text, "__module__": __name__})
+    made: Any = OptimizerClass(name or "Optimizer", (Optimizer,), {"__init__": init, "__doc__": text, "__module__": __name__})
     made.made_of = transform, name, flags
     return made
 

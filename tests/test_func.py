@@ -419,3 +419,35 @@ def test_autograd_alone_is_enough() -> None:
     assert lr.grad is not None
     assert lr.grad.abs() > 0
     assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves.values())
+
+
+def test_counters_in_the_same_memory_with_derivatives_of_their_own() -> None:
+    """One counter of two parameters' does not stand for both where one of them is followed."""
+    opt = ps.adam(0.1)
+    params = {"w": torch.ones(3, 2), "b": torch.ones(3)}
+    params, state = opt.step(params, opt.init_state(params), params)
+
+    def moved(a: Tensor, b: Tensor) -> Tensor:
+        given = tuple([x._replace(step={"w": a, "b": b}) if isinstance(x, ps.AdamState) else x for x in state])
+        return opt.step(params, given, params)[0]["b"].sum()
+
+    t = torch.tensor(3.0)
+    expected = torch.func.jacrev(moved, (0, 1))(t, t)
+    assert expected[0] == 0
+    assert expected[1] != 0
+    torch.testing.assert_close(torch.func.jacfwd(moved, (0, 1))(t, t), expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(t, torch.ones(()))
+        tangents = [torch.autograd.forward_ad.unpack_dual(x).tangent for x in (moved(dual, t), moved(t, dual))]
+    assert tangents[0] is None or tangents[0] == 0
+    torch.testing.assert_close(tangents[1], expected[1])
+    batch = torch.tensor([3.0, 5.0])
+    each = torch.stack([torch.func.jacrev(moved, 1)(x, x) for x in batch])
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacfwd(moved, 1))(batch, batch), each)
+    ones = torch.ones(2)
+    _, tangent = torch.func.jvp(torch.func.vmap(moved), (batch, batch), (ones, torch.zeros(2)))
+    assert tangent.abs().max() == 0
+    follows = batch.clone().requires_grad_()
+    for other in (follows.detach(), follows.detach().clone().requires_grad_()):
+        (found,) = torch.autograd.grad(torch.func.vmap(moved)(other, follows).sum(), follows)
+        torch.testing.assert_close(found, each)

@@ -507,7 +507,7 @@ BUDGET: dict[str, tuple[Callable[[], Callable[[], object]], int]] = {
     "adamw donated": (lambda: warm(ps.adamw(1e-3), donate=True), 45),
     "adamw compiled": (lambda: warm(ps.adamw(1e-3), compile=True), 120),
     "nadam pure": (lambda: warm(ps.nadam(1e-3)), 140),
-    "adamw vmapped": (lambda: warm_vmapped(ps.adamw), 227),
+    "adamw vmapped": (lambda: warm_vmapped(ps.adamw), 240),
     "AdamW": (lambda: warm_optimizer(optim.AdamW), 28),
     "NAdam": (lambda: warm_optimizer(optim.NAdam), 60),
 }

@@ -74,7 +74,7 @@ from purestep.algorithms.soap import SoapState, scale_by_soap, soap
 from purestep.algorithms.sophia import SophiaState, hutchinson, scale_by_sophia, sophia
 from purestep.algorithms.sparse_adam import SparseAdamState, scale_by_sparse_adam, sparse_adam
 from purestep.algorithms.yogi import YogiState, scale_by_yogi, yogi
-from purestep.compose import chain
+from purestep.compose import chain, named_chain
 from purestep.declare import leafwise, nested, whole
 from purestep.saving import load_state_dict, state_dict
 from purestep.state import find, find_all, get_hyperparams, map_params, step_count
@@ -244,6 +244,7 @@ __all__ = [
     "multiply",
     "muon",
     "nadam",
+    "named_chain",
     "nested",
     "nesterov",
     "normalize",

@@ -15,25 +15,30 @@ from purestep._core.primitives import (
 )
 from purestep._core.torch_api import SequenceKey, register_pytree_node
 from purestep._core.values import call_of, show
+from purestep._engine.plan import structure_of
 from purestep.transform import Single, Transform
 
 PyTree = Any
 
 
 def fill(made: Composite, children: tuple[Any, ...], context: Any) -> None:
-    """Set the attributes of a new composite."""
+    """Set the attributes of a new composite. Nothing is set later that `torch.compile` would see change, but the plan."""
     write = object.__setattr__
     write(made, "children", children)
     write(made, "context", context)
-    write(made, "_links", None)
     write(made, "_plan", None)
     write(made, "_structure", None)
 
 
 def unflattened(cls: Any, children: Iterable[Any], context: Any) -> Any:
-    """A composite of what a pytree function left in its children's place, which may be anything."""
+    """A composite of what a pytree function left in its children's place, which may be anything.
+
+    It is not planned: `torch.func.vmap` makes one that nobody steps, and a step finds its structure by itself.
+    """
     made: Composite = object.__new__(cls)
-    fill(made, tuple(children), context)
+    children = tuple(children)
+    fill(made, children, context)
+    object.__setattr__(made, "links", made._linked() if all([isinstance(c, Transform) for c in children]) else ())
     return made
 
 
@@ -45,7 +50,7 @@ def links_of(child: Transform) -> tuple[Link, ...]:
 class Composite(Transform):
     """A transform made of others, given by its children and by what is not a transform."""
 
-    __slots__ = ("__weakref__", "_links", "_plan", "_structure", "children", "context")
+    __slots__ = ("__weakref__", "_plan", "_structure", "children", "context", "links")
     children: tuple[Transform, ...]
     context: tuple[Any, ...]
     freezes: Any = None
@@ -53,16 +58,12 @@ class Composite(Transform):
 
     def __init__(self, children: Iterable[Transform], context: tuple[Any, ...] = ()) -> None:
         fill(self, tuple(children), context)
-
-    @property
-    def links(self) -> tuple[Link, ...]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Those of the children, in order."""
-        if self._links is not None:
-            return self._links
-        made = self._linked()
+        object.__setattr__(self, "links", self._linked())
         if not torch.compiler.is_compiling():
-            object.__setattr__(self, "_links", made)
-        return made
+            object.__setattr__(self, "_structure", structure_of(self.links))
+
+    def _places(self) -> list[str]:
+        return [place for child in self.children for place in child._places()]
 
     def _linked(self) -> tuple[Link, ...]:
         found: list[Link] = []
@@ -189,5 +190,68 @@ scale_by_learning_rate(0.1))
         if not isinstance(t, Transform):
             hint = f" Did you mean to call it: {t.__name__}(...)?" if hasattr(t, "declaration") else ""
             raise TypeError(f"chain takes transforms, but argument {i} is {t!r}.{hint}")
-        children += t.children if isinstance(t, Chain) else [t]
+        children += t.children if type(t) is Chain else [t]
     return Chain(children)
+
+
+class NamedChain(Chain):
+    """Transforms one after the other, each with a name; made with `named_chain`."""
+
+    __slots__ = ()
+
+    def _places(self) -> list[str]:
+        return within(self.context[0], self.children)
+
+    def _split(self, state: Any) -> list[Any]:
+        (names,) = self.context
+        if not isinstance(state, dict) or tuple(state) != names:
+            found = f"one with {', '.join(map(repr, state))}" if isinstance(state, dict) else type(state).__name__
+            raise TypeError(
+                f"The state of a named chain must be a dict with {', '.join(map(repr, names))}, in this order, but got {found}."
+                " A state belongs to the transform whose init_state made it."
+            )
+        return super()._split(tuple(state.values()))
+
+    def _join(self, states: Sequence[Any]) -> Any:
+        return dict(zip(self.context[0], super()._join(states)))
+
+    def __repr__(self) -> str:
+        return f"named_chain({', '.join([f'({name!r}, {child!r})' for name, child in zip(self.context[0], self.children)])})"
+
+
+def within(names: Sequence[Any], children: Sequence[Transform]) -> list[str]:
+    """The places of the links of these transforms, each below its transform's name."""
+    return [f"{name}.{place}" if place else str(name) for name, child in zip(names, children) for place in child._places()]
+
+
+def named_chain(*transforms: tuple[str, Transform]) -> NamedChain:
+    """A `chain` whose transforms have names, by which its state and its hyperparameters are found.
+
+    Its state is a dict from names to states, so a checkpoint shows what belongs to what, and code that reads it goes on when
+    another transform is put before. `state_dict` names tensors by them: ``"adam.exp_avg.layer1.weight"``.
+
+    >>> import torch, purestep as ps
+    >>> opt = ps.named_chain(("clip", ps.clip_by_global_norm(1.0)), ("adam", ps.scale_by_adam()), ("rate", ps.scale(-0.1)))
+    >>> state = opt.init_state({"weight": torch.zeros(2)})
+    >>> state["adam"].exp_avg
+    {'weight': tensor([0., 0.])}
+    >>> ps.named_chain(("a", ps.scale(2.0)), ("b", ps.scale(3.0))).replace(**{"b.factor": 4.0}).hyperparams
+    {'a.factor': 2.0, 'b.factor': 4.0}
+
+    Args:
+        *transforms: pairs of a name and a transform, in the order in which they are applied.
+
+    Returns:
+        a transform that computes what `chain` computes of the same transforms.
+
+    Raises:
+        TypeError: an argument is not such a pair.
+        ValueError: a name is empty, or there twice.
+    """
+    for i, pair in enumerate(transforms):
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], Transform):
+            raise TypeError(f"named_chain takes pairs (name, transform), but argument {i} is {pair!r}.")
+    names = tuple([name for name, _ in transforms])
+    if len(set(names)) < len(names) or "" in names:
+        raise ValueError(f"The names of a named chain must be different, and not empty, but are {', '.join(map(repr, names))}.")
+    return NamedChain([t for _, t in transforms], (names,))

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from purestep._core import maths, tree
 from purestep._core.lists import pick, put
-from purestep._core.masks import MaskCache, refuse_unmatched, refuse_unused, route, select
+from purestep._core.masks import MaskCache, refuse_unmatched, refuse_unused, select
 from purestep._core.plain import plain
 from purestep._core.primitives import (
     Link,
@@ -83,9 +83,8 @@ class Transform:
     __slots__ = ()
     links: tuple[Link, ...]
     """The transforms this one is made of, in order."""
-    _links: tuple[Link, ...] | None  # the same, once they are known
     _plan: Plan | None
-    _structure: Structure | None  # found out by `init_state`, so that `torch.compile` need not trace how a step is planned
+    _structure: Structure | None  # of a composite, from the beginning: `torch.compile` need not trace how a step is planned
 
     @property
     def plan(self) -> Plan:
@@ -112,8 +111,6 @@ class Transform:
         Raises:
             TypeError: a leaf is not a floating-point or complex tensor; the error names its path.
         """
-        if self._structure is None and not torch.compiler.is_compiling():
-            object.__setattr__(self, "_structure", structure_of(self.links))
         leaves, spec = tree.flatten(params)
         check_params(leaves, spec)
         states = []
@@ -375,8 +372,8 @@ class Transform:
     def hyperparams(self) -> dict[str, Any]:
         """The hyperparameters by name.
 
-        A name that occurs twice in a chain is qualified by its place in it, ``"0.lr"``, and in a partition by its label,
-        ``"hidden.lr"``.
+        A name that occurs twice in a chain is qualified by its place in it, ``"0.lr"``, in a partition by its label, and in a
+        `named_chain` by its name there, ``"hidden.lr"``.
 
         >>> import purestep as ps
         >>> ps.chain(ps.scale(2.0), ps.trace(0.9), ps.scale(3.0)).hyperparams
@@ -428,7 +425,7 @@ class Transform:
         for i, link in enumerate(self.links):
             d = link.transform.declaration
             found += [(n, i, link.transform.arguments[n]) for n in (d.hypers if hypers else d.switches)]
-        routes = [route(link.masks) for link in self.links]
+        routes = self._places()
 
         def qualified(name: str, i: int) -> str:
             alike = [j for n, j, _ in found if n == name]
@@ -438,6 +435,10 @@ class Transform:
             return ".".join([*([routes[i]] if routes[i] else []), *([] if alone else [str(i)]), name])
 
         return [(qualified(n, i), i, n, v) for n, i, v in found]
+
+    def _places(self) -> list[str]:
+        """Where each link is: the labels of partitions and the names of named chains around it, the outermost first."""
+        return [""]
 
     def _rebuild(self, primitives: Any) -> Self:
         """The same structure around new primitives."""
@@ -494,6 +495,7 @@ class Single(Primitive, Transform):
     """A transform that is its own only link."""
 
     __slots__ = ("_links", "_plan", "_structure")
+    _links: tuple[Link, ...] | None
 
     def __init__(self, declaration: LinkDeclaration, arguments: Any) -> None:
         write = object.__setattr__

@@ -413,14 +413,20 @@ def bottom(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
 
 
 def places(xs: Sequence[Tensor]) -> list[Any]:
-    """For each tensor what tells where it is, and how it is wrapped: two that agree in it hold the same."""
+    """For each tensor what tells where it is, and how it is wrapped: two that agree in it hold the same, and have one past.
+
+    A tensor that may have a derivative at any level is told by its identity: another one in its memory has another past.
+    """
     found: list[Any] = []
+    forward = forward_ad._current_level >= 0
     for x in xs:
         wraps: list[Any] = []
+        follows = forward or x.requires_grad
         while is_wrapped(x):
             wraps += (level_of(x), batch_dim_of(x))
             x = get_unwrapped(x)
-        known = type(x) in PLAIN and (x.is_cpu or x.is_cuda) and x.layout is torch.strided
+            follows = follows or x.requires_grad
+        known = not follows and type(x) in PLAIN and (x.is_cpu or x.is_cuda) and x.layout is torch.strided
         found.append((wraps, x.data_ptr(), x.dtype, x.shape, x.stride()) if known else (wraps, id(x)))
     return found
 

@@ -69,7 +69,6 @@ class Structure:
         self.trees = frozenset([name for d in declarations for name in d.trees])
         self.off: tuple[bool, ...] = tuple([is_off(link.transform) for link in links])
         self.fields: tuple[Fields, ...] = tuple([fields_of(link.transform) for link in links])
-        self.types: tuple[Any, ...] = tuple([state_type(link.transform) for link in links])
         self.numeric = all([numeric(kinds_of(link.transform)) for link in links])
         self.foreign = tuple([i for i, d in enumerate(declarations) if not d.whole and not ours(d)])
         stages = [self.stage(links, *run) for run in runs(links)]
@@ -116,22 +115,20 @@ _structures: DeclarationCache[Structure] = DeclarationCache(1024)
 def structure_of(links: tuple[Link, ...]) -> Structure:
     """The structure of a chain of links; it is made at the first call, and looked up at every other.
 
-    Links have one structure if they have the same declarations and switches, the same hyperparameters are off, None, numbers,
-    tensors or schedules, and the same ones are masked and wrap the same number of others.
+    Links have one structure if they have the same declarations, the same hyperparameters are off, None, numbers, tensors or
+    schedules, and the same ones are masked and wrap the same number of others. Switches are no part of it. A structure keeps
+    neither the declarations nor the types of states, which may lead to them.
     """
     if torch.compiler.is_compiling():
         return Structure(links)  # traced away; reading the cache would make its state a guard
     specs: list[Any] = []
     for link in links:
         value = link.transform
-        d, a = value.declaration, value.arguments
-        switches = () if d.whole else tuple(map(a.__getitem__, d.switches))
-        specs.append((d.key, switches, kinds_of(value), bool(link.masks), link.span))
+        d = value.declaration
+        off = d.off is not None and d.off not in d.intervals and is_off(value)  # by a switch
+        specs.append((d.key, off, kinds_of(value), bool(link.masks), link.span))
     key = tuple(specs)
-    try:
-        found = _structures.entries.get(key)
-    except TypeError:  # a switch cannot be hashed
-        return Structure(links)
+    found = _structures.entries.get(key)
     if found is None:
         found = Structure(links)
         _structures.keep(key, found, [link.transform.declaration for link in links])
@@ -149,7 +146,8 @@ class Plan:
     def __init__(self, links: tuple[Link, ...], structure: Structure) -> None:
         self.links, self.structure = links, structure
         self.whole, self.extras, self.trees = structure.whole, structure.extras, structure.trees
-        self.off, self.fields, self.types = structure.off, structure.fields, structure.types
+        self.off, self.fields = structure.off, structure.fields
+        self.types: list[Any] = [state_type(link.transform) for link in links]  # a type may lead to its declaration
         self.stages, self.final = structure.stages, structure.final
         self.inner: list[Plan | None] = [None] * len(self.stages)  # per stage, what its whole link wraps
         if structure.nests:

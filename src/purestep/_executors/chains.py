@@ -60,7 +60,7 @@ class ChainStructure:
         self.names = " -> ".join([value.declaration.name for value in values])
         self.encoded = tuple([(j, f) for j, info in enumerate(self.fields) for f, yes in enumerate(info.encoded) if yes])
         self.present = tuple([(False,) * len(info.names) for info in self.fields])  # no field is absent, as is usual
-        self.details = {self.present: specs(values, self.present, scaled)}
+        self.hypers = tuple([hyper_specs(value) for value in values])
         self.numeric = constants(values) is not None
         self.kernel: Kernel | None = None
         self.first = 0
@@ -80,7 +80,7 @@ class FusedChain:
     """A chain's structure, and the transforms that have its numbers."""
 
     __slots__ = (
-        "_hypers", "_split", "decision", "declarations", "encoded", "first", "items", "kernel", "names", "numbers",
+        "_hypers", "_split", "decision", "declarations", "details", "encoded", "first", "items", "kernel", "names", "numbers",
         "positions", "scaled", "structure", "values",
     )  # fmt: skip
 
@@ -93,6 +93,7 @@ class FusedChain:
         self.numbers = (
             constants(values) if structure.numeric else None
         )  # the hyperparameters in order, if all are plain numbers
+        self.details: dict[tuple[Any, ...], tuple[LeafSpec, ...]] = {}
         self.decision: Any = None  # which executor took it last: see `purestep._executors.task.Decision`
         self._hypers: dict[str, Any] | None = None
         self._split: tuple[FusedChain, FusedChain] | None = None
@@ -194,23 +195,28 @@ def encodes(chain: FusedChain, fields: Any) -> bool:
 
 def details(chain: FusedChain, absent: tuple[tuple[bool, ...], ...]) -> tuple[LeafSpec, ...]:
     """What a recipe says of these transforms when their states lack these fields, except for their declarations."""
-    known = chain.structure.details
-    found = known.get(absent)
+    found = chain.details.get(absent)
     if found is None:
-        found = known[absent] = specs(chain.values, absent, chain.scaled)
+        specs = [LeafSpec((), (), (NUMBER,))] * chain.scaled
+        for value, missing, hypers in zip(chain.values, absent, chain.structure.hypers):
+            d, a = value.declaration, value.arguments
+            specs.append(LeafSpec(missing if d.state else (), tuple(map(a.__getitem__, d.switches)), hypers))
+        found = chain.details[absent] = tuple(specs)
     return found
-
-
-def specs(values: Sequence[Primitive], absent: tuple[tuple[bool, ...], ...], scaled: bool) -> tuple[LeafSpec, ...]:
-    """What a recipe says of transforms, perhaps behind a factor."""
-    return tuple([LeafSpec((), (), (NUMBER,))] * scaled + [detail(v, a) for v, a in zip(values, absent)])
 
 
 def detail(value: Primitive, absent: tuple[bool, ...]) -> LeafSpec:
     """What a recipe says of one transform, except for its declaration."""
     d, a = value.declaration, value.arguments
-    hypers = tuple([len(x) if isinstance(x, tuple) else OFF if x is None else NUMBER for x in [a[n] for n in d.hypers]])
-    return LeafSpec(absent if d.state else (), tuple([a[n] for n in d.switches]), hypers)
+    return LeafSpec(absent if d.state else (), tuple(map(a.__getitem__, d.switches)), hyper_specs(value))
+
+
+def hyper_specs(value: Primitive) -> tuple[int, ...]:
+    """What a recipe says of the hyperparameters of one transform."""
+    a = value.arguments
+    return tuple(
+        [len(x) if isinstance(x, tuple) else OFF if x is None else NUMBER for x in map(a.__getitem__, value.declaration.hypers)]
+    )
 
 
 JOINED = 2**13

@@ -569,7 +569,7 @@ class Optimizer(torch.optim.Optimizer):
             or (self._first_steps.untouched and any([p in self._first_steps.untouched for p in params]))
         ):
             return False
-        if torch.is_grad_enabled() or transforming() or dispatch_mode_count() > 0 or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming() or dispatch_mode_count() > 0:
             return False
         plan = transform._plan or transform.plan
         repeated = repeatable(plan) if plan.repeated is ... else plan.repeated

@@ -12,7 +12,7 @@ from purestep._core.masks import Label, Labels
 from purestep._core.maths import operation
 from purestep._core.primitives import Link
 from purestep._core.values import show
-from purestep.compose import Composite
+from purestep.compose import Composite, within
 from purestep.declare import leafwise
 from purestep.transform import Transform
 
@@ -61,6 +61,9 @@ class Partition(Composite):
     """Transforms that each have parameters of their own; made with `partition`."""
 
     __slots__ = ()
+
+    def _places(self) -> list[str]:
+        return within(self.context[0].known, self.children)
 
     def _linked(self) -> tuple[Link, ...]:
         (labels,) = self.context

@@ -229,6 +229,12 @@ CASES = [
         ({"max_norm": 0.1, "lr": 0.01}, {"max_norm": 0.1, "lr": ps.schedules.warmup_cosine(0.1, warmup_steps=3, total_steps=40)}),
     ),
     Case(
+        "named_chain",
+        lambda **options: ps.named_chain(("clip", ps.clip_by_global_norm(options.pop("max_norm"))), ("adam", ps.adam(**options))),
+        ({"max_norm": 0.1, "lr": 0.01},),
+        lacks={"alone": "its state is a dict of names, in which that test looks for the name of a parameter"},
+    ),
+    Case(
         "scheduled",
         lambda **options: ps.sgd(**options),
         (

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import purestep as ps
+from purestep import optim
 from tests.cases import Case, Options, each_options
 
 
@@ -78,6 +79,62 @@ def test_frozen() -> None:
     for value in (t, t.links[0].transform, ps.schedules.constant(1.0)):
         with pytest.raises(AttributeError, match="frozen"):
             value.lr = 2.0  # type: ignore[union-attr]
+
+
+def test_named_chains() -> None:
+    parts = {"clip": ps.clip_by_global_norm(1.0), "adam": ps.adamw(0.1), "rate": ps.scale(0.5)}
+    named, plain = ps.named_chain(*parts.items()), ps.chain(*parts.values())
+    params = {"w": torch.ones(3, 2), "b": torch.ones(3)}
+    state = named.init_state(params)
+    assert list(state) == ["clip", "adam", "rate"]
+    assert type(state["adam"]) is tuple
+    found, after = named.step(params, state, params)
+    expected, _ = plain.step(params, plain.init_state(params), params)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert ps.find(after, ps.AdamState).step["w"] == 1
+    assert ps.step_count(after) == 1
+    assert ps.chain(named, ps.scale(1.0)).init_state(params)[0].keys() == state.keys()  # a chain keeps the names
+    assert named != plain
+    assert named == pickle.loads(pickle.dumps(named)) == eval(repr(named), vars(ps))
+    assert "adam.0.exp_avg.w" in ps.state_dict(after)
+
+
+def test_hyperparameters_of_named_chains() -> None:
+    two = ps.named_chain(("a", ps.sgd(0.1)), ("b", ps.chain(ps.scale(2.0), ps.sgd(0.2))))
+    assert {"a.lr": 0.1, "b.lr": 0.2, "factor": 2.0}.items() <= two.hyperparams.items()
+    assert two.replace(**{"b.lr": 0.5}).hyperparams["b.lr"] == 0.5
+    nested = ps.named_chain(("x", two), ("y", ps.sgd(0.3)))
+    assert {"x.a.lr": 0.1, "x.b.lr": 0.2, "y.lr": 0.3}.items() <= nested.hyperparams.items()
+    partition = ps.partition({"m": two, "v": ps.sgd(0.4)}, lambda _, p: "m" if p.dim() > 1 else "v")
+    assert {"m.a.lr": 0.1, "m.b.lr": 0.2, "v.lr": 0.4}.items() <= partition.hyperparams.items()
+    weights = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(3))]
+    optimizer = optim.Optimizer(weights, partition)
+    assert {len(group["params"]) for group in optimizer.param_groups} == {1}
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    params = {"w": torch.ones(3, 2), "b": torch.ones(3)}
+    expected, _ = partition.step(params, partition.init_state(params), params)
+    torch.testing.assert_close([p.detach() for p in weights], list(expected.values()))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error", "message"),
+    [
+        ([ps.sgd(0.1)], TypeError, "argument 0 is chain"),
+        ([("a", ps.sgd(0.1)), ("b", torch.optim.SGD)], TypeError, "argument 1 is"),
+        ([("a", ps.sgd(0.1)), ("a", ps.sgd(0.1))], ValueError, "must be different, and not empty, but are 'a', 'a'"),
+        ([("", ps.sgd(0.1))], ValueError, "not empty"),
+    ],
+    ids=["no pair", "no transform", "twice", "empty"],
+)
+def test_what_is_no_named_chain(pairs: list[Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ps.named_chain(*pairs)
+    opt = ps.named_chain(("a", ps.sgd(0.1)), ("b", ps.scale(1.0)))
+    for state in (ps.chain(ps.sgd(0.1), ps.scale(1.0)).init_state(torch.ones(1)), {"b": (), "a": ()}):
+        with pytest.raises(TypeError, match="must be a dict with 'a', 'b', in this order"):
+            opt.step(torch.ones(1), state, torch.ones(1))
 
 
 def test_chains_are_associative() -> None:

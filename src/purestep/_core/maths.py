@@ -356,6 +356,16 @@ def transforming() -> bool:
     return isinstance(level, Interpreter) or forward_ad._current_level >= 0
 
 
+def eager() -> bool:
+    """Whether operations run as they are called, because no `torch.func` transform, no compiler and no dispatch mode is there.
+
+    A function of its own: called from a frame that `torch.compile` has given up on, it is compiled by itself, and says no.
+    """
+    if torch.compiler.is_compiling() or dispatch_mode_count() > 0:
+        return False
+    return not isinstance(innermost_interpreter(), Interpreter) and forward_ad._current_level < 0
+
+
 def differentiating(x: Tensor) -> bool:
     """Whether a derivative may be taken of what is done to `x`: under `torch.func.vmap` alone, none is."""
     if torch.compiler.is_compiling() or dispatch_mode_count() > 0:  # what is traced may be differentiated later

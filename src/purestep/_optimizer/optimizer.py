@@ -28,13 +28,12 @@ from torch.nn.parameter import is_lazy
 from purestep._core import maths, sharded
 from purestep._core.lists import clones, overwrite
 from purestep._core.masks import refuse_unmatched
-from purestep._core.maths import readable, transforming
+from purestep._core.maths import eager, readable
 from purestep._core.plain import plain
 from purestep._core.torch_api import (
     STEP_POST_HOOKS,
     STEP_PRE_HOOKS,
     check_fused_device_and_dtype,
-    dispatch_mode_count,
     profiling,
     set_grad_mode,
     tree_leaves,
@@ -569,7 +568,7 @@ class Optimizer(torch.optim.Optimizer):
             or (self._first_steps.untouched and any([p in self._first_steps.untouched for p in params]))
         ):
             return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming() or dispatch_mode_count() > 0:
+        if torch.is_grad_enabled() or not eager():
             return False
         plan = transform._plan or transform.plan
         repeated = repeatable(plan) if plan.repeated is ... else plan.repeated

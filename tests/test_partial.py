@@ -18,6 +18,10 @@ from purestep import optim
 CHAIN = ps.chain(ps.clip_by_global_norm(1.0), ps.adamw(lr=1e-3))
 
 
+class Own(optim.Optimizer):
+    """A class with its own step, of a dict of options."""
+
+
 def trained(optimizer: torch.optim.Optimizer, steps: int = 3) -> list[torch.Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for k in range(steps):
@@ -98,10 +102,11 @@ def test_classes_and_optimizers_are_copied_and_pickled(again: Any) -> None:
         (lambda: optim.partial(CHAIN, forech=True), TypeError, "takes the flags .*foreach.*, but got forech"),
         (lambda: optim.partial(CHAIN)(params(), rate=0.1), TypeError, "There is no 'rate' .*'lr'"),
         (lambda: optim.Optimizer(params(), CHAIN, rate=0.1), TypeError, "There is no 'rate' .*'lr'"),
+        (lambda: Own(params(), {"lr": 0.1}, rate=0.1), TypeError, "takes no more of them by name, but got rate"),
         (lambda: optim.Optimizer(params(), CHAIN, lr=-1.0), ValueError, "lr must be a number of at least 0"),
         (lambda: optim.Optimizer(params(), ps.chain(ps.sgd(0.1), ps.sgd(0.1)), lr=0.2), TypeError, "'lr' is ambiguous here"),
     ],
-    ids=["a class", "a flag", "a name", "a name of the transform's", "a value", "two"],
+    ids=["a class", "a flag", "a name", "a name of the transform's", "beside a dict", "a value", "two"],
 )
 def test_what_is_refused(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

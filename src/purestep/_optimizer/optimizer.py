@@ -161,6 +161,8 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         options = transform if isinstance(transform, dict) else defaults
         if options is not None and not isinstance(transform, Transform) and type(self) is not Optimizer:
+            if hyperparameters:
+                raise TypeError(f"A dict of options takes no more of them by name, but got {', '.join(hyperparameters)}.")
             self._own_step = True
             self._begin(params, without_step(), {}, {}, dict(options))
             return

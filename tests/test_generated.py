@@ -259,9 +259,10 @@ WEIGHED = {"asgd", "average", "mean", "lookahead", "schedule free"}
 """Their means have weights from 0.5 to 1, and these are numbers for one executor and tensors for another: torch.lerp(x, inf, w)
 is NaN for such a number, and x + w (inf - x) is inf."""
 
-NORMALIZING = {*OPTIMIZERS, "adam", "amsgrad", "rms"} - {"sgd", "sgd, momentum", "sgd, nesterov", "frozen"}
+NORMALIZING = {*OPTIMIZERS, "adam", "amsgrad", "rms", "trust"} - {"sgd", "sgd, momentum", "sgd, nesterov", "frozen"}
 """They divide by what they have seen. In 16 bits the squares of small updates vanish in one order of rounding and not in
-another, so of two in a row nothing but shapes and dtypes is compared."""
+another, and a parameter that is moved by its own size becomes 0 or almost, where the trust ratio of 0 is 1. So of two in a row
+nothing but shapes and dtypes is compared."""
 
 
 SIGNS = {"lion"}

@@ -171,6 +171,18 @@ def test_a_compiled_optimizer_breaks_its_graph_no_more_often() -> None:
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) <= 1
 
 
+def test_a_compiled_optimizer_that_has_made_no_step() -> None:
+    """Of the steps after the first, which torch.compile gives up on in the middle, it compiles nothing anew either."""
+    weights = [torch.nn.Parameter(p.clone()) for p in PARAMS.values()]
+    optimizer, graphs = optim.Optimizer(weights, ps.adamw(0.1)), Graphs()
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for _ in range(3):
+        step()
+    assert graphs.count <= 1
+
+
 def test_torch_compile_does_not_trace_the_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     opt = ps.nadam(0.1)
     state = opt.init_state(PARAMS)

@@ -116,6 +116,10 @@ def test_lbfgs_has_a_history_of_any_length() -> None:
     again = ps.load_state_dict(opt.init_state(p), flat)
     steps = [opt.step(value_and_grad(p)[1], s, p, value_and_grad=value_and_grad) for s in (state, again)]
     assert difference(*steps) == 0
+    elsewhere = ps.load_state_dict(pytree.tree_map(lambda x: x.to("meta"), opt.init_state(p)), flat)
+    assert {x.device.type for x in pytree.tree_leaves(elsewhere)} == {"meta"}
+    with pytest.raises(ValueError, match=r"not a tensor: 'ro.1'"):
+        ps.load_state_dict(opt.init_state(p), {**flat, "ro.1": 1.0})  # type: ignore[dict-item]
     del flat["old_dirs.0"]
     with pytest.raises(ValueError, match=r"missing: 'old_dirs.0'"):
         ps.load_state_dict(opt.init_state(p), flat)

@@ -52,7 +52,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
         found[name] = x.detach().clone(memory_format=torch.contiguous_format)
         return None
 
-    visit(state, "", keep, lambda name, entries: [keep(f"{name}.{k}", x) for k, x in enumerate(entries)])
+    visit(state, "", keep, lambda name, entries, _: [keep(f"{name}.{k}", x) for k, x in enumerate(entries)])
     return found
 
 
@@ -109,17 +109,21 @@ def load_state_dict(template: S, flat: Mapping[str, Tensor]) -> S:
             wrong["another dtype"].append(f"{name!r}, {new.dtype} instead of {old.dtype}")
             return old
         made = torch.empty_like(old, requires_grad=False).copy_(new.detach())
-        if made.dim() == 0 and made.dtype.is_floating_point:  # parameters that agree share a counter
+        # parameters that agree share a counter: a device is waited for here, once, so that no step has to compare them
+        if made.dim() == 0 and made.dtype.is_floating_point and not made.is_meta:
             return counters.setdefault((id(old), made.item()), made)
         return made
 
-    def load_history(name: str, old: tuple[Any, ...]) -> tuple[Any, ...]:
+    def load_history(name: str, old: tuple[Any, ...], around: Any) -> tuple[Any, ...]:
         names = [f"{name}.{k}" for k in range(len(flat))]
         found = [n for n in names if n in flat]
         if found != names[: len(found)]:
             wrong["missing"].append(repr(next(n for n in names if n not in flat)))
         taken.update(found)
-        return tuple([flat[n].detach().clone() for n in found])
+        strange = [n for n in found if not isinstance(flat[n], Tensor)]
+        wrong["not a tensor"] += map(repr, strange)
+        device = next(x.device for x in around if isinstance(x, Tensor))
+        return old if strange else tuple([flat[n].detach().to(device, copy=True) for n in found])
 
     result: S = visit(template, "", load, load_history)
     wrong["unexpected"] = [repr(name) for name in flat if name not in taken]
@@ -129,8 +133,11 @@ def load_state_dict(template: S, flat: Mapping[str, Tensor]) -> S:
     return result
 
 
-def visit(x: Any, name: str, leaf: Callable[[str, Any], Any], history: Callable[[str, tuple[Any, ...]], Any]) -> Any:
-    """A state with a function applied to each tensor, and another to each tuple of tensors that grows, and their paths."""
+def visit(x: Any, name: str, leaf: Callable[[str, Any], Any], history: Callable[[str, tuple[Any, ...], Any], Any]) -> Any:
+    """A state with a function applied to each tensor, and another to each tuple of tensors that grows, and their paths.
+
+    The second is also given the state that the tuple belongs to.
+    """
     before = f"{name}." if name else ""
     if isinstance(x, dict):
         return {key: visit(y, f"{before}{key}", leaf, history) for key, y in x.items()}
@@ -143,7 +150,7 @@ def visit(x: Any, name: str, leaf: Callable[[str, Any], Any], history: Callable[
     for field, role, y in zip(x._fields, roles_of(type(x)), x):  # type: ignore[union-attr]
         place = before + field
         if role == "own" and isinstance(y, tuple):
-            fields.append(history(place, y))
+            fields.append(history(place, y, x))
         elif role == "state":
             fields.append(visit(y, place, leaf, history))
         else:

@@ -90,9 +90,8 @@ class FusedChain:
         self.kernel, self.first, self.encoded = structure.kernel, structure.first, structure.encoded
         self.items = list(zip(structure.positions, values, structure.fields))
         self.declarations = [SCALED] * structure.scaled + [value.declaration for value in values]
-        self.numbers = (
-            constants(values) if structure.numeric else None
-        )  # the hyperparameters in order, if all are plain numbers
+        # the hyperparameters in order, if all are plain numbers
+        self.numbers = constants(values) if structure.numeric else None
         self.details: dict[tuple[Any, ...], tuple[LeafSpec, ...]] = {}
         self.decision: Any = None  # which executor took it last: see `purestep._executors.task.Decision`
         self._hypers: dict[str, Any] | None = None

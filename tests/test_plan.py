@@ -255,7 +255,7 @@ def test_a_switch_and_a_state_that_lead_to_the_declaration_are_freed() -> None:
 
         holder.append(summed)
         switch = Switch()
-        switch.factory = summed  # type: ignore[attr-defined]
+        switch.factory = summed  # type: ignore[attr-defined]  # the reference is the test
         return summed(by=switch), weakref.ref(summed.declaration), weakref.ref(switch)
 
     opt, *last = made()

@@ -147,7 +147,7 @@ def visit(x: Any, name: str, leaf: Callable[[str, Any], Any], history: Callable[
         made = [visit(y, f"{before}{k}", leaf, history) for k, y in enumerate(x)]
         return type(x)(*made) if hasattr(x, "_fields") else type(x)(made)
     fields = []
-    for field, role, y in zip(x._fields, roles_of(type(x)), x):  # type: ignore[union-attr]
+    for field, role, y in zip(x._fields, roles_of(type(x)), x):  # type: ignore[union-attr]  # is_state: a NamedTuple
         place = before + field
         if role == "own" and isinstance(y, tuple):
             fields.append(history(place, y, x))

@@ -219,7 +219,7 @@ class RepeatedStep(NamedTuple):
         """Call the kernel, in place."""
         given = {**dict(zip(self.names, states)), "step": lambda: after}
         with BelowAutograd():
-            self.kernel.run(params, grads, given, self.hypers, before)  # type: ignore[union-attr]
+            self.kernel.run(params, grads, given, self.hypers, before)  # type: ignore[union-attr]  # `bound` asked
         torch.autograd.graph.increment_version(params)
 
 

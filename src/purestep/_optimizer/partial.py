@@ -60,7 +60,7 @@ def partial(transform: Transform, /, *, name: str = "", **flags: Any) -> type[Op
         "compile": False,
         **flags,
     }
-    init.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    init.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # where inspect looks
         [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("self", "params")]
         + [inspect.Parameter(n, keyword, default=x) for n, x in shown.items() if n.isidentifier()]
     )

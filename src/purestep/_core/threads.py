@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,23 +61,37 @@ def one_thread(put: Callable[[int], Any]) -> Iterator[None]:
         put(threads)
 
 
+class Sizes(NamedTuple):
+    """Which of some tensors are small, and whether none or all of them are to be updated by one thread."""
+
+    small: list[bool]
+    none: bool
+    all: bool
+
+    @classmethod
+    def of(cls, params: list[Tensor]) -> Sizes:
+        """The sizes of these tensors, which are all on one device."""
+        small = [n <= SERIAL for n in map(Tensor.numel, params)] if params[0].is_cpu else []
+        return cls(small, sum(small) <= min(FEW, len(params) - 1), all(small))
+
+
 def divided(run: Callable[..., None]) -> Callable[..., None]:
     """A kernel that is given lists of tensors, first the parameters, and is called for the small ones with one thread.
 
-    Whatever else it is given is passed on, but for dictionaries, in which lists are looked for too.
+    Whatever else it is given is passed on, but for dictionaries, in which lists are looked for too. `sizes` are those of the
+    parameters, for whoever knows them.
     """
 
-    def call(params: list[Tensor], *given: Any) -> None:
+    def call(params: list[Tensor], *given: Any, sizes: Sizes | None = None) -> None:
         put, threads = OPENMP, torch.get_num_threads()
-        few = [n <= SERIAL for n in map(Tensor.numel, params)] if threads > 1 and params[0].is_cpu else []
-        if put is None or sum(few) <= min(FEW, len(params) - 1):
+        if put is None or threads == 1 or (sizes := sizes or Sizes.of(params)).none:
             run(params, *given)
             return
         small = [params, *given]
-        if not all(few):
-            large = [not x for x in few]
+        if not sizes.all:
+            large = [not x for x in sizes.small]
             run(*[_where(x, large) for x in small])
-            small = [_where(x, few) for x in small]
+            small = [_where(x, sizes.small) for x in small]
         put(1)
         try:
             run(*small)

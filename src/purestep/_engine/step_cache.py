@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from purestep._core.plain import PLAIN, plain
+from purestep._core.threads import Sizes
 from purestep._core.torch_api import BelowAutograd, foreach_copy_
 from purestep._engine.guards import GuardCache
 from purestep._engine.numbers import Numbers
@@ -122,7 +123,7 @@ class RepeatedStep(NamedTuple):
         if self.bound(facts, executor):
             for vector in vectors if len(vectors) < 2 else self.distinct(vectors):
                 vector.add_(1)
-            self.run(params, grads, columns, counts[0] if counts else 0, counters[0][0] if counters else ZERO)
+            self.run((params, grads, columns), counts[0] if counts else 0, counters[0][0] if counters else ZERO, facts)
         else:
             self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), facts)
         return True
@@ -196,7 +197,7 @@ class RepeatedStep(NamedTuple):
             return False
         before = counters[0][0].item() if counters else 0  # they are on the CPU: there is nothing to wait for
         after = [c[0].add_(1) for c in counters]
-        self.run(params, grads, columns, before, after[0] if after else ZERO)
+        self.run((params, grads, columns), before, after[0] if after else ZERO, facts)
         torch.autograd.graph.increment_version(flat.from_iterable(columns))
         return True
 
@@ -215,11 +216,21 @@ class RepeatedStep(NamedTuple):
             return False
         return dtype.is_floating_point
 
-    def run(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], before: float, after: Tensor) -> None:
-        """Call the kernel, in place."""
-        given = {**dict(zip(self.names, states)), "step": lambda: after}
+    def run(
+        self,
+        lists: tuple[list[Tensor], list[Tensor], list[list[Tensor]]],
+        before: float,
+        after: Tensor,
+        facts: dict[Any, Any] | None,
+    ) -> None:
+        """Call the kernel for parameters, gradients and the fields of the state, in place."""
+        params, grads, columns = lists
+        given = {**dict(zip(self.names, columns)), "step": lambda: after}
+        sizes = None if facts is None else facts.get("sizes")
+        if sizes is None and facts is not None:
+            sizes = facts["sizes"] = Sizes.of(params)
         with BelowAutograd():
-            self.kernel.run(params, grads, given, self.hypers, before)  # type: ignore[union-attr]  # `bound` asked
+            self.kernel.run(params, grads, given, self.hypers, before, sizes=sizes)  # type: ignore[union-attr]  # `bound` asked
         torch.autograd.graph.increment_version(params)
 
 

@@ -121,8 +121,8 @@ class RepeatedStep(NamedTuple):
             vectors.append(vector)
             counts.append(values[0])
         if self.bound(facts, executor):
-            for vector in vectors if len(vectors) < 2 else self.distinct(vectors):
-                vector.add_(1)
+            for vector, count in zip(vectors, counts):  # several fields may be one counter
+                vector.fill_(count + 1)
             self.run((params, grads, columns), counts[0] if counts else 0, counters[0][0] if counters else ZERO, facts)
         else:
             self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), facts)
@@ -134,10 +134,6 @@ class RepeatedStep(NamedTuple):
             return False
         everything = [*params, *grads, *[s[key] for key in self.keys for s in states]]
         return guards.last is not None and guards.last.matches(everything)
-
-    def distinct(self, vectors: list[Tensor]) -> list[Tensor]:
-        """The counters of these as vectors, each once: several items may have the same."""
-        return list({key: vector for (key, _, _), vector in zip(self.counters, vectors)}.values())
 
     def numbers(self, executor: ExecutorName | None, counters: list[list[Tensor]], counts: list[Any]) -> Numbers:
         """What numbers the step takes: the counters have been read."""
@@ -195,9 +191,9 @@ class RepeatedStep(NamedTuple):
         counters = [states[links[j]][f] for _, j, f in self.counters]
         if not all([one(c, "program") and type(c[0]) is Tensor and c[0].is_cpu for c in counters]):
             return False
-        before = counters[0][0].item() if counters else 0  # they are on the CPU: there is nothing to wait for
-        after = [c[0].add_(1) for c in counters]
-        self.run((params, grads, columns), before, after[0] if after else ZERO, facts)
+        counts = [c[0].item() for c in counters]  # they are on the CPU: there is nothing to wait for
+        after = [c[0].fill_(count + 1) for c, count in zip(counters, counts)]  # of which several may be one
+        self.run((params, grads, columns), counts[0] if counts else 0, after[0] if after else ZERO, facts)
         torch.autograd.graph.increment_version(flat.from_iterable(columns))
         return True
 

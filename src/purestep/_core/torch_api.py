@@ -2,8 +2,8 @@
 
 A new release of torch may change any of these without a word, so they are imported here and nowhere else
 (tests/test_house.py holds it), under plain names. Each is torch's own object, with no function of ours around it: the hot path
-pays neither a Python frame nor a lookup, and `torch.compile` knows the object when it traces. All of them are in torch 2.13,
-with which the tests run, and in 2.14.1.
+pays neither a Python frame nor a lookup, and `torch.compile` knows the object when it traces. They are those of torch 2.9 to
+2.14; what an older release lacks or calls otherwise is switched here.
 
 `ATTRIBUTES` lists what an alias cannot stand for: private attributes of torch's objects, which other modules read in place.
 """
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import _guards, _prims_common
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._autograd import _profiler_enabled
 from torch._C._dynamo import guards
 from torch._functorch import pyfunctorch
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses import fake_tensor, functional_tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import optimizer  # pyright: ignore[reportAttributeAccessIssue]
@@ -39,7 +39,7 @@ foreach_addcdiv = torch._foreach_addcdiv
 foreach_addcdiv_ = torch._foreach_addcdiv_
 foreach_addcmul = torch._foreach_addcmul
 foreach_addcmul_ = torch._foreach_addcmul_
-foreach_clone = torch._foreach_clone
+foreach_clone = FOREACH.get("clone") or (lambda tensors: [x.clone() for x in tensors])  # 2.9 has none
 foreach_copy_ = torch._foreach_copy_
 foreach_div = torch._foreach_div
 foreach_div_ = torch._foreach_div_
@@ -64,8 +64,12 @@ foreach_zero_ = torch._foreach_zero_
 
 flatten_dense = _flatten_dense_tensors  # copies tensors into one vector
 unflatten_dense = _unflatten_dense_tensors  # views of a vector, in the shapes of tensors
+UNFLATTENS_EMPTY: bool = unflatten_dense(torch.empty(0), [torch.empty(0, 3)])[0].dim() == 2  # type: ignore[no-untyped-call]
+"""In 2.9 `unflatten_dense` makes a vector of every empty tensor."""
 
-is_non_overlapping_and_dense = is_non_overlapping_and_dense_or_false  # False also where a symbolic shape leaves it open
+is_non_overlapping_and_dense: Callable[[torch.Tensor], bool] = getattr(  # False also where a symbolic shape leaves it open
+    _prims_common, "is_non_overlapping_and_dense_or_false", None
+) or getattr(_prims_common, "is_non_overlapping_and_dense")  # noqa: B009  (its name in 2.9, which type checkers do not know)
 
 # -------------------------------------------------------------------------------------------------- torch.optim's fused kernels
 
@@ -151,8 +155,10 @@ def constant_result(function: F) -> F:
 
 
 def standalone_compile(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """Inductor's kernel for a graph, with the dynamic shapes of the graph. Imports Inductor, which takes a second."""
-    return torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph")
+    """Inductor's kernel for a graph, with the dynamic shapes of its inputs. Imports Inductor, which takes a second."""
+    mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))  # 2.9 does not find it in the graph by itself
+    with _guards.tracing(_guards.TracingContext(mode)):
+        return torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_tracing_context")
 
 
 # ---------------------------------------------------------------------------------------------------- attributes, read in place

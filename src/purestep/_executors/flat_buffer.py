@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep._core.torch_api import flatten_dense, foreach_add, foreach_copy_, unflatten_dense
+from purestep._core.torch_api import UNFLATTENS_EMPTY, flatten_dense, foreach_add, foreach_copy_, unflatten_dense
 
 COUNT = 16
 """From this many tensors on."""
@@ -87,8 +87,8 @@ def joined(xs: Sequence[Tensor]) -> Tensor:
 
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Consecutive pieces of one long tensor, in the shapes of these."""
-    pieces: tuple[Tensor, ...] = unflatten_dense(flat, like)  # type: ignore[no-untyped-call]
-    return list(pieces)
+    pieces: Sequence[Tensor] = unflatten_dense(flat, like)  # type: ignore[no-untyped-call]
+    return list(pieces) if UNFLATTENS_EMPTY else [x if x.numel() else x.view(y.shape) for x, y in zip(pieces, like)]
 
 
 def apart(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

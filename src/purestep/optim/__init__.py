@@ -1,10 +1,10 @@
 """`torch.optim`, by changing one import line: `from purestep import optim`."""
 
 import sys
+from contextlib import suppress
 
 from torch.optim import lr_scheduler as lr_scheduler
 from torch.optim import swa_utils as swa_utils
-from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
 
 from purestep._optimizer.optimizer import Optimizer as Optimizer
 from purestep._optimizer.partial import partial as partial
@@ -23,6 +23,9 @@ from purestep.algorithms.rmsprop import RMSprop as RMSprop
 from purestep.algorithms.rprop import Rprop as Rprop
 from purestep.algorithms.sgd import SGD as SGD
 from purestep.algorithms.sparse_adam import SparseAdam as SparseAdam
+
+with suppress(ImportError):  # torch 2.9 has none
+    from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
 
 # torch's own modules, also for `from purestep.optim.lr_scheduler import ...`; the files of these names are for type checkers
 sys.modules[f"{__name__}.lr_scheduler"] = lr_scheduler

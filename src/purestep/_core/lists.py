@@ -80,4 +80,4 @@ def imaginary(xs: list[Any]) -> list[Any]:
 def same_layout(tensors: Sequence[Tensor]) -> bool:
     """Whether the same element stands at the same place in the memory of all of them, with no gaps."""
     strides = tensors[0].stride()
-    return all([t.stride() == strides for t in tensors]) and is_non_overlapping_and_dense(tensors[0])
+    return all([t.stride() == strides for t in tensors]) and is_non_overlapping_and_dense(tensors[0].shape, strides)

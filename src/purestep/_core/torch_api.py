@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import _guards, _prims_common
+from torch import _guards
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._autograd import _profiler_enabled
 from torch._C._dynamo import guards
 from torch._functorch import pyfunctorch
+from torch._prims_common import _is_non_overlapping_and_dense_or_false
 from torch._subclasses import fake_tensor, functional_tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import optimizer  # pyright: ignore[reportAttributeAccessIssue]
@@ -67,9 +68,7 @@ unflatten_dense = _unflatten_dense_tensors  # views of a vector, in the shapes o
 UNFLATTENS_EMPTY: bool = unflatten_dense(torch.empty(0), [torch.empty(0, 3)])[0].dim() == 2  # type: ignore[no-untyped-call]
 """In 2.9 `unflatten_dense` makes a vector of every empty tensor."""
 
-is_non_overlapping_and_dense: Callable[[torch.Tensor], bool] = getattr(  # False also where a symbolic shape leaves it open
-    _prims_common, "is_non_overlapping_and_dense_or_false", None
-) or getattr(_prims_common, "is_non_overlapping_and_dense")  # noqa: B009  (its name in 2.9, which type checkers do not know)
+is_non_overlapping_and_dense = _is_non_overlapping_and_dense_or_false  # of sizes and strides; False where symbols leave it open
 
 # -------------------------------------------------------------------------------------------------- torch.optim's fused kernels
 

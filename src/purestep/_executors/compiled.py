@@ -154,7 +154,7 @@ def flat(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     if all([x.is_contiguous() for x in tensors]):
         return [x.view(-1) for x in tensors]
     strides = tensors[0].stride()
-    if any([x.stride() != strides for x in tensors]) or not is_non_overlapping_and_dense(tensors[0]):
+    if any([x.stride() != strides for x in tensors]) or not is_non_overlapping_and_dense(tensors[0].shape, strides):
         return []
     return [x.as_strided((x.numel(),), (1,)) for x in tensors]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import pytest
@@ -47,6 +47,56 @@ pytree.register_pytree_node(
 )
 
 
+class Whole(MutableMapping):  # type: ignore[type-arg]
+    """A mapping of tensors that torch makes None of where one of them is None, as of a TensorDict."""
+
+    def __init__(self, items: dict[str, Any]) -> None:
+        self.items_ = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.items_[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.items_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
+pytree.register_pytree_node(
+    Whole,
+    lambda x: (list(x.values()), list(x)),
+    lambda values, keys: None if any(x is None for x in values) else Whole(dict(zip(keys, values))),
+    serialized_type_name="tests.Whole",
+    flatten_with_keys_fn=lambda x: ([(pytree.MappingKey(k), v) for k, v in x.items()], list(x)),
+)
+
+
+class Pair:
+    """Two attributes that torch makes None of where one of them is None, as of a tensorclass."""
+
+    def __init__(self, **values: Any) -> None:
+        self.one, self.two = values.get("one"), values.get("two")
+
+    def there(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if v is not None}
+
+
+pytree.register_pytree_node(
+    Pair,
+    lambda x: (list(x.there().values()), list(x.there())),
+    lambda values, keys: None if any(x is None for x in values) else Pair(**dict(zip(keys, values))),
+    serialized_type_name="tests.Pair",
+    flatten_with_keys_fn=lambda x: ([(pytree.GetAttrKey(k), v) for k, v in x.there().items()], list(x.there())),
+)
+
+
 class Bag:
     """A container that was registered without keys."""
 
@@ -65,6 +115,8 @@ FLAT = {
 CONTAINERS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
     "dataclasses": lambda w, b, s, r: Model(Layer(w, b), s, {"r": [r]}),
     "tensors": lambda w, b, s, r: Tensors({"w": w, "b": b, "more": Tensors({"s": s, "r": r})}),
+    "mappings without None": lambda w, b, s, r: Whole({"1": Whole({"w": w, "b": b}), "2": Whole({"s": s}), "r": r}),
+    "attributes without None": lambda w, b, s, r: Pair(one=Pair(one=w, two=b), two=Pair(one=s, two=r)),
     "mixed": lambda w, b, s, r: [Layer(w, Tensors({"b": b})), (s, Model(r, None, None))],
     "without keys": lambda w, b, s, r: Bag([w, Bag([b, s]), {"r": r}]),
 }
@@ -117,7 +169,7 @@ def test_steps_are_those_of_a_dict(container: str, name: str) -> None:
             assert torch.equal(old, new) if isinstance(old, Tensor) else old == new
 
 
-@pytest.mark.parametrize("container", ["dataclasses", "tensors", "mixed"])
+@pytest.mark.parametrize("container", ["dataclasses", "tensors", "mixed", "attributes without None"])
 def test_a_gradient_that_is_none(container: str) -> None:
     """A container that leaves it out has said so."""
     opt, build = ps.adam(0.1), CONTAINERS[container]
@@ -129,6 +181,26 @@ def test_a_gradient_that_is_none(container: str) -> None:
     torch.testing.assert_close(named(new), flat, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("container", ["mappings without None", "attributes without None"])
+def test_a_state_without_some_of_its_leaves_keeps_the_others(container: str) -> None:
+    """What has no state is left out of the container, and only that."""
+    opt = ps.partition({"m": ps.adam(0.1), "v": ps.sgd(0.1)}, ps.by_ndim({2: "m"}, default="v"))
+    tree = CONTAINERS[container](*FLAT.values())
+    state = opt.init_state(tree)
+    adam = ps.find(state["m"], ps.AdamState)
+    assert type(adam.exp_avg) is type(tree)
+    assert [x.shape for x in pytree.tree_leaves(adam.exp_avg)] == [FLAT["w"].shape, FLAT["r"].shape]
+    buffers = ps.find(state["v"], ps.TraceState).momentum_buffer
+    assert buffers is None  # nothing is there to leave something out of
+    loaded = ps.load_state_dict(state, ps.state_dict(state))
+    for a, b in zip(opt.step(tree, state, tree), opt.step(tree, loaded, tree)):
+        for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b)):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+    compiled = torch.compile(opt.step, backend="eager", fullgraph=True)(tree, state, tree)
+    for x, y in zip(pytree.tree_leaves(compiled[0]), pytree.tree_leaves(opt.step(tree, state, tree)[0])):
+        torch.testing.assert_close(x, y)
+
+
 def test_errors_name_the_place() -> None:
     """What is missing from a dict, or of another type, is no None."""
     opt, tree = ps.sgd(0.1), Model(Layer(FLAT["w"], FLAT["b"]), FLAT["s"], {"r": [FLAT["r"]]})
@@ -136,6 +208,9 @@ def test_errors_name_the_place() -> None:
         opt.step(Model(tree.first, tree.scale, {}), opt.init_state(tree), tree)
     with pytest.raises(ValueError, match=r"grads must have the structure of params"):
         opt.step(Model({"weight": FLAT["w"], "bias": FLAT["b"]}, tree.scale, tree.rest), opt.init_state(tree), tree)
+    whole = Whole({"a": Whole({"w": FLAT["w"]}), "b": Layer(FLAT["b"], None)})
+    with pytest.raises(ValueError, match=r"grads must have the structure of params, but they have no leaf at 'b.weight'"):
+        opt.step(Whole({"a": whole["a"], "b": None}), opt.init_state(whole), whole)  # a dataclass does hold None
     bag = Bag([FLAT["w"], FLAT["b"]])
     with pytest.raises(ValueError, match=r"The gradient of '1' has shape \(\), but the parameter has shape \(2,\)"):
         opt.step(Bag([FLAT["w"], FLAT["s"]]), opt.init_state(bag), bag)

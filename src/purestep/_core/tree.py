@@ -11,7 +11,7 @@ Flat dicts, lists and tuples of tensors, which is what almost every call is give
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -68,7 +68,30 @@ def unflatten(leaves: Sequence[Any], spec: Spec) -> Any:
         return list(leaves)
     if kind is tuple:
         return tuple(leaves)
-    return leaves[0] if general is None else tree_unflatten(leaves, general)
+    if general is None:
+        return leaves[0]
+    return without(iter(leaves), general) if any([x is None for x in leaves]) else tree_unflatten(leaves, general)
+
+
+def without(leaves: Iterator[Any], spec: TreeSpec) -> Any:
+    """The tree that `spec` describes, where some leaves are None. A container that holds no None, and becomes None itself where
+    torch puts it together with one, as a TensorDict does, leaves them out.
+    """
+    if spec.is_leaf():
+        return next(leaves)
+    values = [without(leaves, child) for child in spec.children()]
+    build = SUPPORTED_NODES[spec.type].unflatten_fn
+    made = build(values, spec.context)
+    given = [x for x in values if x is not None]
+    if made is not None or not given:
+        return made
+    made = build([given[0] if x is None else x for x in values], spec.context)
+    for (key, _), x in zip(children(made) or (), values):
+        if x is None and isinstance(made, MutableMapping):
+            del made[getattr(key, "key", key)]
+        elif x is None:
+            setattr(made, getattr(key, "name", key), None)
+    return made
 
 
 def flatten_like(tree: Any, spec: Spec, name: str, other: str = "params") -> list[Any]:
@@ -133,10 +156,12 @@ def filled(tree: Any, spec: TreeSpec) -> list[Any]:
     """
     if spec.is_leaf():
         return [tree]
+    known = SUPPORTED_NODES[spec.type]
+    if tree is None and without(iter([None] * spec.num_leaves), spec) is None:
+        return [None] * spec.num_leaves
     found = children(tree)
     if found is None or node_type(tree) is not spec.type:
         raise ValueError
-    known = SUPPORTED_NODES[spec.type]
     whole = known.unflatten_fn(range(spec.num_children), spec.context)
     keys = [key for key, _ in children(whole) or ()]
     given = dict(found)

@@ -86,11 +86,12 @@ def without(leaves: Iterator[Any], spec: TreeSpec) -> Any:
     if made is not None or not given:
         return made
     made = build([given[0] if x is None else x for x in values], spec.context)
-    for (key, _), x in zip(children(made) or (), values):
+    for (entry, _), x in zip(children(made) or (), values):
+        key = getattr(entry, "key", getattr(entry, "name", entry))
         if x is None and isinstance(made, MutableMapping):
-            del made[getattr(key, "key", key)]
+            del made[key]
         elif x is None:
-            setattr(made, getattr(key, "name", key), None)
+            setattr(made, key, None)
     return made
 
 

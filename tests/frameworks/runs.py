@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
 
 import purestep as ps
 
@@ -46,7 +45,7 @@ def train(
 
 
 def wide(path: str, p: Tensor) -> bool:
-    return p.shape[-1] > 4
+    return p.numel() > 10
 
 
 def composed(every: int = 2) -> ps.Transform:
@@ -58,15 +57,22 @@ def composed(every: int = 2) -> ps.Transform:
     return ps.accumulate(ps.chain(ps.clip_by_global_norm(0.5), split), every)
 
 
+def put(net: nn.Module, params: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(params[name])
+
+
 def by_hand(
-    net: nn.Module, transform: ps.Transform, data: Iterable[Any], loss: Callable[..., Tensor] = loss_of
+    net: nn.Module, transform: ps.Transform, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] = loss_of
 ) -> dict[str, Tensor]:
-    """The parameters after one step of the pure function for each batch."""
+    """The parameters of a model after one step of the pure function for each batch."""
     params = {name: p.detach().clone() for name, p in net.named_parameters()}
     state = transform.init_state(params)
     for batch in data:
-        grads = grad(lambda p, batch=batch: loss(lambda *x: functional_call(net, p, x), batch))(params)
-        params, state = transform.step(grads, state, params)
+        grads = torch.autograd.grad(loss(net, batch), list(net.parameters()))
+        params, state = transform.step(dict(zip(params, grads)), state, params)
+        put(net, params)
     return params
 
 

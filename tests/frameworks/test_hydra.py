@@ -112,7 +112,7 @@ def test_a_class_of_a_transform_is_instantiated() -> None:
 
 def test_a_composed_configuration_takes_overrides(tmp_path: Path) -> None:
     (tmp_path / "optimizer").mkdir()
-    (tmp_path / "config.yaml").write_text("defaults:\n- optimizer: adamw\nsteps: 6\n")
+    (tmp_path / "config.yaml").write_text("defaults:\n- _self_\n- optimizer: adamw\nsteps: 6\n")
     (tmp_path / "optimizer" / "adamw.yaml").write_text(
         "_target_: purestep.optim.AdamW\n_partial_: true\nbetas: [0.9, 0.99]\n"
         "lr: {_target_: purestep.schedules.warmup_cosine, peak: 0.1, warmup_steps: 2, total_steps: '${steps}'}\n"

@@ -16,12 +16,7 @@ from purestep import optim
 from tests.frameworks.runs import agree, batches, by_hand, composed, loss_of, model, train
 from tests.test_trainers import through_file
 
-try:  # timm imports it
-    pytest.importorskip("torchvision")
-except RuntimeError:  # it was compiled for another build of torch, as for a GPU's, and so its operators are not there
-    for name in ("nms", "qnms"):  # which it describes to torch when it is imported, and which timm's tools do not call
-        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
 timm_optim = pytest.importorskip("timm.optim")
 scheduler = pytest.importorskip("timm.scheduler")
 utils = pytest.importorskip("timm.utils")
@@ -125,6 +120,9 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head((self.norm(self.stem(x.reshape(-1, 1, 2, 2))) * self.scale).mean((2, 3)))
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^stem", "blocks": [(r"^norm|^scale", None)]}
+
     def no_weight_decay(self) -> set[str]:
         return {"scale"}
 
@@ -146,6 +144,7 @@ def test_parameter_groups_are_taken(name: str, grouped: Any) -> None:
         results.append((shown, [g["weight_decay"] for g in optimizer.param_groups], net))
     assert results[0][:2] == results[1][:2]
     assert len({*results[0][1]}) == 2
+    assert len({*results[0][0][0]}) == (3 if grouped is GROUPS["layer decay"] else 1)  # learning rates of groups
     agree(results[0][2], results[1][2])
 
 

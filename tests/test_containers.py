@@ -196,6 +196,14 @@ def test_a_state_without_some_of_its_leaves_keeps_the_others(container: str) -> 
     for a, b in zip(opt.step(tree, state, tree), opt.step(tree, loaded, tree)):
         for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b)):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(pytree.TreeSpec, "children"), reason="torch 2.9 does not trace contextlib.suppress")
+@pytest.mark.parametrize("container", ["mappings without None", "attributes without None"])
+def test_a_compiled_step_leaves_it_out_too(container: str) -> None:
+    opt = ps.partition({"m": ps.adam(0.1), "v": ps.sgd(0.1)}, ps.by_ndim({2: "m"}, default="v"))
+    tree = CONTAINERS[container](*FLAT.values())
+    state = opt.init_state(tree)
     compiled = torch.compile(opt.step, backend="eager", fullgraph=True)(tree, state, tree)
     for x, y in zip(pytree.tree_leaves(compiled[0]), pytree.tree_leaves(opt.step(tree, state, tree)[0])):
         torch.testing.assert_close(x, y)

@@ -125,6 +125,7 @@ FunctionalTensor = functional_tensor.FunctionalTensor  # stands for a plain tens
 # ---------------------------------------------------------------------------------------------------------------------- pytrees
 
 TreeSpec = _pytree.TreeSpec
+spec_children: Callable[[Any], list[Any]] = getattr(TreeSpec, "children", lambda spec: spec.children_specs)  # 2.9 has no method
 GetAttrKey = _pytree.GetAttrKey
 SequenceKey = _pytree.SequenceKey
 SUPPORTED_NODES = _pytree.SUPPORTED_NODES  # how each registered type is taken apart

@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from purestep._core.torch_api import SUPPORTED_NODES, SequenceKey, TreeSpec, node_type, tree_flatten, tree_unflatten
+from purestep._core.torch_api import (
+    SUPPORTED_NODES,
+    SequenceKey,
+    TreeSpec,
+    node_type,
+    spec_children,
+    tree_flatten,
+    tree_unflatten,
+)
 
 LEAVES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
@@ -79,7 +87,7 @@ def without(leaves: Iterator[Any], spec: TreeSpec) -> Any:
     """
     if spec.is_leaf():
         return next(leaves)
-    values = [without(leaves, child) for child in spec.children()]
+    values = [without(leaves, child) for child in spec_children(spec)]
     build = SUPPORTED_NODES[spec.type].unflatten_fn
     made = build(values, spec.context)
     given = [x for x in values if x is not None]
@@ -170,7 +178,7 @@ def filled(tree: Any, spec: TreeSpec) -> list[Any]:
     if len(keys) != spec.num_children or given.keys() - set(keys) or (len(given) < len(keys) and not drops):
         raise ValueError
     result: list[Any] = []
-    for key, child in zip(keys, spec.children()):
+    for key, child in zip(keys, spec_children(spec)):
         result += filled(given[key], child) if key in given else [None] * child.num_leaves
     return result
 

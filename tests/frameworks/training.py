@@ -98,7 +98,7 @@ def two_groups(namespace: Any, net: nn.Module) -> Any:
         )
     params = list(net.parameters())
     groups = [{"params": [p for p in params if p.ndim == 2], **matrix}, {"params": [p for p in params if p.ndim != 2], **rest}]
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(groups, lr=0.02)  # transformers asks for the default too
 
 
 def optimizer(namespace: Any, name: str, net: nn.Module) -> Any:

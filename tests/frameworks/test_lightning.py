@@ -306,6 +306,21 @@ def test_stochastic_weight_averaging_is_that_of_torchs_optimizer(name: str, stra
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_the_search_for_a_rate_finds_the_losses_that_it_finds_for_torch(tmp_path: Path, name: str) -> None:
+    from lightning.pytorch.tuner import Tuner
+
+    def search(namespace: Any) -> Any:
+        net = Net(lambda part: training.optimizer(namespace, name, part))
+        net.lr = None  # which is searched
+        trainer = lightning.Trainer(max_epochs=3, default_root_dir=tmp_path, **{**QUIET, "enable_checkpointing": True})
+        return Tuner(trainer).lr_find(net, loader(), num_training=12, min_lr=1e-4, max_lr=0.1).results
+
+    found, expected = search(optim), search(torch.optim)
+    assert found["lr"] == expected["lr"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
 def test_weights_are_averaged_beside_a_composed_transform() -> None:
     """`EMAWeightAveraging` of Lightning, and `ps.ema_params` of the transform, average the same weights."""
     transform = ps.chain(ps.sgd(lr=FALL, momentum=0.9), ps.ema_params(0.8))
@@ -391,3 +406,22 @@ def test_fabric_saves_and_loads_what_a_loop_needs(tmp_path: Path, name: str) -> 
     whole = fabric_run(configure, given, **options)
     fabric_run(configure, given[:7], file=file, **options)
     assert_same(fabric_run(configure, given[7:], file=file, **options), whole)
+
+
+def test_what_is_puresteps_own_is_at_the_optimizer_in_fabrics() -> None:
+    transform = ps.chain(ps.sgd(lr=FALL, momentum=0.9), ps.ema_params(0.8))
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    net = training.network()
+    model, made = fabric.setup(net, optim.Optimizer(net.named_parameters(), transform))
+    params = by_hand(transform, batches(1))
+    assert isinstance(made, optim.Optimizer)
+    for batch in batches(1):
+        fabric.backward(training.loss(model, batch))
+        made.step()
+        made.zero_grad()
+    averages = {k: p.clone() for k, p in made.optimizer.eval_params().items()}
+    with made.optimizer.use_eval_params():
+        assert_same(net, averages)
+        with pytest.raises(RuntimeError, match="No step can be made inside"):
+            made.step()
+    assert_close(net, params)

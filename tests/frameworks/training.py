@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,7 +111,12 @@ BOTH = [*PLAIN, "two groups"]
 # ------------------------------------------------------------------------------------------------------- by hand, and compare
 
 
-def by_hand(
+def by_hand(transform: ps.Transform, given: Sequence[Any], **options: Any) -> dict[str, Tensor]:
+    """The parameters after a training with pure functions."""
+    return with_state(transform, given, **options)[0]
+
+
+def with_state(
     transform: ps.Transform,
     given: Sequence[Any],
     *,
@@ -119,8 +124,8 @@ def by_hand(
     loss: Callable[[Any, Any], Tensor] = loss,
     every: int = 1,
     clip: float | None = None,
-) -> dict[str, Tensor]:
-    """The parameters after a training with pure functions, where `every` batches make a step and `clip` bounds its norm."""
+) -> tuple[dict[str, Tensor], Any]:
+    """The same, and the state: `every` batches make a step, and `clip` bounds the norm of their mean gradient."""
     net = network() if net is None else net
     params = {k: p.detach().clone() for k, p in net.named_parameters()}
     state = transform.init_state(params)
@@ -136,7 +141,13 @@ def by_hand(
             scale = min(clip / (float(ps.global_norm(list(grads.values()))) + 1e-6), 1.0)
             grads = {k: g * scale for k, g in grads.items()}
         params, state = transform.step(grads, state, params)
-    return params
+    return params, state
+
+
+def averages(transform: ps.Transform, given: Sequence[Any], **options: Any) -> dict[str, Tensor]:
+    """What the transform says is to be evaluated with after that training."""
+    params, state = with_state(transform, given, **options)
+    return ps.eval_params(state, params)
 
 
 def named(net: nn.Module | dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,7 +155,7 @@ def named(net: nn.Module | dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_close(found: nn.Module, expected: nn.Module | dict[str, Tensor]) -> None:
-    """Equal up to the rounding of float32, and moved from where they began."""
+    """Equal up to the rounding of float32."""
     torch.testing.assert_close(named(found), named(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -153,6 +164,6 @@ def assert_same(found: nn.Module, expected: nn.Module | dict[str, Tensor]) -> No
     torch.testing.assert_close(named(found), named(expected), rtol=0, atol=0)
 
 
-def assert_moved(net: nn.Module, start: nn.Module | Iterable[Tensor]) -> None:
-    before = start.parameters() if isinstance(start, nn.Module) else start
-    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before))
+def assert_moved(net: nn.Module, start: nn.Module) -> None:
+    """No parameter is where it began."""
+    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), start.parameters()))

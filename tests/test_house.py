@@ -167,7 +167,7 @@ FLOORS = [
     ["_optimizer"],
     ["algorithms"],
     ["state", "meta"],
-    ["saving"],
+    ["saving", "convert"],
     ["optim"],
     ["_moved"],
     ["__init__"],
@@ -261,7 +261,7 @@ def test_purestep_shows_public_names_only() -> None:
     names = [name for name in dir(ps) if not name.startswith("__")]
     assert sorted(names) == sorted(ps.__all__) == sorted(set(ps.__all__))
     assert not any([name.startswith("_") for name in names])
-    assert not any([isinstance(getattr(ps, name), ModuleType) for name in set(names) - {"meta", "optim", "schedules"}])
+    assert not any([isinstance(getattr(ps, name), ModuleType) for name in set(names) - {"convert", "meta", "optim", "schedules"}])
 
 
 def test_a_star_import_gives_public_names_only() -> None:
@@ -293,7 +293,7 @@ NOT_YET: dict[str, str] = {}
 
 def public_values() -> Iterator[tuple[str, Any]]:
     yield from [(name, getattr(ps, name)) for name in ps.__all__]
-    for module in ("schedules", "meta", "optim"):
+    for module in ("convert", "schedules", "meta", "optim"):
         for name, value in sorted(vars(getattr(ps, module)).items()):
             if not name.startswith("_") and str(getattr(value, "__module__", "")).startswith("purestep"):
                 yield f"{module}.{name}", value

@@ -253,3 +253,100 @@ def test_a_state_whose_counter_is_zero_is_kept(name: str) -> None:
         optimizer.step()
         results.append(p.detach())
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------------------------- by name
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> dict[str, Tensor]:
+    for k in steps:
+        optimizer.zero_grad()
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(k))
+        model(x).square().sum().backward()
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def renamed(named: list[tuple[str, Any]], prefix: str = "", other: str = "") -> list[tuple[str, Any]]:
+    """With another name for the first bias, or with a prefix before all."""
+    return [(prefix + (other if other and name == "0.bias" else name), p) for name, p in named]
+
+
+def names_of(x: Any) -> list[str]:
+    """The names in an optimizer or a state dict, in the order of the groups."""
+    groups = x["param_groups"] if isinstance(x, dict) else x.param_groups
+    return [name for g in groups for name in g["param_names"]]
+
+
+NAMED: dict[str, Any] = {
+    "class": lambda named: optim.AdamW(named, lr=0.01),
+    "groups": lambda named: optim.AdamW([{"params": named[:2], "lr": 0.02}, {"params": named[2:]}], lr=0.01),
+    "partition": lambda named: optim.Optimizer(
+        named, ps.partition({"m": ps.sgd(0.01, momentum=0.9), "v": ps.adamw(0.01)}, ps.by_ndim({2: "m"}, default="v"))
+    ),
+    "whole": lambda named: optim.Optimizer(named, ps.chain(ps.accumulate(ps.adam(0.01), 2), ps.clip_by_global_norm(1.0))),
+    "prodigy": lambda named: optim.Optimizer(named, ps.prodigy()),
+}
+
+
+@pytest.mark.parametrize("make", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("change", ["order", "order and a name", "all names"])
+def test_parameters_find_their_state_by_name(make: Any, change: str) -> None:
+    model = net()
+    first = make(list(model.named_parameters()))
+    trained(model, first, range(3))
+    saved, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(model.state_dict())
+    expected = trained(model, first, range(3, 6))
+
+    model = net()
+    model.load_state_dict(weights)
+    named = list(model.named_parameters())
+    # all other names, as a wrapped model has them, come in the same order; else pairs stay together: groups keep their sizes
+    named = renamed(named, prefix="module.") if change == "all names" else [named[1], named[0], named[3], named[2]]
+    named = renamed(named, other="0.shift") if change == "order and a name" else named
+    second = make(named)
+    second.load_state_dict(saved)
+    found = trained(model, second, range(3, 6))
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+    if change != "all names":  # they stay those of this optimizer
+        assert names_of(second) == names_of(make(named))
+
+
+def test_groups_of_a_partition_are_found_by_their_labels() -> None:
+    model = net()
+    named = list(model.named_parameters())
+    first = NAMED["partition"](named)
+    trained(model, first, range(2))
+    saved = copy.deepcopy(first.state_dict())
+    second = NAMED["partition"](named[::-1])  # the first parameter is a vector now, so its group comes first
+    second.load_state_dict(saved)
+    again = second.state_dict()
+    names = [dict(zip(names_of(d), [k for g in d["param_groups"] for k in g["params"]])) for d in (saved, again)]
+    for name in dict(named):
+        x, y = (d["state"][ids[name]] for d, ids in zip((saved, again), names))
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[field], y[field]) for field in x)
+
+
+def test_a_vector_over_all_parameters_is_refused_in_another_order() -> None:
+    p, q = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+
+    def closure() -> Tensor:
+        loss = (p**4).sum() + (q**2).sum()
+        for x, g in zip((p, q), torch.autograd.grad(loss, (p, q))):
+            x.grad = g
+        return loss
+
+    first = optim.LBFGS([("p", p), ("q", q)], max_iter=2)
+    first.step(closure)
+    second = optim.LBFGS([("q", q), ("p", p)], max_iter=2)
+    before = copy.deepcopy(second.state_dict())
+    with pytest.raises(ValueError, match="is a vector over all parameters in their order, which is another one here"):
+        second.load_state_dict(first.state_dict())
+    assert second.state_dict() == before
+    optim.LBFGS([("p", p), ("q", q)], max_iter=2).load_state_dict(first.state_dict())

@@ -360,11 +360,13 @@ def test_one_state_dict_in_the_middle_of_training(clipped: bool) -> None:
         assert again.param_groups[1]["label"] == "rest"
 
 
-def test_a_checkpoint_with_the_groups_in_another_order_is_refused() -> None:
-    optimizer = optim.Optimizer(network().named_parameters(), both())
+@pytest.mark.parametrize("named", [False, True])
+def test_a_checkpoint_with_other_labels_is_refused(named: bool) -> None:
+    optimizer = optim.Optimizer(network().named_parameters() if named else network().parameters(), both())
     saved = optimizer.state_dict()
     saved["param_groups"][0]["label"], saved["param_groups"][1]["label"] = "rest", "hidden"
-    with pytest.raises(ValueError, match=r"'rest'.*'hidden'"):
+    what = "has the parameter '0.weight' under" if named else "Group 0 of the loaded state has"
+    with pytest.raises(ValueError, match=rf"{what} the label 'rest'.*'hidden'"):
         optimizer.load_state_dict(saved)
 
 

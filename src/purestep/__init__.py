@@ -1,6 +1,6 @@
 """Functional, stateless optimizer transforms for PyTorch. An optimizer is a value."""
 
-from purestep import _moved, meta, optim, schedules
+from purestep import _moved, convert, meta, optim, schedules
 from purestep._core.hyper import Betas, Extra, ExtraTree, Fraction, Hyper, NonNegative, Positive, UnitInterval
 from purestep._core.masks import by_module, by_ndim, by_path
 from purestep._core.maths import (
@@ -203,6 +203,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "conditionally",
+    "convert",
     "counter",
     "dadapt_adamw",
     "dequantize_state",

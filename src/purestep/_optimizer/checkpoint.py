@@ -33,6 +33,49 @@ def with_labels(saved: list[dict[str, Any]], contents: Contents) -> list[dict[st
     return [{"label": g["label"], **old} for old, g in zip(saved, contents.groups)]
 
 
+def by_name(saved: list[dict[str, Any]], contents: Contents) -> list[dict[str, Any]]:
+    """The groups of a state dict with their parameters in the order that they have here, found by their names.
+
+    Names that only one side knows are matched in the order in which they come. Where no name is known to both sides (a model
+    that was wrapped has other ones), all parameters are, as in torch. The groups of a partition are found by their labels.
+    """
+    own = contents.groups
+    if not all(["param_names" in g and "params" in g for g in (*saved, *own)]):
+        return saved
+    if contents.selection.partitioned:
+        saved = by_label(saved, own)
+    ids = {name: k for g in saved for name, k in zip(g["param_names"], g["params"])}
+    known = ids.keys() & {name for g in own for name in g["param_names"]}
+    sizes = [len(g["params"]) for g in saved]
+    if not known or len(ids) != sum(sizes) or sizes != [len(g["params"]) for g in own]:
+        return saved
+    others = iter([k for name, k in ids.items() if name not in known])
+    return [
+        {**g, "params": [ids[n] if n in known else next(others) for n in names], "param_names": list(names)}
+        for g, names in zip(saved, [g["param_names"] for g in own])
+    ]
+
+
+def by_label(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of a state dict in the order in which a partition has them here, where each label has one group.
+
+    Raises:
+        ValueError: a parameter has another label here.
+    """
+    labels = {g.get("label"): g for g in saved}
+    if labels.keys() != {g["label"] for g in own} or not len(labels) == len(own) == len(saved):
+        return saved
+    before = {name: g["label"] for g in saved for name in g["param_names"]}
+    for g in own:
+        for name in g["param_names"]:
+            if before.get(name, g["label"]) != g["label"]:
+                raise ValueError(
+                    f"The loaded state has the parameter {name!r} under the label {before[name]!r}, but here its label is "
+                    f"{g['label']!r}. Label the parameters as they were labelled when the state was saved."
+                )
+    return [labels[g["label"]] for g in own]
+
+
 # -- checks
 
 
@@ -56,7 +99,7 @@ def check_groups(
     for i, (group, own) in enumerate(zip(saved, contents.groups)):
         if contents.selection.partitioned and group["label"] != own["label"]:
             raise ValueError(
-                f"ParamSlice {i} of the loaded state has the label {group['label']!r}, but here it is {own['label']!r}. Give "
+                f"Group {i} of the loaded state has the label {group['label']!r}, but here it is {own['label']!r}. Give "
                 "the optimizer its parameters and groups in the order in which they were saved."
             )
         for name in options.names(group):
@@ -122,6 +165,21 @@ def check_shared(loaded: Mapping[str, Any], here: Mapping[str, Any], p: Tensor) 
             isinstance(x, (tuple, list)) and all([isinstance(y, (Tensor, int, float)) for y in tree_leaves(x)])
         ):
             raise ValueError(f"The loaded state's {name!r} must be several tensors, but is {x!r}.")
+
+
+def check_order(
+    saved: list[dict[str, Any]], here: list[dict[str, Any]], loaded: Mapping[str, Any], params: list[Tensor]
+) -> None:
+    """Refuse vectors over all parameters, as L-BFGS has them, where `by_name` has put the parameters in another order."""
+    if [k for g in saved for k in g["params"]] == [k for g in here for k in g["params"]]:
+        return
+    size = sum([p.numel() for p in params])
+    for name, x in loaded.items():
+        if any([isinstance(y, Tensor) and y.shape == (size,) for y in tree_leaves(x)]):
+            raise ValueError(
+                f"The loaded state's {name!r} is a vector over all parameters in their order, which is another one here. Give "
+                "the optimizer its parameters in the order in which they were saved."
+            )
 
 
 def check_number(x: Any, subject: str, owner: str, p: Tensor) -> None:

@@ -49,7 +49,16 @@ from purestep._engine.sparse import SparseRows
 from purestep._engine.step_cache import repeatable
 from purestep._executors.task import LEAF_BY_LEAF, Env, ExecutorName, Ownership
 from purestep._optimizer.averages import averages_in, in_place_of_params
-from purestep._optimizer.checkpoint import check_loaded, check_shared, cleaned, keep_precision, lay_out, with_labels
+from purestep._optimizer.checkpoint import (
+    by_name,
+    check_loaded,
+    check_order,
+    check_shared,
+    cleaned,
+    keep_precision,
+    lay_out,
+    with_labels,
+)
 from purestep._optimizer.closures import closure_inputs, keep_progress, value_and_grad
 from purestep._optimizer.fill import fill
 from purestep._optimizer.first_steps import FirstSteps
@@ -769,8 +778,9 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, purestep's or torch's; see `torch.optim.Optimizer.load_state_dict`.
 
-        As in torch, the state is cast to the dtypes of the parameters, but for one case: bfloat16 and float16 parameters
-        keep a float32 state.
+        As in torch, the state is cast to the dtypes of the parameters, except that bfloat16 and float16 parameters keep a
+        float32 state. Where the parameters have names, here and in the state dict, each gets the state of its name, in
+        whatever order they were saved; names that only one side knows are matched in order, as torch matches all of them.
 
         Args:
             state_dict: what `state_dict` has returned, or that of torch's class of the same name.
@@ -787,7 +797,9 @@ class Optimizer(torch.optim.Optimizer):
         state_dict["state"] = cleaned(state_dict.get("state", {}))
         shared = self._place.take(state_dict["state"])
         if "param_groups" in state_dict:
-            state_dict["param_groups"] = with_labels(state_dict["param_groups"], self._contents)
+            saved = with_labels(state_dict["param_groups"], self._contents)
+            state_dict["param_groups"] = by_name(saved, self._contents)
+            check_order(saved, state_dict["param_groups"], shared, self._contents.params)
         check_loaded(state_dict, self._contents, self._options, type(self).__name__, self._options.fallback(self._before))
         self._check_shared(shared)
         everything = dict(self.__dict__)  # what is loaded replaces it, and writes on none of it

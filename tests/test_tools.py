@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -410,23 +413,34 @@ def shared_runs(start: str, share: bool, count: int) -> tuple[list[Any], list[An
     return nets, said
 
 
-@pytest.mark.parametrize("start", ["spawn", "fork"])
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_processes_train_shared_parameters_with_a_shared_state(start: str) -> None:
-    """Hogwild and A3C, with a lock: each goes on where the other has stopped, also in schedules and accumulation."""
+def check_sharing(start: str) -> None:
     nets, _ = shared_runs(start, share=True, count=2)
     for net, transform in zip(nets, several()):
         agree(net, by_hand(model(), transform, batches(3) * 3))
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_process_goes_on_with_a_copy() -> None:
-    nets, (said,) = shared_runs("fork", share=False, count=1)
+def check_copying(start: str) -> None:
+    nets, (said,) = shared_runs(start, share=False, count=1)
     expected = [by_hand(model(), transform, batches(3) * 2) for transform in several()]
     for found, x in zip(said, [x for params in expected for x in params.values()]):
         torch.testing.assert_close(torch.from_numpy(found), x)
     for net, transform in zip(nets, several()):
         agree(net, by_hand(model(), transform, batches(3)))  # nothing has happened here
+
+
+@pytest.mark.parametrize(("check", "start"), [(check_sharing, "spawn"), (check_sharing, "fork"), (check_copying, "fork")])
+def test_other_processes_train_what_is_shared_and_what_is_copied(check: Any, start: str) -> None:
+    """Hogwild and A3C, with a lock: each goes on where the other has stopped, also in schedules and accumulation. What is not
+    shared is copied. A new interpreter forks, since here others, as JAX, may have begun threads."""
+    if start == "spawn":
+        check(start)
+        return
+    code = f"import torch; torch.set_num_threads(1); from tests.test_tools import {check.__name__} as f; f({start!r})"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=processes.ROOT, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def sharded(rank: int, size: int) -> dict[str, Any]:

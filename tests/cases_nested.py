@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 import purestep as ps
 from tests.case import Case
 
@@ -73,6 +75,32 @@ CASES = [
         covers=("dequantize_state",),
         smooth=False,
         lacks={"kept": "what is encoded is decoded for map_params, and encoded again"},
+    ),
+    Case(
+        "state_dtype",
+        ps.state_dtype,
+        (
+            {"transform": ps.adamw(lr=0.01, weight_decay=0.1), "dtype": torch.float64},
+            {"transform": ps.accumulate(CLIPPED, 2), "dtype": torch.float64},
+        ),
+    ),
+    Case(
+        "master_weights",
+        ps.master_weights,
+        ({"transform": ps.adamw(lr=0.01, weight_decay=0.1)}, {"transform": CLIPPED}),
+        covers=("MasterWeightsState",),
+    ),
+    Case(
+        "stochastic_rounding",
+        ps.stochastic_rounding,
+        ({"transform": ps.adamw(lr=0.01, weight_decay=0.1), "seed": 3}, {"transform": CLIPPED}),
+        covers=("StochasticRoundingState",),
+    ),
+    Case(
+        "kahan",
+        ps.kahan,
+        ({"transform": ps.adamw(lr=0.01, weight_decay=0.1)}, {"transform": CLIPPED}),
+        covers=("KahanState",),
     ),
     Case(
         "conditionally",

@@ -261,7 +261,9 @@ def test_purestep_shows_public_names_only() -> None:
     names = [name for name in dir(ps) if not name.startswith("__")]
     assert sorted(names) == sorted(ps.__all__) == sorted(set(ps.__all__))
     assert not any([name.startswith("_") for name in names])
-    assert not any([isinstance(getattr(ps, name), ModuleType) for name in set(names) - {"convert", "meta", "optim", "schedules"}])
+    assert not any(
+        [isinstance(getattr(ps, name), ModuleType) for name in set(names) - {"convert", "meta", "optim", "schedules"}]
+    )
 
 
 def test_a_star_import_gives_public_names_only() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-APART = {ROOT / "docs/frameworks.md", ROOT / "docs/frameworks-more.md"}  # need frameworks: tests/frameworks/test_recipes.py
+APART = {ROOT / "docs/frameworks.md"}  # need frameworks: tests/frameworks/test_recipes.py
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").rglob("*.md")} - APART)]
 BLOCK = re.compile(r"^```(python|pycon|\{code-block\} (?:python|pycon))\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

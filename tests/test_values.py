@@ -19,7 +19,7 @@ from tests.cases import Case, Options, each_options
 
 
 def namespace() -> dict[str, Any]:
-    return {**vars(ps.schedules), **vars(ps)}  # `scale` is the transform
+    return {"torch": torch, **vars(ps.schedules), **vars(ps)}  # `scale` is the transform
 
 
 @each_options()

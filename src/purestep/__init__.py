@@ -110,6 +110,15 @@ from purestep.transforms.norms import (
     scale_by_trust_ratio,
 )
 from purestep.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
+from purestep.transforms.precision import (
+    KahanState,
+    MasterWeightsState,
+    StochasticRoundingState,
+    kahan,
+    master_weights,
+    state_dtype,
+    stochastic_rounding,
+)
 from purestep.transforms.project import keep_params_nonnegative, project_box
 from purestep.transforms.quantize import dequantize_state, quantize_state
 from purestep.transforms.scale import maximize, scale, scale_by_learning_rate, scale_by_schedule
@@ -143,11 +152,13 @@ __all__ = [
     "GaloreState",
     "Hyper",
     "Inner",
+    "KahanState",
     "LBFGSState",
     "LDogState",
     "LionState",
     "LookaheadState",
     "MadgradState",
+    "MasterWeightsState",
     "MechanicState",
     "MonitorState",
     "MuonState",
@@ -171,6 +182,7 @@ __all__ = [
     "SophiaState",
     "SparseAdamState",
     "StddevState",
+    "StochasticRoundingState",
     "TraceState",
     "Transform",
     "UnitInterval",
@@ -223,6 +235,7 @@ __all__ = [
     "global_norm",
     "hutchinson",
     "in_dims",
+    "kahan",
     "keep_params_nonnegative",
     "lamb",
     "lars",
@@ -236,6 +249,7 @@ __all__ = [
     "madgrad",
     "map_params",
     "masked",
+    "master_weights",
     "maximize",
     "maximum",
     "mechanic",
@@ -330,7 +344,9 @@ __all__ = [
     "sparse_adam",
     "stack",
     "state_dict",
+    "state_dtype",
     "step_count",
+    "stochastic_rounding",
     "take",
     "tensors",
     "trace",

@@ -90,6 +90,8 @@ class LinkDeclaration(Declaration):
         super().__init__(function, given=3 if state is not None or whole else 2, name=name, inner=inner)
         self.key, self.watched = next(_serial), False
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
+        self.original = self  # what a kernel knows the mathematics by
+        self.state_dtype: torch.dtype | None = None  # that the state has at least; see `state_dtype`
         if self.trees and sparse == "rows":
             raise TypeError(f"{self.name} cannot run on the rows of sparse gradients, because {self.trees[0]} is whole.")
         self.moves = moves  # a whole transform that returns new parameters instead of updates
@@ -237,6 +239,7 @@ def is_off(value: Primitive) -> bool:
 def fresh_whole_state(value: Primitive, params: list[Tensor]) -> Sequence[Any]:
     """The state of a whole transform before its first update, with lists for what it keeps per parameter."""
     d = value.declaration
+    params = [as_begun(d, p) for p in params]
     if d.state is not None:
         state: Sequence[Any] = d.state.init(params, None)[:-1] if d.inner else d.state.init(params)
         return state
@@ -246,10 +249,18 @@ def fresh_whole_state(value: Primitive, params: list[Tensor]) -> Sequence[Any]:
 def fresh_state(value: Primitive, p: Tensor) -> tuple[Any, ...]:
     """The state of one parameter before its first update."""
     d = value.declaration
+    p = as_begun(d, p)
     if d.state is None:
         return ScheduleState(maths.counter(p)) if scheduled(value) else EmptyState()
     state: tuple[Any, ...] = d.state.init(p, **{name: evaluated(value.arguments[name], None) for name in d.init_names})
     return state
+
+
+def as_begun(d: LinkDeclaration, p: Tensor) -> Tensor:
+    """A parameter as the state of a transform begins with it."""
+    if d.state_dtype is None or not p.is_floating_point():
+        return p
+    return p.to(torch.promote_types(p.dtype, d.state_dtype))
 
 
 def evaluated(x: Any, count: Tensor | None) -> Any:

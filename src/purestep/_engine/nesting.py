@@ -118,7 +118,7 @@ class Inner:
         if self._env.mode != "program" or isinstance(k, Tensor) or not plain(xs, ys):
             return [(x + y / k).to(x.dtype) for x, y in zip(xs, ys)]
         if not self._env.own.given:
-            return list(foreach_add(xs, ys, alpha=1 / k))
+            return [z.to(x.dtype) for z, x in zip(foreach_add(xs, ys, alpha=1 / k), xs)]  # as in place
         foreach_add_(xs, ys, alpha=1 / k)
         return xs
 

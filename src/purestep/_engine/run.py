@@ -58,7 +58,7 @@ class Inputs:
     that some whole transforms ask for at each update.
     """
 
-    __slots__ = ("extras", "facts", "grads", "mask", "params", "plain", "states")
+    __slots__ = ("extras", "facts", "grads", "mask", "params", "plain", "states", "widened")
 
     def __init__(
         self,
@@ -71,6 +71,7 @@ class Inputs:
         self.grads, self.params, self.states, self.mask, self.extras = grads, params, states, mask, extras
         self.plain = False  # whether all tensors are known to be plain
         self.facts: dict[Any, Any] | None = None  # what is known of them: see `Task.facts`
+        self.widened = False  # whether a transform around this one has changed the parameters' dtypes
 
     def selected(self, link: Link) -> list[bool] | None:
         """Whether a transform acts on each parameter; None if it acts on all."""
@@ -162,12 +163,16 @@ class Run:
             self.states[i + 1 : stage.stop] = inner.put(self.states[i + 1 : stage.stop], after.inner)
             after = reused(self.env, (state, after, new), info)
         self.keep(i, after, rows)
+        if d.state_dtype is not None and not d.scales:  # computed with a wider state
+            new = [x.to(g.dtype) for x, g in zip(new, pick(self.grads, rows))]
         self.updated(d, new, rows)
 
     def keep(self, i: int, after: Any, rows: list[int] | None) -> None:
         """Keep what a whole transform has returned as its state."""
         info, fields = self.plan.fields[i], self.states[i]
         if self.plan.links[i].transform.declaration.state is not None:
+            if self.inputs.widened:
+                after = [like(x, pick(c, rows)) if leaf else x for x, c, leaf in zip(after, fields, info.leaves)]
             self.states[i] = [list(x) if leaf else x for x, leaf in zip(after, info.leaves)]
             if rows is not None:
                 self.states[i] = [put(c, rows, x) if leaf else x for c, x, leaf in zip(fields, after, info.leaves)]
@@ -194,6 +199,8 @@ class Run:
         mask: Mask = lambda masks: pick(self.inputs.mask(masks), rows)  # noqa: E731
         inputs = Inputs(*lists, mask, {name: extra(self.inputs, self.plan, name, rows) for name in self.inputs.extras})
         inputs.plain = self.inputs.plain
+        outer = pick(self.params, rows)
+        inputs.widened = self.inputs.widened or any([p.dtype != q.dtype for p, q in zip(inputs.params, outer)])
         within = Env(env.mode, env.wanted, own, [*inputs.grads, *inputs.params])
         result = run_chain(inner._groups, inputs, within, apply)
         if within.mode != env.mode:
@@ -370,6 +377,12 @@ def extra(inputs: Inputs, plan: Plan, name: str, rows: list[int] | None) -> Any:
         return value, pick(grads, rows)
 
     return some
+
+
+def like(new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+    """A new field in the dtypes of the old one."""
+    pairs = list(zip(new, old))
+    return [x.to(y.dtype) if isinstance(x, Tensor) and isinstance(y, Tensor) else x for x, y in pairs]
 
 
 def demand_kernel(chain: FusedChain, params: list[Tensor]) -> None:

@@ -172,7 +172,7 @@ def tail(kernel: Kernel, declarations: Sequence[LinkDeclaration]) -> int | None:
     """Where the tail that a kernel computes begins in a chain, or None."""
     i = len(declarations)
     for declaration, optional in reversed(kernel.pattern):
-        if i and declarations[i - 1] is declaration:
+        if i and declarations[i - 1].original is declaration:
             i -= 1
         elif not optional:
             return None

@@ -29,8 +29,13 @@ def leaf_update(value: Primitive, info: Fields, g: Tensor, columns: list[Any], p
 
 def apart(results: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     """What a leaf function returns, each tensor in memory that it shares with no other, nor with its inputs."""
-    held = {maths.memory(x) for x in given if isinstance(x, Tensor)}
     found: list[Any] = []
+    if torch.compiler.is_compiling():  # no tensor has a place in memory then
+        for k, x in enumerate(results):
+            same = isinstance(x, Tensor) and any([x is y for y in (*given, *results[:k])])
+            found.append(x.clone() if same else x)
+        return found
+    held = {maths.memory(x) for x in given if isinstance(x, Tensor)}
     for x in results:
         if isinstance(x, Tensor):
             if not plain([maths.bottom(x)[0]]):

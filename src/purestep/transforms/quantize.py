@@ -119,24 +119,37 @@ def decoded(codes: Tensor, scale: Tensor, p: Tensor, signed: bool) -> Tensor:
 
 
 GOLDEN = 0x9E3779B1  # the golden ratio, of 2**32
-MIX = -0x7A143589  # any odd number with no pattern in its bits
+MIX = -0x7A143589  # odd numbers with no pattern in their bits
+STIR = -0x7A143595
+
+
+def chance(bits: Tensor, step: Any) -> Tensor:
+    """16 random bits, as an int32, for the bits of each number and a step: a hash of both.
+
+    The bits of consecutive steps must look independent. If they were evenly spread, as a Weyl sequence's are, a number that
+    waits for its step to the next would wait for half as long as it should, on average, and drift at twice its rate.
+    """
+    if isinstance(step, Tensor):
+        mixed = bits * MIX + (step.to(torch.int64) * GOLDEN % 2**32 - 2**31).to(torch.int32)
+    else:
+        mixed = (bits * MIX).add_(int(step) * GOLDEN % 2**32 - 2**31)
+    for shift in (15, 13):
+        mixed = mixed.bitwise_xor_(mixed >> shift).mul_(STIR)
+    return mixed.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 @operation(block=1)
 def rounded(x: Tensor, step: Any) -> Tensor:
     r"""To bfloat16, up or down at random, so that the mean is right: a change by :math:`(1 - \beta_2) g^2` is smaller than the
     distance between two numbers, and would always be lost.
-
-    Chance is a hash of the number and of the step: of the same number in consecutive steps a Weyl sequence, which is as even as
-    can be.
     """
     bits = x.detach().float().contiguous().view(torch.int32)
-    if isinstance(step, Tensor):
-        chance = bits * MIX + (step.to(torch.int64) * GOLDEN % 2**32 - 2**31).to(torch.int32)
-    else:
-        chance = (bits * MIX).add_(int(step) * GOLDEN % 2**32 - 2**31)
-    chance = chance.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-    size = (bits & 0x7FFFFFFF).clamp_max_(0x7FFF0000).add_(chance)  # clamped, so that no NaN overflows into a number
+    return up_or_down(bits, chance(bits, step))
+
+
+def up_or_down(bits: Tensor, digits: Tensor) -> Tensor:
+    """Float32 numbers, given by their bits, in bfloat16: away from 0 where 16 random bits and theirs overflow."""
+    size = digits + (bits & 0x7FFFFFFF).clamp_max_(0x7FFF0000)  # clamped, so that no NaN overflows into a number
     return size.bitwise_and_(0x7FFF0000).bitwise_or_(bits & -(2**31)).view(torch.float32).to(torch.bfloat16)
 
 
@@ -274,7 +287,7 @@ class QuantizedDeclaration(LinkDeclaration):
         sparse: Sparse = "dense" if plain.sparse == "dense" else None
         function = form.around(plain.function)
         super().__init__(function, form.kind, off=plain.off, requires=plain.requires, sparse=sparse, name=plain.name)
-        self.init_names = plain.init_names
+        self.init_names, self.state_dtype = plain.init_names, plain.state_dtype
 
     def __reduce__(self) -> tuple[Any, ...]:
         return declared, (self.plain, *self.options)

@@ -1009,7 +1009,7 @@ def test_a_checkpoint_of_another_algorithm_is_refused(kind: Kind) -> None:
     theirs, ours = (trained(kind, namespace, tensors(*MATRICES)) for namespace in BOTH)
     for source in [source for source in KINDS if source.cls not in (kind.cls, *kind.subject.reads)]:
         checkpoint = checkpoint_of(source, torch.optim)
-        with pytest.raises((KeyError, ValueError, TypeError)):
+        with pytest.raises((KeyError, ValueError, TypeError, AttributeError)):  # 2.14's copy of an LBFGS lacks its parameters
             load_and_go_on(kind, copy.deepcopy(theirs), copy.deepcopy(checkpoint))
         refuses(ours, copy.deepcopy(checkpoint))
 

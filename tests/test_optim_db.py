@@ -139,6 +139,7 @@ def minimize(optimizer: Any, k: int, grads: Grads) -> None:
             x = (torch.view_as_real(p) if p.is_complex() else p).flatten()
             weight = torch.logspace(-1, 1, x.numel(), dtype=x.dtype)
             loss = loss + (weight * (x - 1).square() + 0.1 * x**4).sum()
+        loss = -loss if optimizer.param_groups[0].get("maximize") else loss  # from torch 2.14 on
         loss.backward()
         return loss
 

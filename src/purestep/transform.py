@@ -353,8 +353,9 @@ class Transform:
         if not donate and (env.mode == "program" or not maths.recorded(given)):
             views = executor in LEAF_BY_LEAF or any(map(Tensor.is_complex, given))
             out, news = unshared(out, news, (leaves, gradients, before), plan, views)
-        result = params if out is leaves else tree.unflatten(out, spec)
-        if donate and all([all(map(operator.is_, new, old)) for new, old in zip(news, before)]):
+        identities = not torch.compiler.is_compiling()  # which knows none of lists (2.9)
+        result = params if identities and out is leaves else tree.unflatten(out, spec)
+        if donate and identities and all([all(map(operator.is_, new, old)) for new, old in zip(news, before)]):
             return result, state  # all of it was reused in place
         return result, self._join(trees_of(plan, news, spec))
 

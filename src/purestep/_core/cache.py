@@ -17,6 +17,10 @@ class Keyed(Protocol):
     watched: bool  # a finalizer drops what follows from this declaration when it is freed
 
 
+DECLARATIONS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""All declared transforms by their keys. To `torch.compile` numbers are constants, and these objects are not (2.9)."""
+
+
 class DeclarationCache(Generic[V]):
     """At most `size` entries; the oldest is dropped for a new one, and an entry is dropped with any of its declarations."""
 

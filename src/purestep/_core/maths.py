@@ -168,7 +168,7 @@ def select(condition: Any, x: Any, y: Any) -> Any:
     if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)) and len(x) == len(y):
         made: list[Any] = []
         for k, (a, b) in enumerate(zip(x, y)):
-            same = next((j for j in range(k) if x[j] is a and y[j] is b), None) if a is x[0] else None
+            same = next((j for j in range(k) if x[j] is a and y[j] is b), None) if isinstance(a, Tensor) and a is x[0] else None
             made.append(select(condition, a, b) if same is None else made[same])
         return type(x)(*made) if hasattr(x, "_fields") else type(x)(made)
     if isinstance(x, dict) and isinstance(y, dict) and x.keys() == y.keys():

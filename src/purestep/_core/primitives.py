@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from purestep._core import maths
+from purestep._core.cache import DECLARATIONS
 from purestep._core.hyper import Hyper
 from purestep._core.maths import Encoded, Scalar
 from purestep._core.torch_api import tree_leaves
@@ -89,8 +90,10 @@ class LinkDeclaration(Declaration):
     ) -> None:
         super().__init__(function, given=3 if state is not None or whole else 2, name=name, inner=inner)
         self.key, self.watched = next(_serial), False
+        DECLARATIONS[self.key] = self
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
         self.original = self  # what a kernel knows the mathematics by
+        self.derived: dict[Any, Any] = {}  # other declarations of the same transform, by what they differ in
         self.state_dtype: torch.dtype | None = None  # that the state has at least; see `state_dtype`
         if self.trees and sparse == "rows":
             raise TypeError(f"{self.name} cannot run on the rows of sparse gradients, because {self.trees[0]} is whole.")

@@ -118,7 +118,7 @@ class Value:
         return all(same(a, other.arguments[name]) for name, a in self.arguments.items())
 
     def __hash__(self) -> int:
-        return hash(self.declaration)
+        return hash(getattr(self, "declaration", None))  # torch.compile hashes one that it has not filled yet (2.9)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -149,7 +149,7 @@ def check_extras(plan: Plan, extras: dict[str, Any]) -> None:
     """Refuse missing and unknown extra arguments, and a loss or a function that is none."""
     wanted = [(link.transform.declaration.name, name) for link in plan.links for name in link.transform.declaration.extras]
     trees = {link.transform.declaration.name: link.transform.declaration.trees for link in plan.links}
-    unknown = sorted(extras.keys() - plan.extras)
+    unknown = sorted([name for name in extras if name not in plan.extras])
     for who, name in wanted:
         if name not in extras:
             other = f", and not {either(unknown)}" if unknown else ""

@@ -162,7 +162,8 @@ def commit(writes: Sequence[CounterWrite], states: list[Any], fields: Sequence[F
         column = states[i][f]
         value: Any = x
         if isinstance(x, Tensor):  # buckets of the same counter count to the same number
-            value = ("step", place) if f == fields[i].step else id(x)
+            same = [k for k, w in enumerate(writes) if w.value is x]
+            value = ("step", place) if f == fields[i].step else ("other", same[0])
         key = (value, f, old.dtype, old.device)
         new = made.get(key)
         if new is None:

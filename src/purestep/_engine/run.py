@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,9 +65,9 @@ class Inputs:
         params: list[Any],
         states: list[Any],
         mask: Mask,
-        extras: Mapping[str, Any] = MappingProxyType({}),
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
-        self.grads, self.params, self.states, self.mask, self.extras = grads, params, states, mask, extras
+        self.grads, self.params, self.states, self.mask, self.extras = grads, params, states, mask, extras or {}
         self.plain = False  # whether all tensors are known to be plain
         self.facts: dict[Any, Any] | None = None  # what is known of them: see `Task.facts`
         self.widened = False  # whether a transform around this one has changed the parameters' dtypes
@@ -99,7 +98,7 @@ class Run:
 
     def result(self) -> tuple[list[Any], list[Any]]:
         """Run all stages: the new parameters (or the updates), and the new states."""
-        last = self.plan.stages[-1]
+        last = len(self.plan.stages) - 1
         for n, stage in enumerate(self.plan.stages):
             if stage.whole:
                 self.scale()
@@ -107,7 +106,7 @@ class Run:
             elif self.moved:
                 self.copy_back(self.plan.stages[-2])
             elif stage.stop > stage.start or self.apply:
-                self.leafwise(n, self.apply and stage is last)
+                self.leafwise(n, self.apply and n == last)
         self.scale()
         if self.writes:
             own = self.env.own

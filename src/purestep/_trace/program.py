@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from purestep._core.cache import DeclarationCache
+from purestep._core.cache import DECLARATIONS, DeclarationCache
 from purestep._core.torch_api import constant_result
 from purestep._trace.closure import Guard, guards_of
 from purestep._trace.codegen import Code, generate
@@ -187,14 +187,14 @@ def runner(
 ) -> Any:
     """The function of the program for a recipe, in a form that `torch.compile` can trace through."""
     if torch.compiler.is_compiling():
-        return getattr(_functions, name_of(form, details, apply, own_grads, donate, *declarations))
+        return getattr(_functions, name_of(form, details, apply, own_grads, donate, *[d.key for d in declarations]))
     return program(details, apply, own_grads, donate, *declarations, form=form).run
 
 
 @constant_result
-def name_of(form: Form, *recipe: Any) -> str:
-    """The name of the program for a recipe: a constant, while `torch.compile` traces."""
-    return program(*recipe, form=form).name
+def name_of(form: Form, details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *keys: int) -> str:
+    """The name of the program for a recipe: a constant, while `torch.compile` traces. It is given the declarations' keys."""
+    return program(details, apply, own_grads, donate, *[DECLARATIONS[key] for key in keys], form=form).name
 
 
 def parts_of(details: Sequence[Any], declarations: Sequence[LeafDeclaration]) -> tuple[Part, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
@@ -32,16 +31,18 @@ class StateDtypeDeclaration(LinkDeclaration):
 
     def __init__(self, plain: LinkDeclaration, dtype: torch.dtype) -> None:
         self.__dict__.update(plain.__dict__)
-        self.plain, self.state_dtype = plain, dtype
+        self.plain, self.state_dtype, self.derived = plain, dtype, {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return declared, (self.plain, self.state_dtype)
 
 
-@functools.cache
 def declared(plain: LinkDeclaration, dtype: torch.dtype) -> StateDtypeDeclaration:
     """The declaration of a transform with a state in this dtype: there is one of each."""
-    return StateDtypeDeclaration(plain, dtype)
+    if dtype not in plain.derived:
+        plain.derived[dtype] = StateDtypeDeclaration(plain, dtype)
+    found: StateDtypeDeclaration = plain.derived[dtype]
+    return found
 
 
 def with_dtype(value: Primitive, dtype: torch.dtype) -> Primitive:

@@ -293,10 +293,12 @@ class QuantizedDeclaration(LinkDeclaration):
         return declared, (self.plain, *self.options)
 
 
-@functools.cache
 def declared(plain: LinkDeclaration, bits: Bits, min_size: int) -> QuantizedDeclaration:
     """The declaration of a quantized transform: there is one of each."""
-    return QuantizedDeclaration(plain, bits, min_size)
+    if (bits, min_size) not in plain.derived:
+        plain.derived[bits, min_size] = QuantizedDeclaration(plain, bits, min_size)
+    found: QuantizedDeclaration = plain.derived[bits, min_size]
+    return found
 
 
 def quantized(value: Primitive, bits: Bits, min_size: int) -> Primitive:

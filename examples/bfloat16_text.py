@@ -189,16 +189,21 @@ def table(runs: list[Run]) -> Iterator[str]:
 def draw(runs: list[Run], steps: int) -> None:
     styles = {"float32": ("black", "-"), "bfloat16": ("tab:gray", "--")}
     colors = iter(["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown"])
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    base = dict(runs[0].validation)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for run in sorted(runs, key=lambda r: -r.validation[-1][1]):
         color, line = styles.get(run.name) or (next(colors), "-")
-        label = f"{run.name}: {run.validation[-1][1]:.3f}, {run.bytes_per_parameter:.0f} bytes"
-        axes.plot(*zip(*run.validation), color=color, linestyle=line, marker="o", markersize=3, linewidth=1.8, label=label)
-    axes.set(xlabel="step", ylabel="validation loss (nats per character)", xlim=(0, steps * 1.02), yscale="log")
-    axes.set_title("The same transformer with weights of 16 bits")
-    axes.legend(title="loss at the end, bytes per parameter with its state", frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, which="both")
+        style: dict[str, Any] = {"color": color, "linestyle": line, "marker": "o", "markersize": 3, "linewidth": 1.8}
+        left.plot(*zip(*run.validation), label=f"{run.name}: {run.bytes_per_parameter:.0f} bytes", **style)
+        right.plot(*zip(*[(k, 100 * (x / base[k] - 1)) for k, x in run.validation]), **style)
+    left.set(xlabel="step", ylabel="validation loss (nats per character)", title="The same transformer, weights of 16 bits")
+    left.legend(title="bytes per parameter, with its state", frameon=False)
+    right.set(xlabel="step", ylabel="validation loss above float32's (%)", title="What the rounding costs")
+    right.axhspan(-100 * NEAR, 100 * NEAR, color="0.93", zorder=0)
+    for axes in (left, right):
+        axes.set_xlim(0, steps * 1.02)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=150)
     plt.close(figure)

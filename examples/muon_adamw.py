@@ -243,7 +243,9 @@ def draw(runs: list[Run], steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--steps", type=int, default=500, help="of each of the two runs; by default 500")
-    steps = parser.parse_args().steps
+    parser.add_argument("--short", action="store_true", help="a tenth of the steps, without a picture")
+    given = parser.parse_args()
+    steps = given.steps // 10 if given.short else given.steps
     text = load_text()
     runs = [train(name, text, steps) for name in ("AdamW", "Muon + AdamW")]
 
@@ -254,8 +256,9 @@ def main() -> None:
         names = group["param_names"]
         print(f"  {group['label']:<7} lr {group['initial_lr']:<6} {len(names)} parameters, the first {names[0]}")
     print(f"\nIt writes: {runs[1].sample}")
-    draw(runs, steps)
-    print(f"picture: {PICTURE}")
+    if not given.short:
+        draw(runs, steps)
+        print(f"picture: {PICTURE}")
     alone, both = (run.validation[-1][1] for run in runs)
     if both >= alone:
         raise SystemExit(f"Muon + AdamW ended at {both:.3f}, no better than AdamW alone at {alone:.3f}.")

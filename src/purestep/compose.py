@@ -10,9 +10,7 @@ import torch
 from typing_extensions import Self
 
 from purestep._core.masks import Not
-from purestep._core.primitives import (
-    Link,
-)
+from purestep._core.primitives import Link, Primitive
 from purestep._core.torch_api import SequenceKey, register_pytree_node
 from purestep._core.values import call_of, show
 from purestep._engine.plan import structure_of
@@ -101,6 +99,33 @@ class Composite(Transform):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__.lower()}({', '.join([*map(repr, self.children), *map(show, self.context)])})"
+
+
+class Relinked(Composite):
+    """A transform around one other, whose links are made of the other's, each by itself; the state is the other's."""
+
+    __slots__ = ()
+
+    def _made(self, value: Primitive) -> Primitive:
+        """What one link is here."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _plain(value: Primitive) -> Primitive:
+        """What it was."""
+        raise NotImplementedError
+
+    def _linked(self) -> tuple[Link, ...]:
+        return tuple([link._replace(transform=self._made(link.transform)) for link in self.children[0].links])
+
+    def _split(self, state: Any) -> list[Any]:
+        return self.children[0]._split(state)
+
+    def _join(self, states: Sequence[Any]) -> Any:
+        return self.children[0]._join(states)
+
+    def _rebuild(self, primitives: Any) -> Self:
+        return type(self)((self.children[0]._rebuild(map(self._plain, primitives)),), self.context)
 
 
 class Nested(Composite):

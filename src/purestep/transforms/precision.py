@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from purestep._core import sharded
 from purestep._core.hyper import Interval
 from purestep._core.maths import Scalar, counter, where
-from purestep._core.primitives import Link, LinkDeclaration, Primitive
+from purestep._core.primitives import LinkDeclaration, Primitive
 from purestep._engine.nesting import Inner
-from purestep.compose import Composite
+from purestep.compose import Relinked
 from purestep.declare import nested
 from purestep.transform import Transform
 from purestep.transforms.noise import whole_number
@@ -59,23 +59,14 @@ def without_dtype(value: Primitive) -> Primitive:
     return type(value)(d.plain, value.arguments) if isinstance(d, StateDtypeDeclaration) else value
 
 
-class StateDtype(Composite):
+class StateDtype(Relinked):
     """A transform with a state in another dtype; made with `state_dtype`."""
 
     __slots__ = ()
+    _plain = staticmethod(without_dtype)
 
-    def _linked(self) -> tuple[Link, ...]:
-        (inner,) = self.children
-        return tuple([link._replace(transform=with_dtype(link.transform, *self.context)) for link in inner.links])
-
-    def _split(self, state: Any) -> list[Any]:
-        return self.children[0]._split(state)
-
-    def _join(self, states: Sequence[Any]) -> Any:
-        return self.children[0]._join(states)
-
-    def _rebuild(self, primitives: Iterator[Any]) -> StateDtype:
-        return StateDtype((self.children[0]._rebuild(map(without_dtype, primitives)),), self.context)
+    def _made(self, value: Primitive) -> Primitive:
+        return with_dtype(value, *self.context)
 
     def __repr__(self) -> str:
         return f"state_dtype({self.children[0]!r}, {self.context[0]})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 from purestep._core import sharded, tree
 from purestep._core.hyper import Whole, check_steps
 from purestep._core.maths import Encoded, operation
-from purestep._core.primitives import Link, LinkDeclaration, Primitive, Sparse
+from purestep._core.primitives import LinkDeclaration, Primitive, Sparse
 from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count
-from purestep.compose import Composite
+from purestep.compose import Relinked
 from purestep.transform import Leafwise, PyTree, Transform
 
 Bits: TypeAlias = Literal[8, 16]
@@ -315,23 +315,14 @@ def plain_of(value: Primitive) -> Primitive:
     return Leafwise(d.plain, value.arguments) if isinstance(d, QuantizedDeclaration) else value
 
 
-class Quantized(Composite):
+class Quantized(Relinked):
     """A transform whose running means are kept in few bits; made with `quantize_state`."""
 
     __slots__ = ()
+    _plain = staticmethod(plain_of)
 
-    def _linked(self) -> tuple[Link, ...]:
-        (inner,) = self.children
-        return tuple([link._replace(transform=quantized(link.transform, *self.context)) for link in inner.links])
-
-    def _split(self, state: Any) -> list[Any]:
-        return self.children[0]._split(state)
-
-    def _join(self, states: Sequence[Any]) -> Any:
-        return self.children[0]._join(states)
-
-    def _rebuild(self, primitives: Iterator[Any]) -> Quantized:
-        return Quantized((self.children[0]._rebuild(map(plain_of, primitives)),), self.context)
+    def _made(self, value: Primitive) -> Primitive:
+        return quantized(value, *self.context)
 
     def __repr__(self) -> str:
         bits, min_size = self.context

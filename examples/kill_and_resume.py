@@ -54,7 +54,7 @@ SEED = 0
 BATCH_SIZE = 64
 STEPS = 4000
 KILLS = 20
-SAVE_EVERY = 20  # steps: a process loses as many at most
+SAVE_EVERY = 5  # steps: a process loses as many at most
 PICTURE = Path(__file__).resolve().parent / "output" / "kill_and_resume.png"
 
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -269,12 +269,11 @@ def draw(losses: Tensor, found: list[Interruption]) -> None:
     width = max(1, len(losses) // 100)
     smooth = F.avg_pool1d(plain, width, stride=1).flatten()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    ends = [*[x.saved for x in found], len(losses)]
     begin = 0
-    for k, end in enumerate(ends):
-        at = torch.arange(begin, end).clamp(max=len(smooth) - 1).unique()
+    for k, end in enumerate([*[x.saved for x in found], len(losses)]):
+        at = torch.arange(max(begin, width - 1), end)
         if len(at):
-            axes.plot(at + width, smooth[at], color=("tab:blue", "tab:orange")[k % 2], linewidth=1.5)
+            axes.plot(at, smooth[at - width + 1], color=("tab:blue", "tab:orange")[k % 2], linewidth=1.5)
             axes.axvline(end, color="0.85", linewidth=0.8, zorder=0)
         begin = max(begin, end)
     axes.set(xlabel="step", ylabel="loss (running mean)", yscale="log")

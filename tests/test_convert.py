@@ -211,6 +211,53 @@ def torch_with_shapes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return saved
 
 
+def test_another_algorithms_fields_are_refused() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.RMSprop([p])
+    p.grad = torch.ones(2)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"has 'square_avg', which chain.* does not have: it is another's"):
+        ps.convert.from_torch(ps.sgd(0.1), [p], optimizer)
+
+
+@pytest.mark.parametrize("around", [ps.master_weights, ps.kahan, ps.stochastic_rounding])
+def test_a_run_goes_on_with_more_precision(around: Any) -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    opt, params = around(ps.adamw(0.1)), {"w": p.detach()}
+    state = ps.convert.from_torch(opt, params, optimizer)
+    adam = ps.find(state, ps.AdamState)
+    dtype = torch.float32 if around is ps.master_weights else torch.bfloat16
+    torch.testing.assert_close(adam.exp_avg["w"], optimizer.state[p]["exp_avg"].to(dtype))
+    assert adam.step["w"] == 1
+    if around is ps.master_weights:
+        assert torch.equal(state.master["w"], p.detach().float())
+        assert not state.master["w"].requires_grad
+    opt.step({"w": torch.ones_like(p)}, state, params)
+
+
+@pytest.mark.parametrize("kind", ["one moment", "another block", "no blocks"])
+def test_states_of_bitsandbytes_that_do_not_map_are_refused(kind: str) -> None:
+    p = nn.Parameter(torch.ones(512))
+    optimizer = torch.optim.SGD([p])
+    one = {"state1": torch.zeros(512, dtype=torch.uint8), "qmap1": torch.zeros(256), "absmax1": torch.zeros(2)}
+    two = {name.replace("1", "2"): x for name, x in one.items()}
+    if kind == "another block":
+        one["absmax1"] = torch.zeros(8)
+    if kind == "no blocks":
+        del one["absmax1"]
+    optimizer.state[p] = {"step": 3, **one, **({} if kind == "one moment" else two)}
+    message = (
+        "no state2: of bitsandbytes only Adam"
+        if kind == "one moment"
+        else "must have 2 scales, one for each block of 256, but has"
+    )
+    with pytest.raises(ValueError, match=message):
+        ps.convert.from_bitsandbytes(ps.adam(), [p], optimizer)
+
+
 def test_a_run_that_has_not_begun_begins() -> None:
     opt, params, optimizer = begin("Adam")
     state = ps.convert.from_torch(opt, params, optimizer)

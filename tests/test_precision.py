@@ -236,6 +236,113 @@ def test_what_is_wide_already_is_left_alone() -> None:
     assert widest.exp_avg["z"].dtype == torch.float64
 
 
+@halves
+def test_a_parameter_that_was_written_to_forgets_what_rounding_took(dtype: torch.dtype) -> None:
+    opt, p = ps.kahan(ps.sgd(1.0)), torch.full((3,), 1000.0).to(dtype)
+    eps = torch.finfo(dtype).eps * 512  # the distance to the next number
+    g = torch.full((3,), 0.375 * eps).to(dtype)
+    p, state = opt.step(g, opt.init_state(p), p)
+    assert torch.equal(p, torch.full((3,), 1000.0).to(dtype))  # rounding took all of it
+    p = torch.tensor([1000.0, 0.0, -1.0]).to(dtype)
+    p, state = opt.step(torch.zeros_like(p), state, p)
+    assert torch.equal(p, torch.tensor([1000.0, 0.0, -1.0]).to(dtype))
+    torch.testing.assert_close(state.compensation.float(), torch.tensor([-0.375 * eps, 0.0, 0.0]), rtol=1e-2, atol=0)
+
+
+@halves
+def test_half_a_distance_is_kept(dtype: torch.dtype) -> None:
+    """Where the sum would be rounded to the next number, the even one, though it was rounded to this one."""
+    eps = torch.finfo(dtype).eps
+    opt, p = ps.kahan(ps.sgd(1.0)), torch.tensor([1 + eps]).to(dtype)
+    p, state = opt.step(torch.tensor([0.498 * eps]).to(dtype), opt.init_state(p), p)
+    state = state._replace(compensation=torch.tensor([-eps / 2]).to(dtype))
+    p, state = opt.step(torch.zeros_like(p), state, p)
+    assert (p.float() + state.compensation.float()).item() == 1 + eps / 2
+
+
+@halves
+@pytest.mark.parametrize("around", ["master", "kahan", "stochastic"])
+def test_what_treats_16_bits_sees_them_within_a_wider_state(dtype: torch.dtype, around: str) -> None:
+    params = parameters(dtype)
+    inner = INNER["adamw"]
+    outside, outside_state = run(ps.state_dtype(AROUND[around](inner), torch.float32), params)
+    inside, state = run(AROUND[around](ps.state_dtype(inner, torch.float32)), params)
+    assert same(outside, inside)
+    assert same(outside_state, state)
+    if around != "stochastic":
+        assert all(x is not None for x in outside_state[0].values())
+
+
+@halves
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_whole_transform_computes_in_the_dtype_of_its_state(dtype: torch.dtype, donate: bool) -> None:
+    """The slow weights of `lookahead` are a mean in float32 of parameters that are rounded once an update."""
+    params = {"p": torch.linspace(0.5, 1.5, 7).to(dtype)}
+    opt = ps.state_dtype(ps.lookahead(ps.sgd(0.01), k=2), torch.float32)
+    found, state = run(opt, params, 4, donate=donate)
+    p, slow = params["p"].float(), params["p"].float()
+    for step in range(4):
+        p = (p if step % 2 else slow.to(dtype).float() if step else p) - 0.01 * gradients(params, step)["p"].float()
+        if step % 2:
+            slow = slow.lerp(p, 0.5)
+            p = slow
+        p = p.to(dtype).float()
+    torch.testing.assert_close(state.slow["p"], slow, rtol=1e-6, atol=0)
+    assert torch.equal(found["p"].float(), p)
+
+
+@halves
+def test_a_loss_is_computed_at_parameters_of_the_models_dtype(dtype: torch.dtype) -> None:
+    seen = set()
+
+    def value_and_grad(p: Tensor) -> tuple[Tensor, Tensor]:
+        seen.add(p.dtype)
+        return (p.float() ** 2).sum(), 2 * p
+
+    for inner in (ps.lbfgs(line_search_fn="strong_wolfe"), ps.chain(ps.sam(0.05), ps.adamw(0.1))):
+        for around in ("state", "master", "kahan, state"):
+            opt, p = AROUND[around](inner), torch.linspace(1, 2, 3).to(dtype)
+            state = opt.init_state(p)
+            for _ in range(3):
+                p, state = opt.step(2 * p, state, p, value_and_grad=value_and_grad)
+            assert p.dtype == dtype
+            assert p.float().norm() < 2.4
+    assert seen == {dtype}
+
+
+@pytest.mark.parametrize("how", ["narrow", "own"])
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("inner", ["adamw", "accumulated", "lookahead"])
+def test_a_loaded_state_has_the_dtype_that_is_asked_for(how: str, dtype: torch.dtype, wide: torch.dtype, inner: str) -> None:
+    """Whether it was saved in it or not."""
+    transform = ps.lookahead(ps.adamw(0.01)) if inner == "lookahead" else INNER[inner]
+    p = nn.Parameter(torch.randn(3, 2).to(dtype))
+    asked, plain = (optim.Optimizer([p], t) for t in (ps.state_dtype(transform, wide), transform))
+    for optimizer in (asked, plain):
+        p.grad = torch.randn(3, 2).to(dtype)
+        optimizer.step()
+    before = {k: x.clone() for k, x in asked.state[p].items()}
+    saved = copy.deepcopy((asked if how == "own" else plain).state_dict())
+    asked.load_state_dict(saved)
+    assert {k: x.dtype for k, x in asked.state[p].items()} == {k: x.dtype for k, x in before.items()}
+    assert {x.dtype for k, x in before.items() if x.dim()} == {wide}
+    if how == "own":
+        assert all(torch.equal(asked.state[p][k], x) for k, x in before.items())
+
+
+@halves
+@arounds
+def test_a_plain_run_goes_on_with_more_precision(dtype: torch.dtype, around: str) -> None:
+    p = nn.Parameter(torch.ones(3, dtype=dtype))
+    plain, asked = optim.Optimizer([p], ps.adamw(0.01)), optim.Optimizer([p], AROUND[around](ps.adamw(0.01)))
+    p.grad = torch.ones_like(p)
+    plain.step()
+    asked.load_state_dict(copy.deepcopy(plain.state_dict()))
+    asked.step()
+    assert asked.state[p]["step"] == 2
+    assert asked.state[p]["exp_avg"].dtype == (dtype if around in ("stochastic", "kahan") else torch.float32)
+
+
 # -------------------------------------------------------------------------------------------------------- stochastic rounding
 
 
@@ -285,6 +392,24 @@ def test_seeds_steps_and_places_differ_and_repeat(dtype: torch.dtype) -> None:
     found = torch.func.vmap(lambda opt: opt.step(grads, opt.init_state(params), params)[0], in_dims=(ps.in_dims(batch),))(batch)
     for i, seed in enumerate((1, 2)):
         assert all(torch.equal(found[k][i], x) for k, x in first(seed).items())
+
+
+@halves
+def test_no_derivative_passes_the_rounding(dtype: torch.dtype) -> None:
+    x = torch.linspace(1, 2, 5, requires_grad=True)
+    assert not at_random(x, dtype, torch.tensor(1)).requires_grad
+
+
+@halves
+@arounds
+def test_memory_stays_laid_out_as_it_is(dtype: torch.dtype, around: str) -> None:
+    params = {
+        "image": torch.randn(2, 3, 4, 5).to(dtype).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(4, 3).to(dtype).t(),
+    }
+    opt = AROUND[around](ps.adamw(0.1))
+    found, _ = opt.step(params, opt.init_state(params), params)
+    assert {k: p.stride() for k, p in found.items()} == {k: p.stride() for k, p in params.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- wrong calls

@@ -145,7 +145,7 @@ class Nested(Composite):
         return [state, *inner._split(state.inner)]
 
     def _join(self, states: Sequence[Any]) -> Any:
-        kind = self.children[0].links[0].transform.declaration.state
+        kind: Any = self.children[0].links[0].transform.declaration.state
         return kind(*states[0][:-1], self.children[1]._join(states[1:]))
 
     def __repr__(self) -> str:

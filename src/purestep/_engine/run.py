@@ -22,7 +22,7 @@ from torch import Tensor
 from purestep._core import maths, sharded
 from purestep._core.lists import alike, first_places, overwrite, pick, put
 from purestep._core.plain import plain
-from purestep._core.primitives import EmptyState, Link, fresh_state
+from purestep._core.primitives import EmptyState, Link, as_begun, fresh_state
 from purestep._core.torch_api import dispatch_mode_count
 from purestep._engine.counters import CounterWrite, commit
 from purestep._engine.nesting import Inner, check_nested, reused
@@ -154,7 +154,11 @@ class Run:
         state = EmptyState() if d.state is None else d.state(*given)
         if WATCH.decided is not None:
             WATCH.decided.append(Decided(d.name, "whole", pick(self.params, rows), self.env.mode, False, {}))
-        new, after = d.function(pick(self.grads, rows), state, pick(self.params, rows), **arguments)
+        gs, ps = pick(self.grads, rows), pick(self.params, rows)
+        if d.state_dtype is not None:  # computed as for parameters with the dtype of the state
+            own, (gs, ps) = ps, [[as_begun(d, x) for x in xs] for xs in (gs, ps)]
+            arguments = {n: at_dtypes(x, own) if n == "value_and_grad" else x for n, x in arguments.items()}
+        new, after = d.function(gs, state, ps, **arguments)
         if self.env.watched and (requires_grad(new) or requires_grad(after)):
             self.env.record()
         if inner is not None:
@@ -162,15 +166,16 @@ class Run:
             self.states[i + 1 : stage.stop] = inner.put(self.states[i + 1 : stage.stop], after.inner)
             after = reused(self.env, (state, after, new), info)
         self.keep(i, after, rows)
-        if d.state_dtype is not None and not d.scales:  # computed with a wider state
-            new = [x.to(g.dtype) for x, g in zip(new, pick(self.grads, rows))]
+        if d.state_dtype is not None and not d.scales:
+            new = like(new, pick(self.params if self.moved or d.moves else self.grads, rows))
         self.updated(d, new, rows)
 
     def keep(self, i: int, after: Any, rows: list[int] | None) -> None:
         """Keep what a whole transform has returned as its state."""
         info, fields = self.plan.fields[i], self.states[i]
-        if self.plan.links[i].transform.declaration.state is not None:
-            if self.inputs.widened:
+        d = self.plan.links[i].transform.declaration
+        if d.state is not None:
+            if self.inputs.widened or d.state_dtype is not None:
                 after = [like(x, pick(c, rows)) if leaf else x for x, c, leaf in zip(after, fields, info.leaves)]
             self.states[i] = [list(x) if leaf else x for x, leaf in zip(after, info.leaves)]
             if rows is not None:
@@ -199,7 +204,10 @@ class Run:
         inputs = Inputs(*lists, mask, {name: extra(self.inputs, self.plan, name, rows) for name in self.inputs.extras})
         inputs.plain = self.inputs.plain
         outer = pick(self.params, rows)
-        inputs.widened = self.inputs.widened or any([p.dtype != q.dtype for p, q in zip(inputs.params, outer)])
+        if any([p.dtype != q.dtype for p, q in zip(inputs.params, outer)]):
+            inputs.widened = True
+            inputs.extras = {n: at_dtypes(x, outer) if n == "value_and_grad" else x for n, x in inputs.extras.items()}
+        inputs.widened |= self.inputs.widened
         within = Env(env.mode, env.wanted, own, [*inputs.grads, *inputs.params])
         result = run_chain(inner._groups, inputs, within, apply)
         if within.mode != env.mode:
@@ -376,6 +384,16 @@ def extra(inputs: Inputs, plan: Plan, name: str, rows: list[int] | None) -> Any:
         return value, pick(grads, rows)
 
     return some
+
+
+def at_dtypes(function: Any, params: list[Tensor]) -> Any:
+    """A loss with its gradients, for a transform that sees parameters in other dtypes: those of the model are these ones'."""
+
+    def rounded(wide: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        value, grads = function(like(wide, params))
+        return value, like(grads, wide)
+
+    return rounded
 
 
 def like(new: Sequence[Any], old: Sequence[Any]) -> list[Any]:

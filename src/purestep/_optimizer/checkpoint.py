@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import numbers
 import operator
+import warnings
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from purestep._core.primitives import Fields, Primitive, fields_of, fresh_state
+from purestep._core.masks import listed
+from purestep._core.primitives import Fields, Primitive, fields_of, fresh_state, fresh_whole_state
 from purestep._core.torch_api import tree_leaves
 from purestep._engine.counters import together
 from purestep._optimizer.options import Options
@@ -36,8 +39,12 @@ def with_labels(saved: list[dict[str, Any]], contents: Contents) -> list[dict[st
 def by_name(saved: list[dict[str, Any]], contents: Contents) -> list[dict[str, Any]]:
     """The groups of a state dict with their parameters in the order that they have here, found by their names.
 
-    Names that only one side knows are matched in the order in which they come. Where no name is known to both sides (a model
-    that was wrapped has other ones), all parameters are, as in torch. The groups of a partition are found by their labels.
+    Names that only one side knows are matched in the order in which they come, with a warning. Where no name is known to both
+    sides (a model that was wrapped has other ones), all parameters are, as in torch. The groups of a partition are found by
+    their labels, others by the names in them.
+
+    Raises:
+        ValueError: parameters of one group are in several here.
     """
     own = contents.groups
     if not all(["param_names" in g and "params" in g for g in (*saved, *own)]):
@@ -46,10 +53,20 @@ def by_name(saved: list[dict[str, Any]], contents: Contents) -> list[dict[str, A
         saved = by_label(saved, own)
     ids = {name: k for g in saved for name, k in zip(g["param_names"], g["params"])}
     known = ids.keys() & {name for g in own for name in g["param_names"]}
-    sizes = [len(g["params"]) for g in saved]
-    if not known or len(ids) != sum(sizes) or sizes != [len(g["params"]) for g in own]:
+    if not known or len(ids) != sum([len(g["params"]) for g in saved]):
         return saved
-    others = iter([k for name, k in ids.items() if name not in known])
+    saved = by_members(saved, own, known)
+    if [len(g["params"]) for g in saved] != [len(g["params"]) for g in own]:
+        return saved  # refused by torch
+    others = iter([k for g in saved for name, k in zip(g["param_names"], g["params"]) if name not in known])
+    renamed = [name for g in own for name in g["param_names"] if name not in known]
+    if renamed:
+        gone = [name for name in ids if name not in known]
+        warnings.warn(
+            f"The loaded state has no parameters {listed(renamed)}. They take, in order, the states of {listed(gone)}, which "
+            "this optimizer does not have.",
+            stacklevel=5,
+        )
     return [
         {**g, "params": [ids[n] if n in known else next(others) for n in names], "param_names": list(names)}
         for g, names in zip(saved, [g["param_names"] for g in own])
@@ -74,6 +91,36 @@ def by_label(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dic
                     f"{g['label']!r}. Label the parameters as they were labelled when the state was saved."
                 )
     return [labels[g["label"]] for g in own]
+
+
+def by_members(saved: list[dict[str, Any]], own: list[dict[str, Any]], known: AbstractSet[str]) -> list[dict[str, Any]]:
+    """The groups of a state dict in the order in which groups with the same parameters are here.
+
+    Raises:
+        ValueError: parameters of one group are in several here, so that no group has options for all of its own.
+    """
+    if len(saved) != len(own):
+        return saved  # refused by torch
+    home = {name: i for i, g in enumerate(saved) for name in g["param_names"]}
+    places: list[int | None] = []
+    for i, g in enumerate(own):
+        found = {home[name]: name for name in g["param_names"] if name in known}
+        if len(found) > 1:
+            (a, first), (b, second) = sorted(found.items())[:2]
+            raise ValueError(
+                f"The loaded state has the parameters {first!r} and {second!r} in two groups, {a} and {b}, but here they "
+                f"are in one, {i}. Give the optimizer its parameters in the groups that they were in when the state was saved."
+            )
+        places.append(next(iter(found), None))
+    taken = [i for i in places if i is not None]
+    if len(set(taken)) < len(taken):
+        twice = next(i for i in taken if taken.count(i) > 1)
+        raise ValueError(
+            f"The loaded state has parameters in one group, {twice}, that are in several here. Give the optimizer its "
+            "parameters in the groups that they were in when the state was saved."
+        )
+    free = iter([i for i in range(len(saved)) if i not in taken])
+    return [saved[next(free) if i is None else i] for i in places]
 
 
 # -- checks
@@ -211,14 +258,33 @@ def check_tensor(x: Any, new: Tensor | None, subject: str, where: str, owner: st
 
 
 def keep_precision(state_dict: dict[str, Any], contents: Contents, transforms: list[Transform]) -> None:
-    """Counters, codes, and the float32 state of half-precision parameters, as they were saved; torch has just cast them."""
+    """Counters, codes, and the float32 state of half-precision parameters, as they were saved; torch has just cast them.
+
+    What `state_dtype` keeps is in its dtype, also where a state was saved without it.
+    """
     for old, group, transform in zip(state_dict["param_groups"], contents.groups, transforms):
         own = scalars_of(transform) | names_of(transform, operator.attrgetter("encoded"))
         for key, p in zip(old["params"], group["params"]):
-            half = p.dtype in (torch.bfloat16, torch.float16)
+            half, wide = p.dtype in (torch.bfloat16, torch.float16), state_dtypes(transform, p)
             for name, x in state_dict["state"].get(key, {}).items():
                 if isinstance(x, Tensor) and (name in own or (half and x.dtype == torch.float32)):
                     contents.state[p][name] = x.to(p.device, copy=True)
+                elif isinstance(x, Tensor) and name in wide:
+                    contents.state[p][name] = x.to(p.device, wide[name], copy=True)
+
+
+def state_dtypes(transform: Transform, p: Tensor) -> dict[str, torch.dtype]:
+    """The dtypes of the fields of a parameter's state that `state_dtype` asks for."""
+    found: dict[str, torch.dtype] = {}
+    for link, names in zip(transform.links, transform.plan.keys):
+        d = link.transform.declaration
+        if d.state_dtype is not None and names:
+            like = like_meta(p)
+            fresh = [x[0] if isinstance(x, list) else x for x in fresh_whole_state(link.transform, [like])] if d.whole else None
+            for name, x in zip(names, fresh_state(link.transform, like) if fresh is None else fresh):
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    found[name] = x.dtype
+    return found
 
 
 def lay_out(contents: Contents, group: dict[str, Any], transform: Transform, anew: bool) -> None:

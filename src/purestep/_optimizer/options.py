@@ -208,10 +208,12 @@ class Options:
     def fallback(self, before: Mapping[str, Any]) -> dict[str, Any]:
         """The options and flags that a checkpoint may be too old to know, with the values they had before they existed.
 
-        `before` are those that a class has of its own.
+        `before` are those that a class has of its own. A checkpoint that was saved without a seed, before rounding or noise
+        were put around its transform, takes the one here.
         """
         switches = {name: False for name, x in self.first.items() if isinstance(x, bool)}
-        return {**switches, **{name: None if name in ("foreach", "fused") else False for name in self.flags}, **before}
+        seeds = {name: x for name, x in self.first.items() if name.split(".")[-1] == "seed"}
+        return {**switches, **seeds, **{name: None if name in ("foreach", "fused") else False for name in self.flags}, **before}
 
 
 def captures(p: Tensor) -> bool:

@@ -19,6 +19,9 @@ from purestep.transform import Transform
 
 PyTree = Any
 
+UNSAID = frozenset({"step", "al"})
+"""Fields of torch's that say nothing of an algorithm: a counter, and what its L-BFGS computes anew at each step."""
+
 
 class Bridge(NamedTuple):
     """An optimizer around a transform, whose state is that of `torch.optim`, and what leads from there to the pure state."""
@@ -34,7 +37,7 @@ class Bridge(NamedTuple):
         leaves, spec = tree.flatten(params)
         paths = spec.paths()
         rows = [k for k, p in enumerate(leaves) if p is not None]
-        named = [(paths[k], leaves[k].detach()) for k in rows]
+        named = [(paths[k], trained(leaves[k])) for k in rows]
         first = transform.links[0].transform
         if first.declaration is lbfgs.declaration:  # type: ignore[attr-defined]
             options = {name: x for name, x in first.arguments.items() if name != "maximize"}
@@ -62,7 +65,8 @@ class Bridge(NamedTuple):
         self.optimizer.load_state_dict(saved)
         (group,), plan = self.optimizer.param_groups, self.transform.plan
         slices = [ParamSlice(plan, range(len(self.rows)))]
-        _, columns = self.optimizer._columns(group["params"], slices, [(group, self.transform)])
+        with torch.no_grad():
+            _, columns = self.optimizer._columns(group["params"], slices, [(group, self.transform)])
         columns = self.optimizer._represented(columns, plan)
         nothing: list[Any] = [None] * len(self.spec.paths())
         whole = [
@@ -70,6 +74,14 @@ class Bridge(NamedTuple):
             for own, info in zip(columns, plan.fields)
         ]
         return self.transform._join(trees_of(plan, whole, self.spec))
+
+    def check_fields(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse states with fields that the transform does not have: they are another algorithm's."""
+        prefix, known = self.optimizer._place.prefix, UNSAID.union(*self.transform.plan.keys)
+        surplus = sorted({n for own in states for n, x in own.items() if x is not None and n.removeprefix(prefix) not in known})
+        if surplus:
+            names = ", ".join(map(repr, surplus))
+            raise ValueError(f"The optimizer's state has {names}, which {self.transform!r} does not have: it is another's.")
 
     def adam(self, counts: Sequence[Any], means: Sequence[Any], squares: Sequence[Any]) -> Any:
         """The pure state of an Adam with these counters and moments, which may be arrays."""
@@ -102,6 +114,11 @@ class Bridge(NamedTuple):
         """The leaves of a pytree like the parameters', in order."""
         leaves = tree.flatten_like(x, self.spec, name)
         return [leaves[k] for k in self.rows]
+
+
+def trained(p: Tensor) -> Tensor:
+    """A parameter in the same memory that an optimizer takes for one to be trained."""
+    return p.detach().requires_grad_(p.is_floating_point() or p.is_complex())
 
 
 def copied(x: Tensor) -> Tensor:

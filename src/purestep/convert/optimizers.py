@@ -56,7 +56,10 @@ def from_torch(transform: Transform, params: PyTree, optimizer: torch.optim.Opti
     """
     bridge = Bridge.over(transform, params)
     saved = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-    return bridge.state([saved["state"].get(k, {}) for k in bridge.ids(saved["param_groups"])])
+    states = [saved["state"].get(k, {}) for k in bridge.ids(saved["param_groups"])]
+    made = bridge.state(states)
+    bridge.check_fields(states)
+    return made
 
 
 def to_torch(transform: Transform, params: PyTree, state: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -66,7 +69,8 @@ def to_torch(transform: Transform, params: PyTree, state: Any, optimizer: torch.
         transform: the algorithm of `optimizer`.
         params: the parameters of `state`; in the order in which `optimizer` has its own, if these have no names or others
             than the paths in `params`. Their values are not copied.
-        state: the state, which stays as it is.
+        state: the state, which stays as it is. What `optimizer` does not have, as the copies of `master_weights`, is put into
+            its state, where it does nothing.
         optimizer: an optimizer of as many parameters of the same shapes, whose state is replaced.
 
     Raises:
@@ -129,7 +133,8 @@ def from_bitsandbytes(transform: Transform, params: PyTree, optimizer: torch.opt
         keep them in 8 bits here.
 
     Raises:
-        ValueError: as for `from_torch`.
+        ValueError: as for `from_torch`; or the optimizer has other moments than Adam's two, or quantizes them otherwise than
+            in blocks of 256.
     """
     bridge = Bridge.over(transform, params)
     saved = optimizer.state_dict()
@@ -144,9 +149,21 @@ def from_bitsandbytes(transform: Transform, params: PyTree, optimizer: torch.opt
 
 def dequantized(state: Mapping[str, Any], k: int) -> Tensor:
     """The `k`-th moment in a state of bitsandbytes': a table of 256 values, and a scale for each block of elements."""
-    codes: Tensor = state[f"state{k}"]
+    codes: Any = state.get(f"state{k}")
+    if not isinstance(codes, Tensor):
+        raise ValueError(
+            f"The optimizer has no state{k}: of bitsandbytes only Adam and AdamW, with two moments, are converted."
+        )
     table = state.get(f"qmap{k}")
-    if table is None:
+    if table is None and codes.is_floating_point():
         return codes
-    scales = state[f"absmax{k}"].repeat_interleave(BLOCK)[: codes.numel()]
+    scales = state.get(f"absmax{k}")
+    blocks = -(-codes.numel() // BLOCK)
+    if table is None or scales is None or scales.numel() != blocks:
+        found = "none" if scales is None else scales.numel()
+        raise ValueError(
+            f"state{k} of {codes.numel()} elements must have {blocks} scales, one for each block of {BLOCK}, but has {found}. "
+            "Only the optimizers of bitsandbytes that quantize in blocks of this size are converted."
+        )
+    scales = scales.reshape(-1).repeat_interleave(BLOCK)[: codes.numel()]
     return (table[codes.reshape(-1).long()] * scales).reshape(codes.shape)

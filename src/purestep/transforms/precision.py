@@ -46,9 +46,12 @@ def declared(plain: LinkDeclaration, dtype: torch.dtype) -> StateDtypeDeclaratio
 
 
 def with_dtype(value: Primitive, dtype: torch.dtype) -> Primitive:
-    """The transform of one link with a state in this dtype, if it has a state that does not have its dtype already."""
+    """The transform of one link with a state in this dtype, if it has a state that does not have its dtype already.
+
+    What treats parameters of 16 bits in a way of its own must see that they have 16 bits: it computes in float32 anyway.
+    """
     d = value.declaration
-    if d.state is None or d.state_dtype is not None:
+    if d.state is None or d.state_dtype is not None or d.state in (MasterWeightsState, StochasticRoundingState, KahanState):
         return value
     return type(value)(declared(d, dtype), value.arguments)
 
@@ -159,7 +162,8 @@ def master_weights(transform: Transform) -> Transform:
     an update by less than half the distance to the next number is lost: 1 and the next number in bfloat16 differ by 0.8 %.
 
     A parameter that is written to between two updates, because weights are loaded or clamped, takes its new value into the
-    copy. Parameters of 32 or 64 bits are updated as without it, and have no copy.
+    copy. Parameters of 32 or 64 bits are updated as without it, and have no copy. It stands around all that moves the
+    parameters: what is around it (`lookahead`, for instance) sees them rounded.
 
     Args:
         transform: any transform.
@@ -229,7 +233,8 @@ def _stochastic_rounding(
 
 def at_random(x: Tensor, dtype: torch.dtype, count: Tensor) -> Tensor:
     """Float32 numbers in a narrower dtype: each as one of the two numbers next to it, so that the mean is right."""
-    bits = x.detach().contiguous().view(torch.int32)
+    x = x.detach()
+    bits = x.view(torch.int32)
     places = (torch.arange(x.numel(), dtype=torch.int32, device=x.device) * SPREAD).view(x.shape)
     digits = chance(bits ^ places, count)  # equal numbers are rounded each in its own way
     if dtype == torch.bfloat16:
@@ -304,13 +309,23 @@ class KahanState(NamedTuple):
 @nested(KahanState, moves=True, elementwise=True, name="kahan")
 def _kahan(gs: list[Tensor], s: KahanState, ps: list[Tensor], transform: Inner) -> tuple[list[Tensor], KahanState]:
     """`kahan`, of a transform."""
-    full = [p if c is None else p.float() + c.float() for p, c in zip(ps, s.compensation)]
+    full = [p if c is None else compensated(p, c) for p, c in zip(ps, s.compensation)]
     new, inner = transform.step(widened(gs, full), s.inner, full, donate=True)
     low = widened(new, ps)
     lost = [
         None if c is None else where(y.isfinite(), x - y.float(), 0.0).to(y.dtype) for c, x, y in zip(s.compensation, new, low)
     ]
     return low, KahanState(lost, inner)
+
+
+def compensated(p: Tensor, c: Tensor) -> Tensor:
+    """A parameter of 16 bits with what rounding took from it, or alone if it was written to since.
+
+    The sum is what was rounded to the parameter, so it is not further from it than half the distance to the next number. (It
+    may be just that far, where it would be rounded to the next one: hence a little less of the compensation.)
+    """
+    full = p.float()
+    return where((full + c.float() * (1 - 2.0**-6)).to(p.dtype) == p, full + c.float(), full)
 
 
 def kahan(transform: Transform) -> Transform:
@@ -323,7 +338,9 @@ def kahan(transform: Transform) -> Transform:
     the memory of `master_weights`'s copy alone, and are as good as 16 bits of mantissa. The state of the transform is in the
     dtype that it has without this; put `state_dtype` around the transform to have it in float32.
 
-    Parameters of 32 or 64 bits are updated as without it.
+    Parameters of 32 or 64 bits are updated as without it. One that is written to between two updates, because weights are
+    loaded or clamped, forgets what rounding took from its old value. It stands around all that moves the parameters: what
+    is around it (`lookahead`, for instance) sees them rounded.
 
     Args:
         transform: any transform.

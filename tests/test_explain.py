@@ -172,7 +172,7 @@ def test_a_closure_is_missing() -> None:
 def test_every_executor_is_met_here() -> None:
     """But for those that need several processes, or a tracer."""
     met = {name for _, _, _, names in CASES.values() for name in names}
-    elsewhere = {"by parts", "traced", "vmapped", "joined", "single", "complex", "promoted", "one by one"}
+    elsewhere = {"by parts", "traced", "vmapped", "joined", "single", "complex", "promoted", "one by one", "learned"}
     known = {executor.name for executor in EXECUTORS}
     assert not known - met - elsewhere, "no case of CASES meets these executors: add one"
     assert not (met - {"whole"}) | elsewhere > known, "these names belong to no executor"

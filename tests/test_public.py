@@ -20,7 +20,7 @@ from tests.cases import CASES
 SOURCE = Path(ps.__file__).parent
 ROOT = SOURCE.parent.parent
 TYPES_AND_TOOLS = {  # public names that are no transforms, and the test file that is theirs
-    "select", "nested", "finite", "stack", "unstack", "take", "ravel", "detach", "out_dims", "meta", "convert", "Inner", "Betas", "EmptyState", "Explanation", "Extra", "ExtraTree", "Fraction", "Hyper", "NonNegative", "Positive", "Scalar", "ScheduleState", "Transform", "UnitInterval", "apply_updates",
+    "select", "nested", "finite", "stack", "unstack", "take", "ravel", "detach", "out_dims", "meta", "convert", "Inner", "Betas", "EmptyState", "Explanation", "Extra", "ExtraTree", "Fraction", "Hyper", "NonNegative", "Positive", "Scalar", "ScheduleState", "Transform", "UnitInterval", "Weights", "apply_updates",
     "counter", "eval_params", "filled", "find", "find_all", "get_hyperparams", "global_norm", "hutchinson", "in_dims", "leafwise", "lerp", "load_state_dict", "map_params", "maximum", "minimum", "multiply", "operation", "optim",
     "root", "rounded", "schedules", "state_dict", "step_count", "tensors", "where", "whole",
 }  # fmt: skip

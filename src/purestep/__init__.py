@@ -1,7 +1,7 @@
 """Functional, stateless optimizer transforms for PyTorch. An optimizer is a value."""
 
 from purestep import _moved, convert, meta, optim, schedules
-from purestep._core.hyper import Betas, Extra, ExtraTree, Fraction, Hyper, NonNegative, Positive, UnitInterval
+from purestep._core.hyper import Betas, Extra, ExtraTree, Fraction, Hyper, NonNegative, Positive, UnitInterval, Weights
 from purestep._core.masks import by_module, by_ndim, by_path
 from purestep._core.maths import (
     Scalar,
@@ -186,6 +186,7 @@ __all__ = [
     "TraceState",
     "Transform",
     "UnitInterval",
+    "Weights",
     "YogiState",
     "ZeroNansState",
     "accumulate",

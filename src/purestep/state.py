@@ -142,7 +142,7 @@ def get_hyperparams(transform: Transform, state: Any) -> dict[str, Any]:
             raise TypeError(f"{link.transform!r} has a state of type {expected.__name__}, but got {type(own).__name__}.")
 
     def current(x: Any, own: Any) -> Any:
-        if isinstance(x, tuple):
+        if type(x) is tuple and any([isinstance(y, Schedule) for y in x]):
             return tuple([current(y, own) for y in x])
         count = latest([own])
         return current(x(0 if count is None else count), own) if isinstance(x, Schedule) else x

@@ -437,6 +437,10 @@ class Transform:
 
         return [(qualified(n, i), i, n, v) for n, i, v in found]
 
+    def _weights(self) -> set[str]:
+        """The names in `hyperparams` of those that are pytrees of tensors."""
+        return {n for n, i, plain, _ in self._named(hypers=True) if plain in self.links[i].transform.declaration.arrays}
+
     def _places(self) -> list[str]:
         """Where each link is: the labels of partitions and the names of named chains around it, the outermost first."""
         return [""]
@@ -485,6 +489,9 @@ def programs(plan: Plan, apply: bool, donate: bool) -> list[str]:
                 texts.append("# and after it:\n")
         elif stage.positions or apply:
             values = [plan.links[i].transform for i in stage.positions]
+            if any([v.declaration.arrays for v in values]):
+                texts.append(f"# {' -> '.join([v.declaration.name for v in values])}, one parameter at a time\n")
+                continue
             matrix = torch.empty(64, 64, device="meta")
             parts = tuple([detail(v, tuple([x is None for x in fresh_state(v, matrix)])) for v in values])
             last = apply and stage is plan.stages[-1]

@@ -21,6 +21,8 @@ from typing import Annotated, Any, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
+from purestep._core.torch_api import tree_leaves
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -105,6 +107,17 @@ Boundaries: TypeAlias = Annotated[tuple[int, ...], Whole(rising=True)]
 """Numbers of steps, each above the one before."""
 
 
+@dataclass(frozen=True)
+class Arrays:
+    """A pytree of tensors of any shape."""
+
+
+Weights: TypeAlias = Annotated[Any, Arrays()]
+"""A pytree of tensors of any shape, such as the weights of a network that computes updates. It is a hyperparameter: it can be
+replaced, differentiated, batched and saved as numbers can. A transform with one runs one parameter at a time.
+"""
+
+
 def several(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether an argument is a sequence of values: a tuple, a list, or what a configuration library has in their place."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
@@ -136,6 +149,25 @@ def check_steps(value: Any, name: str, whole: Whole) -> Any:
 def whole_of(annotation: Any) -> Whole | None:
     """What an annotation asks of a number of steps, or None if it is for something else."""
     return next((x for x in getattr(annotation, "__metadata__", ()) if isinstance(x, Whole)), None)
+
+
+def is_arrays(annotation: Any) -> bool:
+    """Whether an annotation is `Weights`."""
+    return any([isinstance(x, Arrays) for x in getattr(annotation, "__metadata__", ())])
+
+
+def check_arrays(value: Any, name: str) -> Any:
+    """`value`, if it is a pytree of tensors.
+
+    Raises:
+        TypeError: it is not, or holds no tensor.
+    """
+    leaves = tree_leaves(value)
+    odd = [x for x in leaves if not isinstance(x, Tensor)]
+    if odd or not leaves:
+        found = f"it holds {odd[0]!r}" if odd else f"{value!r} holds none"
+        raise TypeError(f"{name} must be a pytree of tensors, such as dict(network.named_parameters()), but {found}.")
+    return value
 
 
 def interval_of(annotation: Any) -> Interval | tuple[Interval, ...] | None:

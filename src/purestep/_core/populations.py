@@ -11,6 +11,7 @@ from torch import Tensor
 
 from purestep._core import maths, tree
 from purestep._core.torch_api import tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from purestep._core.values import Value
 
 T = TypeVar("T")
 
@@ -46,11 +47,13 @@ def tensors(transform: T, *, dtype: torch.dtype | None = None, device: torch.dev
     return tree_map(convert, transform)
 
 
-def in_dims(transform: Any) -> Any:
+def in_dims(transform: Any, *, weights: int | None = None) -> Any:
     """The ``in_dims`` for `torch.func.vmap` over a transform: 0 where a hyperparameter is a batch, else None.
 
     Args:
         transform: a transform whose hyperparameters may be tensors with a batch in their first dimension.
+        weights: the same for arguments annotated `Weights`, whose tensors have dimensions anyway: 0 if each member has
+            weights of its own, as those that `stack` has put together have.
 
     Returns:
         a value of the structure of `transform`, with 0 in the place of each tensor that has a dimension, and None in that of
@@ -60,7 +63,24 @@ def in_dims(transform: Any) -> Any:
     >>> ps.in_dims(ps.chain(ps.scale(torch.tensor([0.1, 0.2])), ps.trace(0.9)))
     chain(scale(0), trace(None, dampening=None, nesterov=False))
     """
-    return tree_map(lambda x: 0 if isinstance(x, Tensor) and x.dim() > 0 else None, transform)
+
+    def dims(x: Any) -> Any:
+        if not isinstance(x, Value):
+            return 0 if isinstance(x, Tensor) and x.dim() > 0 else None
+        d = x.declaration
+        found = dict(x.arguments)
+        for name in d.hypers:
+            found[name] = tree_map(lambda y: weights if isinstance(y, Tensor) else None, found[name])
+            if name not in d.arrays:
+                found[name] = tree_map(dims, x.arguments[name], is_leaf=learns)
+        return type(x)(d, found)
+
+    return tree_map(dims, transform, is_leaf=learns)
+
+
+def learns(x: Any) -> bool:
+    """Whether this is a transform or a schedule with an argument annotated `Weights`."""
+    return isinstance(x, Value) and bool(x.declaration.arrays)
 
 
 def out_dims(tree: Any) -> Any:

@@ -105,8 +105,15 @@ class LinkDeclaration(Declaration):
         self.init_names: tuple[str, ...] = ()
         if state is not None and "<locals>" not in state.__qualname__:  # a local class cannot be saved
             torch.serialization.add_safe_globals([state])  # it holds what its annotations say: torch.load may make it
-        if state is not None and not whole:
-            self.init_names = tuple(inspect.signature(state.init).parameters)[1:]
+        if state is not None:
+            given = list(inspect.signature(state.init).parameters.values())[2 if self.inner else 1 :]
+            self.init_names = tuple([p.name for p in given if p.kind is not p.VAR_KEYWORD])
+            unknown = [n for n in self.init_names if n not in self.signature.parameters]
+            if unknown:
+                raise TypeError(
+                    f"The init of {state.__name__} asks for {unknown[0]!r}, which is no argument of {self.name}: it may ask "
+                    f"for {', '.join(map(repr, self.order)) or 'nothing'}."
+                )
 
 
 torch.serialization.add_safe_globals([EmptyState, ScheduleState])
@@ -244,7 +251,8 @@ def fresh_whole_state(value: Primitive, params: list[Tensor]) -> Sequence[Any]:
     d = value.declaration
     params = [as_begun(d, p) for p in params]
     if d.state is not None:
-        state: Sequence[Any] = d.state.init(params, None)[:-1] if d.inner else d.state.init(params)
+        asked = asked_for(value)
+        state: Sequence[Any] = d.state.init(params, None, **asked)[:-1] if d.inner else d.state.init(params, **asked)
         return state
     return [maths.counter(params[0] if params else torch.zeros(()))] if scheduled(value) else []
 
@@ -255,8 +263,15 @@ def fresh_state(value: Primitive, p: Tensor) -> tuple[Any, ...]:
     p = as_begun(d, p)
     if d.state is None:
         return ScheduleState(maths.counter(p)) if scheduled(value) else EmptyState()
-    state: tuple[Any, ...] = d.state.init(p, **{name: evaluated(value.arguments[name], None) for name in d.init_names})
+    state: tuple[Any, ...] = d.state.init(p, **asked_for(value))
     return state
+
+
+def asked_for(value: Primitive) -> dict[str, Any]:
+    """The arguments that the first state of a transform depends on."""
+    d = value.declaration
+    found = {name: value.arguments[name] for name in d.init_names}
+    return {name: evaluated(x, None) if name in d.intervals else x for name, x in found.items()}
 
 
 def as_begun(d: LinkDeclaration, p: Tensor) -> Tensor:

@@ -20,7 +20,18 @@ from torch import Tensor
 from typing_extensions import Self
 
 from purestep._core import maths
-from purestep._core.hyper import Extra, ExtraTree, Interval, anywhere, check, check_steps, interval_of, whole_of
+from purestep._core.hyper import (
+    Extra,
+    ExtraTree,
+    Interval,
+    anywhere,
+    check,
+    check_arrays,
+    check_steps,
+    interval_of,
+    is_arrays,
+    whole_of,
+)
 from purestep._core.torch_api import GetAttrKey, is_batched, register_pytree_node
 
 V = TypeVar("V", bound="Value")
@@ -48,10 +59,11 @@ class Declaration:
             interval = interval_of(hints.get(p.name))
             if interval is not None:
                 self.intervals[p.name] = interval
-        self.hypers = tuple(self.intervals)
+        self.arrays = tuple([p.name for p in parameters if is_arrays(hints.get(p.name))])  # pytrees of tensors
+        self.hypers = tuple([p.name for p in parameters if p.name in self.intervals or p.name in self.arrays])
         wholes = {p.name: whole_of(hints.get(p.name)) for p in parameters}
         self.steps = {name: whole for name, whole in wholes.items() if whole is not None}
-        self.switches = tuple(p.name for p in parameters if p.name not in self.intervals and p.name != self.inner)
+        self.switches = tuple(p.name for p in parameters if p.name not in self.hypers and p.name != self.inner)
         self.order = tuple(p.name for p in parameters if p.name != self.inner)  # of the arguments of a value
         self.positional = frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.factory: Callable[..., Any] | None = None
@@ -72,6 +84,8 @@ class Declaration:
         """
         if name in self.steps:
             return check_steps(value, f"{self.name}: {name}", self.steps[name])
+        if name in self.arrays:
+            return check_arrays(value, f"{self.name}: {name}")
         interval = self.intervals.get(name)
         if not strict and interval is not None:
             interval = tuple(map(anywhere, interval)) if isinstance(interval, tuple) else anywhere(interval)

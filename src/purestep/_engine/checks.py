@@ -121,7 +121,7 @@ def refuse_flat(value: Primitive, path: str, p: Tensor) -> None:
     d = value.declaration
     if is_off(value) or d.elementwise:
         return
-    if not d.whole:
+    if not d.whole and not d.arrays:
         state = fresh_state(value, torch.empty(p.shape, dtype=p.dtype, device="meta"))
         part = detail(value, tuple([x is None for x in state]))
         if program((part,), False, False, False, d, form="single").elementwise:

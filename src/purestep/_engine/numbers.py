@@ -114,5 +114,5 @@ class Numbers:
         if not torch.compiler.is_compiling():
             counters = list({id(x): x for x in counters}.values())
         for count in counters:
-            for name in value.declaration.hypers:
+            for name in value.declaration.intervals:
                 self.lower(value.arguments[name], count)

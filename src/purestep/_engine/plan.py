@@ -70,7 +70,7 @@ class Structure:
         self.off: tuple[bool, ...] = tuple([is_off(link.transform) for link in links])
         self.fields: tuple[Fields, ...] = tuple([fields_of(link.transform) for link in links])
         self.numeric = all([numeric(kinds_of(link.transform)) for link in links])
-        self.foreign = tuple([i for i, d in enumerate(declarations) if not d.whole and not ours(d)])
+        self.foreign = tuple([i for i, d in enumerate(declarations) if not d.whole and not d.arrays and not ours(d)])
         stages = [self.stage(links, *run) for run in runs(links)]
         if not stages or stages[-1].whole:  # there the updates are applied
             stages.append(self.stage(links, len(links), len(links), False))
@@ -305,6 +305,8 @@ def packed_links(plan: Plan) -> set[int]:
             found |= {stage.start + 1 + i for i in packed_links(inner)}
         elif stage.positions and plan.fused_chain(stage.positions).kernel is None:
             fused_chain = plan.fused_chain(stage.positions)
+            if fused_chain.arrays:
+                continue
             recipe = details(fused_chain, fused_chain.structure.present)
             try:
                 elementwise = program(recipe, False, False, False, *fused_chain.declarations, form="single").elementwise

@@ -34,12 +34,12 @@ class ByParts(Base):
         if wanted == "compiled":  # a part that is empty here, and not elsewhere, would be compiled for alone
             env.wanted = None
         try:
-            recipe = task.program(False, False, False, "single")
+            elementwise = not task.chain.arrays and task.program(False, False, False, "single").elementwise
             # a derivative with respect to a number is a sum over all parts
             followed = env.mode != "program" and (wanted not in LEAF_BY_LEAF or torch.is_grad_enabled() or maths.transforming())
             like = [own[f] for (_, _, info), own in zip(task.chain.items, task.fields) for f in info.tensors]
             task.grads = sharded.alike(task.grads, task.params, like, "number {}".format)  # a whole transform may change it
-            return (in_part if recipe.elementwise and not followed else in_full)(task)
+            return (in_part if elementwise and not followed else in_full)(task)
         finally:
             env.wanted = wanted
 

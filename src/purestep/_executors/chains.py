@@ -59,6 +59,7 @@ class ChainStructure:
         self.fields = tuple([fields_of(value) for value in values])
         self.names = " -> ".join([value.declaration.name for value in values])
         self.encoded = tuple([(j, f) for j, info in enumerate(self.fields) for f, yes in enumerate(info.encoded) if yes])
+        self.arrays = any([value.declaration.arrays for value in values])  # which no program can take
         self.present = tuple([(False,) * len(info.names) for info in self.fields])  # no field is absent, as is usual
         self.hypers = tuple([hyper_specs(value) for value in values])
         self.numeric = constants(values) is not None
@@ -80,13 +81,14 @@ class FusedChain:
     """A chain's structure, and the transforms that have its numbers."""
 
     __slots__ = (
-        "_hypers", "_split", "decision", "declarations", "details", "encoded", "first", "items", "kernel", "names", "numbers",
-        "positions", "scaled", "structure", "values",
+        "_hypers", "_split", "arrays", "decision", "declarations", "details", "encoded", "first", "items", "kernel", "names",
+        "numbers", "positions", "scaled", "structure", "values",
     )  # fmt: skip
 
     def __init__(self, structure: ChainStructure, values: Sequence[Primitive]) -> None:
         self.structure, self.values = structure, values
         self.positions, self.scaled, self.names = structure.positions, structure.scaled, structure.names
+        self.arrays = structure.arrays
         self.kernel, self.first, self.encoded = structure.kernel, structure.first, structure.encoded
         self.items = list(zip(structure.positions, values, structure.fields))
         self.declarations = [SCALED] * structure.scaled + [value.declaration for value in values]
@@ -126,6 +128,8 @@ class FusedChain:
 
     def joins(self, params: list[Tensor]) -> bool:
         """Whether these may as well be one vector: of a state that has all its fields."""
+        if self.arrays:
+            return False
         recipe = details(self, self.structure.present)
         return joinable(params, program(recipe, True, False, False, *self.declarations, form="single"))
 

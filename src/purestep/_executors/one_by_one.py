@@ -48,7 +48,7 @@ def calculated(task: Task) -> Result:
     like = [own[f] for (_, _, info), own in zip(task.chain.items, fields) for f in info.tensors]
     dtype = task.params[0].dtype
     mixed = not all([x is None or x.dtype == dtype for c in like for x in c]) or encodes(task.chain, fields)
-    if mixed or task.env.wanted in LEAF_BY_LEAF:
+    if mixed or task.chain.arrays or task.env.wanted in LEAF_BY_LEAF:
         with task.env.reading():
             return leaf_by_leaf(task)
     rows = [[[c[k] for c in own] for own in fields] for k in range(len(task.params))]

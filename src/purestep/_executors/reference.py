@@ -17,13 +17,16 @@ class Reference(Base):
 
     modes: tuple[Mode, ...] = ("leaf",)
     name = "leaf"
-    when = '`executor="leaf"`; inside `torch.func` or where autograd records, parameters and state of different dtypes'
+    when = (
+        '`executor="leaf"`; inside `torch.func` or where autograd records, parameters and state of different dtypes, or '
+        "arguments annotated `Weights`"
+    )
     how = "the leaf functions themselves, one parameter at a time: an error appears on the line that its author wrote"
 
     def declines(self, task: Task) -> str | None:
-        if task.env.wanted == "leaf" or mixed_history(task):
+        if task.env.wanted == "leaf" or task.chain.arrays or mixed_history(task):
             return None
-        return "nobody asked for it, and the dtypes of parameters and state are the same"
+        return "nobody asked for it, the dtypes of parameters and state are the same, and there are no `Weights`"
 
     def run(self, task: Task) -> Result:
         return leaf_by_leaf(task)
@@ -41,15 +44,39 @@ class Promoted(Base):
         return None if task.fact("mixed") else "parameters and state have one dtype"
 
     def run(self, task: Task) -> Result:
-        given = task.env.own.given
-        updates, news = leaf_by_leaf(task)
-        for (_, _, info), old, new in zip(task.chain.items, task.fields, news):
-            for f, scalar in enumerate(info.scalars):
-                if scalar:
-                    new[f] = new[f][0]
-                elif given and old[f][0] is not None:
-                    new[f] = overwrite(old[f], new[f])
-        return Result(overwrite(task.params, updates) if task.applies and given else updates, news)
+        return stored_once(task, leaf_by_leaf(task))
+
+
+def stored_once(task: Task, result: Result) -> Result:
+    """What leaf functions return, outside the mode ``leaf``: one number for a counter, in the memory that was given away."""
+    given, (updates, news) = task.env.own.given, result
+    for (_, _, info), old, new in zip(task.chain.items, task.fields, news):
+        for f, scalar in enumerate(info.scalars):
+            if scalar:
+                new[f] = new[f][0]
+            elif given and old[f][0] is not None:
+                new[f] = overwrite(old[f], new[f])
+    return Result(overwrite(task.params, updates) if task.applies and given else updates, news)
+
+
+class Learned(Promoted):
+    """The leaf functions of transforms that take pytrees of tensors, which are real tensors in every mode."""
+
+    name = "learned"
+    when = "arguments annotated `Weights`"
+    how = "the leaf functions, one parameter at a time"
+
+    def declines(self, task: Task) -> str | None:
+        return None if task.chain.arrays else "no transform has an argument annotated `Weights`"
+
+    def run(self, task: Task) -> Result:
+        env = task.env
+        with env.reading():
+            result = leaf_by_leaf(task)
+        if env.watched and requires_grad([*result.updates, *result.fields]):  # of what the functions close over
+            env.record()
+            return result
+        return stored_once(task, result)
 
 
 def mixed_history(task: Task) -> bool:

@@ -9,13 +9,13 @@ from purestep._executors.foreach import Foreach, Traced
 from purestep._executors.one_by_one import OneByOne
 from purestep._executors.one_tensor import Joined, SingleTensor
 from purestep._executors.packed import Packed
-from purestep._executors.reference import Promoted, Reference
+from purestep._executors.reference import Learned, Promoted, Reference
 from purestep._executors.task import register
 from purestep._executors.torch_fused import TorchFused
 from purestep._executors.vmapped import Vmapped
 
 register(
-    ByParts(), OneByOne(), ComplexPairs(),
+    ByParts(), OneByOne(), ComplexPairs(), Learned(),
     Reference(), Vmapped(), Joined(), SingleTensor(),  # where a history is recorded, or inside torch.func
     TorchFused(), Packed(), Compiled(), Promoted(), Traced(), Foreach(),
 )  # fmt: skip

@@ -196,7 +196,7 @@ class FirstSteps:
             if not link.transform.declaration.whole:
                 self._touch_leafwise(link.transform, names, on, options.get(names[0]))
             elif on:
-                self._touch_whole(contents, link, names, on, bool(transform.plan.extras), beginning)
+                self._touch_whole(contents, link, names, on, transform, beginning)
         for p in first:
             del self.untouched[p]
 
@@ -224,13 +224,14 @@ class FirstSteps:
                 state["step"] = own["step"].fill_(1)
 
     def _touch_whole(
-        self, contents: Contents, link: Link, names: tuple[str, ...], starts: list[Start], frozen: bool, beginning: bool
+        self, contents: Contents, link: Link, names: tuple[str, ...], starts: list[Start], transform: Transform, beginning: bool
     ) -> None:
         """The fields of a whole transform: what it keeps per parameter, and its own fields before the very first step."""
-        value, params = link.transform, [x.p for x in starts]
-        changed = any([x.begun.kind != kind(x.p) for x in starts])
+        value, params, options = link.transform, [x.p for x in starts], options_in(transform).get(names[0])
+        changed = any([x.begun.kind != kind(x.p) or not same(x.begun.options.get(names[0]), options) for x in starts])
+        changed |= torch.is_grad_enabled() and bool(options)
         again = set(range(len(names))) if changed else self._dependence.whole(value, min(params, key=Tensor.numel))
-        around = list(dict.fromkeys([*members(contents, link, frozen), *params]))
+        around = list(dict.fromkeys([*members(contents, link, bool(transform.plan.extras)), *params]))
         fresh = fresh_whole_state(value, around) if again else ()
         for f, (name, leaf) in enumerate(zip(names, fields_of(value).leaves)):
             column = dict(zip(around, fresh[f])) if leaf and f in again else {}

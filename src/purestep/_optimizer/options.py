@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from purestep._core.hyper import several
 from purestep._core.primitives import is_off
+from purestep._core.torch_api import tree_flatten, tree_leaves
 from purestep._core.tree import quote
 from purestep._core.values import same
 from purestep._engine.checks import flattened, refuse_flat
@@ -168,7 +169,9 @@ class Options:
                 raise ValueError(f"Tensor {name} must be 1-element, but got one of shape {tuple(x.shape)}.")
             return x.item() if isinstance(x, Tensor) else x
 
-        read = {name: number(name, group[name]) for name in self.names(group)}
+        routes = self.routing.routes
+        weights = (routes[group["label"]].transform if routes else self.base)._weights()
+        read = {name: group[name] if name in weights else number(name, group[name]) for name in self.names(group)}
         self.transform({**group, **read}, groups, strict=True)
 
     def refuse(self, contents: Contents, groups: list[dict[str, Any]]) -> None:
@@ -229,7 +232,12 @@ def capturing() -> bool:
 def unchanged(a: Any, b: Any) -> bool:
     """Whether a group's option is still what it was."""
     b = tuple(b) if type(b) is list else b
-    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and type(a) is type(b) and bool(a == b))
+    if a is b or isinstance(a, Tensor) or isinstance(b, Tensor) or type(a) is not type(b):
+        return a is b
+    if isinstance(a, (dict, tuple)) and any([isinstance(x, Tensor) for x in tree_leaves(a)]):
+        (xs, spec), (ys, other) = tree_flatten(a), tree_flatten(b)
+        return spec == other and all(map(unchanged, xs, ys))
+    return bool(a == b)
 
 
 def refuse_flags(flags: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import purestep as ps
-from purestep._trace import foreach
+from purestep._core import lists
 from purestep.algorithms import muon
 from tests.problems import PROBLEMS, clone, difference, grads
 
@@ -78,7 +78,7 @@ def test_matrices_of_one_shape_are_orthogonalized_together(
     sizes: list[torch.Size] = []
     iterate = muon.addmm
     monkeypatch.setattr(muon, "addmm", lambda a, x, *rest: sizes.append(x.shape) or iterate(a, x, *rest))
-    monkeypatch.setattr(foreach, "STACK", most)
+    monkeypatch.setattr(lists, "STACK", most)
     generator = torch.Generator().manual_seed(0)
     shapes = [(4, 6), (6, 4), (4, 6), (4, 6), (3, 3), (6, 4)]
     params = [torch.randn(s, generator=generator).to(dtype) for s in shapes]

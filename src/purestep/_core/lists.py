@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,3 +81,22 @@ def same_layout(tensors: Sequence[Tensor]) -> bool:
     """Whether the same element stands at the same place in the memory of all of them, with no gaps."""
     strides = tensors[0].stride()
     return all([t.stride() == strides for t in tensors]) and is_non_overlapping_and_dense(tensors[0].shape, strides)
+
+
+STACK = 2**22
+"""At most this many elements are stacked."""
+
+
+def in_stacks(function: Callable[..., Tensor], x: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    """Apply a function that takes batches to every tensor of a list: to those of one shape, dtype and device at once."""
+    groups: dict[Any, list[int]] = {}
+    for k, t in enumerate(x):
+        groups.setdefault((t.shape, t.dtype, t.device), []).append(k)
+    found: dict[int, Tensor] = {}
+    for (shape, *_), ks in groups.items():
+        most = max(1, STACK // max(1, shape.numel()))
+        for part in [ks[i : i + most] for i in range(0, len(ks), most)]:
+            many = len(part) > 1
+            made = function(torch.stack([x[k] for k in part]), *rest).unbind() if many else [function(x[part[0]], *rest)]
+            found.update(zip(part, made))
+    return [found[k] for k in range(len(x))]

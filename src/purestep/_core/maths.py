@@ -51,8 +51,18 @@ Encoded: TypeAlias = Annotated[Tensor, "encoded"]
 @overload
 def operation(function: F) -> F: ...
 @overload
-def operation(*, like: bool = False, single: bool = False, block: int = 0, stacks: bool = False) -> Callable[[F], F]: ...
-def operation(function: Any = None, *, like: bool = False, single: bool = False, block: int = 0, stacks: bool = False) -> Any:
+def operation(
+    *, like: bool = False, single: bool = False, block: int = 0, stacks: bool = False, shapes: bool = False
+) -> Callable[[F], F]: ...
+def operation(
+    function: Any = None,
+    *,
+    like: bool = False,
+    single: bool = False,
+    block: int = 0,
+    stacks: bool = False,
+    shapes: bool = False,
+) -> Any:
     """Make `function` one operation of a leaf function: the tracer records the call and does not look inside.
 
     Whatever torch can do to one tensor can be written this way: branches on a shape, loops, a matrix decomposition. All
@@ -66,7 +76,8 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False,
         block: promises that every so many consecutive numbers are treated by themselves, whatever the shape (1 for a function
             that is elementwise), and that the result is a new tensor. Large tensors are then computed in pieces.
         stacks: promises that it treats a further first dimension of its first argument, the only one that is a tensor, as a
-            batch. Tensors of one shape are then computed together.
+            batch. Tensors of one shape are then computed together, and sharded ones each by one process.
+        shapes: promises that it looks at the shapes of its arguments alone, and not at their values.
 
     Returns:
         a function of the same positional arguments; without `function`, a decorator.
@@ -76,7 +87,7 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False,
     ...     return torch.linalg.matrix_norm(x, 2)
     """
     if function is None:
-        return functools.partial(operation, like=like, single=single, block=block, stacks=stacks)
+        return functools.partial(operation, like=like, single=single, block=block, stacks=stacks, shapes=shapes)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -88,7 +99,8 @@ def operation(function: Any = None, *, like: bool = False, single: bool = False,
             return recording.record("call_function", call, args)
         return function(*args)
 
-    call.like, call.single, call.block, call.stacks = like, single, block, stacks  # type: ignore[attr-defined]
+    call.like, call.single, call.block = like, single, block  # type: ignore[attr-defined]
+    call.stacks, call.shapes = stacks, shapes  # type: ignore[attr-defined]
     return call
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from purestep._core import maths, sharded
+from purestep._core.dealt import can_deal
 from purestep._core.plain import plain
+from purestep._executors.foreach import collected
 from purestep._executors.one_by_one import OneByOne, written
 from purestep._executors.task import LEAF_BY_LEAF, Base, Result, Task, run_plain
 
@@ -21,8 +24,9 @@ class ByParts(Base):
     name = "by parts"
     when = "sharded parameters (`DTensor`)"
     how = (
-        "elementwise transforms: the part that each process holds, with one of the executors below; other transforms: "
-        "the gathered tensor, in every process"
+        "elementwise transforms: the part that each process holds, with one of the executors below; functions of whole "
+        "matrices that take stacks of them (Muon's): each matrix by one process, its owner; other transforms: the gathered "
+        "tensor, in every process"
     )
 
     def declines(self, task: Task) -> str | None:
@@ -34,23 +38,43 @@ class ByParts(Base):
         if wanted == "compiled":  # a part that is empty here, and not elsewhere, would be compiled for alone
             env.wanted = None
         try:
-            elementwise = not task.chain.arrays and task.program(False, False, False, "single").elementwise
+            traceable = not task.chain.arrays
+            elementwise = traceable and task.program(False, False, False, "single").elementwise
             # a derivative with respect to a number is a sum over all parts
             followed = env.mode != "program" and (wanted not in LEAF_BY_LEAF or torch.is_grad_enabled() or maths.transforming())
             like = [own[f] for (_, _, info), own in zip(task.chain.items, task.fields) for f in info.tensors]
             task.grads = sharded.alike(task.grads, task.params, like, "number {}".format)  # a whole transform may change it
-            return (in_part if elementwise and not followed else in_full)(task)
+            if elementwise and not followed:
+                return in_part(task, any_of)
+            if traceable and not followed and in_matrices(task):
+                return in_part(task, lambda inner: run_sharded(inner, task.params))
+            return in_full(task)
         finally:
             env.wanted = wanted
 
 
-def in_part(task: Task) -> Result:
+def in_matrices(task: Task) -> bool:
+    """Whether a chain is elementwise but for functions of whole matrices, which their owners can compute."""
+    if task.env.mode != "program" or not task.program(False, False, False, "sharded").elementwise:
+        return False
+    return task.params[0].dim() >= 2 and all(map(can_deal, task.params)) and not task.fact("mixed")
+
+
+def run_sharded(task: Task, homes: list[Any]) -> Result:
+    """A chain on the parts that are here, with the matrices of `homes` in the hands of their owners."""
+    program = task.program(task.applies, False, task.env.own.given, "sharded")
+    found = collected(task, lambda columns, numbers: program.run(task.grads, task.params, *columns, *numbers, homes))
+    assert found is not None
+    return found
+
+
+def in_part(task: Task, run: Callable[[Task], Result]) -> Result:
     """What is elementwise, on the parts that are here."""
     env, fields = task.env, task.fields
     with torch.no_grad():  # a part is the very tensor, then, and not a view of it
         inside = [[[sharded.local(x) for x in c] for c in own] for own in fields]
         params = [sharded.local(p) for p in task.params]
-        found, inner = any_of(task.on([sharded.local(g) for g in task.grads], params, inside))
+        found, inner = run(task.on([sharded.local(g) for g in task.grads], params, inside))
         updates = [wrapped(x, y, p) for x, y, p in zip(found, params, task.params)]
         news = [
             [

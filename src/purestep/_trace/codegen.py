@@ -13,7 +13,7 @@ from purestep._trace.foreach import KERNELS
 from purestep._trace.fused import FUSED
 from purestep._trace.ir import LOOPS, Op, Values, nodes_in
 from purestep._trace.passes.outputs import Output, copies_of, memory_of, outputs_of
-from purestep._trace.recipe import Recipe
+from purestep._trace.recipe import HOMES, Recipe
 from purestep._trace.single import SINGLE
 from purestep._trace.trace import Trace
 
@@ -48,8 +48,9 @@ class Writer:
 
     def __init__(self, traced: Trace, values: Values, recipe: Recipe) -> None:
         self.traced, self.values, self.recipe = traced, values, recipe
-        self.split = recipe.form == "split"
-        self.names = Namespace(KERNELS | FUSED if recipe.lists else SINGLE, (COEFFICIENTS,) if self.split else ())
+        self.split, self.sharded = recipe.form == "split", recipe.form == "sharded"
+        reserved = (*[COEFFICIENTS] * self.split, *[HOMES] * self.sharded)
+        self.names = Namespace(KERNELS | FUSED if recipe.lists else SINGLE, reserved)
         self.outside = Expressions(values, self.names)  # of numbers, and of what is computed once for all parameters
         self.inside = Coefficients(self.outside) if self.split else self.outside  # of what is computed for each parameter
         self.texts = self.outside.texts
@@ -129,12 +130,16 @@ class Writer:
         lists = list(dict.fromkeys(x for x in nodes_in((node.args, node.kwargs)) if self.values.is_list(x)))
         if getattr(node.target, "stacks", False) and lists == [node.args[0]]:
             function = self.names.constant(maths.untraced(node.target))
-            return f"stacked({function}, {self.inside.arguments(node.args, node.kwargs)})"
+            arguments = self.inside.arguments(node.args, node.kwargs)
+            return f"dealt({function}, {HOMES}, {arguments})" if self.sharded else f"stacked({function}, {arguments})"
         items = {x: f"{ITEM}{i}" if len(lists) > 1 else ITEM for i, x in enumerate(lists)}
         names = [self.texts[x] for x in lists]
+        if self.sharded and getattr(node.target, "shapes", False):
+            names = [HOMES] * len(names)
+        texts = [self.texts[x] for x in lists]
         self.texts.update(items)
         text = self.inside.operation(node)
-        self.texts.update(zip(lists, names))
+        self.texts.update(zip(lists, texts))
         over = names[0] if len(lists) == 1 else f"zip({', '.join(names)})"
         return f"[{text} for {', '.join(items.values())} in {over}]"
 
@@ -153,7 +158,8 @@ class Writer:
         """The source of the program, after that of its coefficients if it is split."""
         inputs = self.traced.inputs
         if not isinstance(self.inside, Coefficients):
-            return function("program", [self.texts[i.node] for i in inputs], self.lines, texts)
+            arguments = [*[self.texts[i.node] for i in inputs], *[HOMES] * self.sharded]
+            return function("program", arguments, self.lines, texts)
         found = self.inside.found
         scalars = [self.outside.text(x.value) for x in outputs if x.number]
         results = [f"({', '.join(found)}{',' * bool(found)})", f"({''.join(f'{x}, ' for x in scalars)})"]

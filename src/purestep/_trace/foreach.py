@@ -8,12 +8,13 @@ underscore overwrites its first argument, as in torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from purestep._core.dealt import dealt
+from purestep._core.lists import in_stacks
 from purestep._core.torch_api import (
     FOREACH,
     foreach_add,
@@ -225,25 +226,6 @@ def filled(k: Any, like: Lists) -> Lists:
     return [(torch.ones_like(y) * k).to(y.dtype) for y in like]
 
 
-STACK = 2**22
-"""At most this many elements are stacked."""
-
-
-def stacked(function: Callable[..., Tensor], x: Lists, *rest: Any) -> list[Tensor]:
-    """Apply a function that takes batches to every tensor of a list: to those of one shape, dtype and device at once."""
-    groups: dict[Any, list[int]] = {}
-    for k, t in enumerate(x):
-        groups.setdefault((t.shape, t.dtype, t.device), []).append(k)
-    found: dict[int, Tensor] = {}
-    for (shape, *_), ks in groups.items():
-        most = max(1, STACK // max(1, shape.numel()))
-        for part in [ks[i : i + most] for i in range(0, len(ks), most)]:
-            many = len(part) > 1
-            made = function(torch.stack([x[k] for k in part]), *rest).unbind() if many else [function(x[part[0]], *rest)]
-            found.update(zip(part, made))
-    return [found[k] for k in range(len(x))]
-
-
 KERNELS: dict[str, Any] = {
     name: FOREACH[name]
     for base in UNARY
@@ -255,5 +237,5 @@ KERNELS: dict[str, Any] = {
         maximum, maximum_, minimum, minimum_, lerp, lerp_, axpy, axpy_, axpby, axpby_, addcmul, addcmul_,
         addcdiv, addcdiv_, clone, cast, filled,
     )
-} | {"copy_": foreach_copy_, "stacked": stacked}  # fmt: skip
+} | {"copy_": foreach_copy_, "stacked": in_stacks, "dealt": dealt}  # fmt: skip
 """The operations of programs on lists by their names in programs."""

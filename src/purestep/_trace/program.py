@@ -104,7 +104,7 @@ def compile(recipe: Recipe) -> Program:
         lines = reuse(lines, traced, values, recipe)
     ops = fuse(lines, graph, values) if recipe.form == "kernels" else lines
     code = generate(ops, traced, values, recipe)
-    local = locality(ops, traced, values)
+    local = locality(ops, traced, values, recipe.form == "sharded")
     declarations = [part.declaration for part in recipe.parts]
     parts = tuple([d.name for d in declarations])
     name = f"program_{next(_serial)}"

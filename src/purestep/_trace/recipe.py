@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-Form: TypeAlias = Literal["lists", "kernels", "single", "split"]
+Form: TypeAlias = Literal["lists", "kernels", "sharded", "single", "split"]
 """What a program takes.
 
 * ``lists``: lists of tensors, one entry per parameter.
 * ``kernels``: lists, and the program calls torch's fused kernels where they compute several of its lines.
+* ``sharded``: lists of the parts that this process has of sharded tensors; a further argument, `HOMES`, has these tensors.
+  What must see whole matrices is computed by their owners (`purestep._core.dealt`).
 * ``single``: one tensor in the place of each list. Such a program overwrites nothing.
 * ``split``: as ``single``, but a second function, `Program.coefficients`, computes everything that depends on numbers alone.
 """
+
+
+HOMES = "homes"
+"""The argument of a sharded program that has the sharded parameters."""
 
 
 class StateFields(Protocol):
@@ -77,4 +83,4 @@ class Recipe(NamedTuple):
     @property
     def lists(self) -> bool:
         """Whether the program takes lists of tensors."""
-        return self.form in ("lists", "kernels")
+        return self.form in ("lists", "kernels", "sharded")

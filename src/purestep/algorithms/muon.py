@@ -64,7 +64,7 @@ def addmm(a: Any, x: Tensor, b: Any, y: Tensor, z: Tensor) -> Tensor:
     return multiply(x, y, z, beta=a, alpha=b)
 
 
-@operation(single=True)
+@operation(single=True, shapes=True)
 def gain(p: Tensor, adjust_lr_fn: str | None) -> float:
     """What an orthogonal matrix is multiplied by, for its shape."""
     rows, columns = p.shape

@@ -1,0 +1,300 @@
+"""Muon on matrices that are spread over four processes: each is computed once, by its owner, and nothing else is different.
+
+Four processes run everything once (`answers`). A case returns how far the sharded run is from the one on whole tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import purestep as ps
+from purestep import optim
+from purestep._core import dealt
+from tests import processes
+from tests.problems import difference
+from tests.test_distributed import answer, apart, gathered
+
+SIZE = 4
+SHAPES = {"a": (7, 5), "b": (7, 5), "wide": (3, 9), "c": (12, 4), "row": (1, 6), "d": (7, 5), "tall": (9, 2)}
+LAYOUTS: dict[str, tuple[tuple[int, ...], str]] = {
+    "rows": ((4,), "0"), "columns": ((4,), "1"), "copies": ((4,), "r"), "copies of rows": ((2, 2), "r0"),
+    "rows of copies": ((2, 2), "0r"), "blocks": ((2, 2), "01"), "blocks, turned": ((2, 2), "10"), "rows twice": ((2, 2), "00"),
+    "columns twice": ((2, 2), "11"), "one way": ((4, 1), "01"), "copies twice": ((2, 2), "rr"),
+}  # fmt: skip
+"""The shape of the mesh, and for each of its dimensions that of the matrix which it cuts, or "r"."""
+
+PROGRAMS: dict[str, Callable[[], ps.Transform]] = {
+    "muon": lambda: ps.muon(0.1),
+    "scaled": lambda: ps.chain(ps.clip_by_global_norm(0.5), ps.muon(0.1, nesterov=False, adjust_lr_fn="match_rms_adamw")),
+    "nested": lambda: ps.lookahead(ps.muon(0.1, weight_decay=0.0), 2),
+}
+
+
+def placements(text: str) -> list[Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [Replicate() if x == "r" else Shard(int(x)) for x in text]
+
+
+def spread(tree: dict[str, Tensor], mesh: Any, text: str) -> dict[str, Any]:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    whole = [Replicate()] * mesh.ndim
+    made = {k: DTensor.from_local(x.clone(), mesh, whole, run_check=False) for k, x in tree.items()}
+    return {k: x.redistribute(placements=placements(text)) for k, x in made.items()}
+
+
+def values(step: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(step)
+    return {k: torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for k, s in SHAPES.items()}
+
+
+class Counted:
+    """The messages and the matrices of one process."""
+
+    def __init__(self) -> None:
+        self.messages, self.sent, self.matrices = 0, 0, 0
+
+
+@contextmanager
+def counting() -> Iterator[Counted]:
+    """Count what `dealt` sends, and the matrices that it computes."""
+    counted, send, compute = Counted(), torch.distributed.all_to_all_single, dealt.in_stacks
+
+    def sending(out: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+        counted.messages += 1
+        counted.sent += given.nbytes
+        return send(out, given, *args, **kwargs)
+
+    def computing(function: Any, xs: list[Tensor], *rest: Any) -> Any:
+        counted.matrices += len(xs)
+        return compute(function, xs, *rest)
+
+    torch.distributed.all_to_all_single, dealt.in_stacks = sending, computing  # type: ignore[assignment]
+    try:
+        yield counted
+    finally:
+        torch.distributed.all_to_all_single, dealt.in_stacks = send, compute
+
+
+def of_layout(name: str, layout: str, mode: str, dtype: torch.dtype) -> Any:
+    """Three steps; the distance of parameters and state, and what was counted."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    sizes, text = LAYOUTS[layout]
+    mesh, opt = init_device_mesh("cpu", sizes), PROGRAMS[name]()
+    whole = values(0, dtype)
+    parts = spread(whole, mesh, text)
+    if mode == "wrapper":
+        return of_wrapper(opt, whole, parts, mesh, text)
+    state, held = opt.init_state(whole), opt.init_state(parts)
+    with counting() as counted:
+        for step in range(3):
+            g = values(100 + step, dtype)
+            sharded, before = spread(g, mesh, text), gathered(parts)
+            whole, state = opt.step(g, state, whole)
+            after, held = opt.step(sharded, held, parts, donate=mode == "donate")
+            assert difference(gathered(sharded), g) == 0, "a gradient was written to"
+            assert mode == "donate" or difference(gathered(parts), before) == 0, "a parameter was written to"
+            assert mode != "donate" or all(after[k] is parts[k] for k in parts)
+            parts = after
+            assert all(p.placements == tuple(placements(text)) for p in parts.values())
+    worst = max(difference(gathered(parts), whole), difference(gathered(held), state))
+    return worst, counted.messages, counted.sent, counted.matrices
+
+
+def of_wrapper(opt: ps.Transform, whole: Any, parts: Any, mesh: Any, text: str) -> Any:
+    own, theirs = ({k: nn.Parameter(p) for k, p in tree.items()} for tree in (whole, parts))
+    a, b = optim.Optimizer(list(own.items()), opt), optim.Optimizer(list(theirs.items()), opt)
+    with counting() as counted:
+        for step in range(3):
+            g = values(100 + step, next(iter(own.values())).dtype)
+            for p, x, q, y in zip(own.values(), g.values(), theirs.values(), spread(g, mesh, text).values()):
+                p.grad, q.grad = x, y
+            a.step()
+            b.step()
+    return apart(list(theirs.values()), list(own.values())), counted.messages, counted.sent, counted.matrices
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(6)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def under_fsdp2(kind: str) -> float:
+    """Muon and AdamW in one optimizer: rows, copies of rows, and beside tensor parallelism."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    parts = {"matrices": ps.muon(0.1), "rest": ps.adamw(0.01)}
+    t = ps.chain(ps.clip_by_global_norm(0.01), ps.partition(parts, ps.by_ndim({2: "matrices"}, default="rest")))
+    single, model = network(), network()
+    if kind == "rows":
+        mesh = data = init_device_mesh("cpu", (4,))
+    else:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        data = mesh["outer"] if kind == "tensor" else mesh
+    if kind == "tensor":
+        parallelize_module(model, mesh["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel()})
+    fully_shard(model, mesh=data)
+    optimizers = [optim.Optimizer(net.named_parameters(), t) for net in (single, model)]
+    g = torch.Generator().manual_seed(8)
+    with counting() as counted:
+        for _ in range(3):
+            for p, q in zip(single.parameters(), model.parameters()):
+                p.grad = torch.randn(p.shape, generator=g, dtype=p.dtype)
+                q.grad = dealt_like(p.grad, q)
+            for optimizer in optimizers:
+                optimizer.step()
+    assert counted.messages > 0, "no matrix was dealt out"
+    return apart(list(model.parameters()), list(single.parameters()))
+
+
+def dealt_like(x: Tensor, like: Any) -> Any:
+    """A tensor, spread as another: the part of it that the layout says, which is what torch has in its own."""
+    block = dealt.layout_of(like).blocks[dealt_place(like)]
+    part = dealt.part(x, block).clone()
+    assert part.shape == like.to_local().shape, f"{like.placements} of {tuple(like.shape)}: {block}"
+    return type(like).from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )  # fmt: skip
+
+
+def dealt_place(x: Any) -> int:
+    return int(x.device_mesh.mesh.flatten().tolist().index(torch.distributed.get_rank()))
+
+
+def layouts_are_torchs() -> str:
+    """The part of every tensor that the layout says each process has is the one that it has."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    for sizes, text in LAYOUTS.values():
+        mesh = init_device_mesh("cpu", sizes)
+        for rows, columns in itertools.product((1, 2, 3, 5, 8, 9), repeat=2):
+            x = torch.arange(rows * columns, dtype=torch.float64).view(rows, columns)
+            y = spread({"x": x}, mesh, text)["x"]
+            mine = dealt.part(x, dealt.layout_of(y).blocks[dealt_place(y)])
+            assert torch.equal(mine, y.to_local()), (text, rows, columns)
+    return "right"
+
+
+def on_some_processes() -> Any:
+    """A mesh of two of them: the others have no part in it, and do not wait."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    mesh = DeviceMesh("cpu", [1, 3])
+    if mesh.get_coordinate() is None:
+        return None
+    whole, opt = values(0), ps.muon(0.1)
+    parts = spread(whole, mesh, "0")
+    p, _ = opt.step(values(1), opt.init_state(whole), whole)
+    q, _ = opt.step(spread(values(1), mesh, "0"), opt.init_state(parts), parts)
+    return difference(gathered(q), p)
+
+
+def a_derivative() -> float:
+    """Recorded by autograd, in full."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (4,))
+    found = []
+    for tree in (values(0), spread(values(0), mesh, "0")):
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        opt = ps.muon(lr)
+        p, _ = opt.step(
+            values(1) if tree["a"].__class__ is Tensor else spread(values(1), mesh, "0"), opt.init_state(tree), tree
+        )
+        total = sum((x.full_tensor() if hasattr(x, "full_tensor") else x).pow(2).sum() for x in p.values())
+        found.append(torch.autograd.grad(total, lr)[0])
+    return difference(found[1], found[0])
+
+
+def everything(rank: int, size: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for layout in LAYOUTS:
+        for name, mode in itertools.product(PROGRAMS, ("pure", "donate", "wrapper")):
+            found[f"{layout}: {name} {mode}"] = answer(of_layout, name, layout, mode, torch.float64)
+    for dtype in (torch.float32, torch.bfloat16):
+        found[f"{dtype}"] = answer(of_layout, "muon", "blocks", "donate", dtype)
+    for kind in ("rows", "copies", "tensor"):
+        found[f"fsdp2 {kind}"] = answer(under_fsdp2, kind)
+    for function in (layouts_are_torchs, on_some_processes, a_derivative):
+        found[function.__name__] = answer(function)
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return processes.run(SIZE, "tests.test_dealt:everything", tmp_path_factory.mktemp("four"))
+
+
+def runs(answers: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [x[name] for x in answers] for name in answers[0] if ": " in name}
+
+
+def test_numbers_are_those_of_whole_matrices(answers: list[dict[str, Any]]) -> None:
+    wrong = {name: x for name, each in runs(answers).items() for x in each if isinstance(x, str) or x[0] > 1e-12}
+    assert not wrong
+    for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        assert all(not isinstance(x := found[f"{dtype}"], str) and x[0] <= most for found in answers), answers[0][f"{dtype}"]
+
+
+def test_each_matrix_is_computed_once(answers: list[dict[str, Any]]) -> None:
+    for name, each in runs(answers).items():
+        assert sum(x[3] for x in each) == 3 * len(SHAPES), name
+
+
+def test_two_messages_for_each_shape(answers: list[dict[str, Any]]) -> None:
+    kinds = len(set(SHAPES.values()))
+    for name, each in runs(answers).items():
+        assert {x[1] for x in each} == {3 * 2 * kinds}, name
+
+
+def test_bytes_that_are_sent(answers: list[dict[str, Any]]) -> None:
+    """A step brings each matrix to its owner, and from there to each copy: twice its bytes where there is one copy."""
+    matrices = 8 * sum(map(math.prod, SHAPES.values()))
+    for name, each in runs(answers).items():
+        layout = name.split(":")[0]
+        sizes, text = LAYOUTS[layout]
+        copies = math.prod(n for n, kind in zip(sizes, text) if kind == "r")
+        assert sum(x[2] for x in each) == 3 * matrices * (1 + copies), name
+
+
+@pytest.mark.parametrize("kind", ["rows", "copies", "tensor"])
+def test_fsdp2(answers: list[dict[str, Any]], kind: str) -> None:
+    for found in answers:
+        x = found[f"fsdp2 {kind}"]
+        assert not isinstance(x, str), x
+        assert x < 1e-12
+
+
+def test_layouts(answers: list[dict[str, Any]]) -> None:
+    assert {x["layouts_are_torchs"] for x in answers} == {"right"}
+
+
+def test_other_cases(answers: list[dict[str, Any]]) -> None:
+    assert [x["on_some_processes"] for x in answers] == [None, 0.0, None, 0.0]
+    assert all(isinstance(x["a_derivative"], float) and x["a_derivative"] < 1e-9 for x in answers), answers[0]["a_derivative"]
+
+
+GPT2 = [(768, 2304), (768, 768), (768, 3072), (3072, 768)] * 12
+LLAMA = [(4096, 4096)] * 4 * 32 + [(4096, 11008)] * 3 * 32
+MIXTURE = [(8, 1024, 2816)] * 2 * 16 + [(8, 2816, 1024)] * 16 + [(1024, 1024)] * 4 * 16
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("shapes", [GPT2, LLAMA, MIXTURE], ids=["gpt2", "llama", "mixture"])
+def test_owners_have_about_as_much_to_do(shapes: list[tuple[int, ...]], processes: int) -> None:
+    costs = list(map(dealt.cost, shapes))
+    owner = dealt.owners(costs, processes)
+    loads = [sum(c for c, o in zip(costs, owner) if o == k) for k in range(processes)]
+    assert max(loads) <= 1.2 * sum(loads) / processes

@@ -185,6 +185,7 @@ CASES = [
         **MATRICES,
     ),
     Case("scale_by_muon", ps.scale_by_muon, ({}, {"momentum": 0.5, "nesterov": False, "eps": 1e-3, "ns_steps": 2}), step=-0.1, covers=("MuonState",), **MATRICES),
+    Case("as_matrices", ps.as_matrices, ({"transform": ps.muon(0.1)}, {"transform": ps.chain(ps.clip_by_global_norm(0.5), ps.muon(0.1)), "flatten": True}), **MATRICES),
     Case("trace", ps.trace, ({"momentum": 0.9}, {"momentum": 0.5, "dampening": 0.2}, {"momentum": 0.5, "nesterov": True}), step=-0.1, covers=("TraceState",)),
     Case("nesterov", ps.nesterov, ({"momentum": 0.9}, {"momentum": 0.5}), step=-0.1),
     Case("scale_by_adam", ps.scale_by_adam, ({}, {"betas": (0.5, 0.8), "eps": 0.1}), step=-0.01, covers=("AdamState",)),

@@ -31,6 +31,12 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], str]] = {
 }  # fmt: skip
 """The shape of the mesh, and for each of its dimensions that of the matrix which it cuts, or "r"."""
 
+MADE_OF_MATRICES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "experts": ({}, (8, 3, 5)), "uneven experts": ({}, (5, 3, 4)), "kernels": ({"flatten": True}, (6, 3, 2, 2)),
+    "fused": ({"split": 3}, (9, 4)), "side by side": ({"split": 2, "dim": 1}, (5, 8)),
+}  # fmt: skip
+"""The arguments of `as_matrices`, and a shape."""
+
 PROGRAMS: dict[str, Callable[[], ps.Transform]] = {
     "muon": lambda: ps.muon(0.1),
     "scaled": lambda: ps.chain(ps.clip_by_global_norm(0.5), ps.muon(0.1, nesterov=False, adjust_lr_fn="match_rms_adamw")),
@@ -122,6 +128,25 @@ def of_wrapper(opt: ps.Transform, whole: Any, parts: Any, mesh: Any, text: str) 
             a.step()
             b.step()
     return apart(list(theirs.values()), list(own.values())), counted.messages, counted.sent, counted.matrices
+
+
+def of_stacks(name: str, layout: str) -> Any:
+    """Parameters that are made of matrices; two of them, beside a plain matrix that has an optimizer of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    sizes, text = LAYOUTS[layout]
+    kwargs, shape = MADE_OF_MATRICES[name]
+    mesh, opt = init_device_mesh("cpu", sizes), ps.as_matrices(ps.muon(0.1), **kwargs)
+    g = torch.Generator().manual_seed(9)
+    whole = {k: torch.randn(shape, generator=g, dtype=torch.float64) for k in ("a", "b")}
+    parts = spread(whole, mesh, text)
+    state, held = opt.init_state(whole), opt.init_state(parts)
+    with counting() as counted:
+        for _ in range(3):
+            grads = {k: torch.randn(shape, generator=g, dtype=torch.float64) for k in whole}
+            whole, state = opt.step(grads, state, whole)
+            parts, held = opt.step(spread(grads, mesh, text), held, parts, donate=True)
+    return max(difference(gathered(parts), whole), difference(gathered(held), state)), counted.messages
 
 
 def network() -> nn.Sequential:
@@ -227,6 +252,8 @@ def everything(rank: int, size: int) -> dict[str, Any]:
         found[f"{dtype}"] = answer(of_layout, "muon", "blocks", "donate", dtype)
     for kind in ("rows", "copies", "tensor"):
         found[f"fsdp2 {kind}"] = answer(under_fsdp2, kind)
+    for name, layout in itertools.product(MADE_OF_MATRICES, ("rows", "columns", "copies of rows", "blocks")):
+        found[f"{name}, {layout}"] = answer(of_stacks, name, layout)
     for function in (layouts_are_torchs, on_some_processes, a_derivative):
         found[function.__name__] = answer(function)
     return found
@@ -275,6 +302,17 @@ def test_fsdp2(answers: list[dict[str, Any]], kind: str) -> None:
         x = found[f"fsdp2 {kind}"]
         assert not isinstance(x, str), x
         assert x < 1e-12
+
+
+@pytest.mark.parametrize("name", MADE_OF_MATRICES)
+def test_stacks_of_matrices(answers: list[dict[str, Any]], name: str) -> None:
+    for found in answers:
+        for layout in ("rows", "columns", "copies of rows", "blocks"):
+            x = found[f"{name}, {layout}"]
+            assert not isinstance(x, str), x
+            assert x[0] < 1e-12, layout
+            if "experts" in name:  # those that are sharded by expert are computed where they are
+                assert (x[1] == 0) is (layout == "rows"), layout
 
 
 def test_layouts(answers: list[dict[str, Any]]) -> None:

@@ -85,6 +85,7 @@ from purestep.transforms.decay import add_decayed_weights
 from purestep.transforms.ema import EmaState, ema
 from purestep.transforms.gradients import ZeroNansState, centralize, sign, zero_nans
 from purestep.transforms.mask import freeze, masked, partition, set_to_zero
+from purestep.transforms.matrices import as_matrices
 from purestep.transforms.mechanic import MechanicState, mechanic
 from purestep.transforms.momentum import TraceState, nesterov, trace
 from purestep.transforms.monitor import MonitorState, monitor, plot_monitor
@@ -204,6 +205,7 @@ __all__ = [
     "ademamix",
     "adopt",
     "apply_updates",
+    "as_matrices",
     "asgd",
     "average_params",
     "by_module",

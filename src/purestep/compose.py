@@ -101,6 +101,13 @@ class Composite(Transform):
         return f"{type(self).__name__.lower()}({', '.join([*map(repr, self.children), *map(show, self.context)])})"
 
 
+def check_transform(transform: Any, name: str) -> None:
+    """Refuse what is no transform."""
+    if not isinstance(transform, Transform):
+        hint = f" Did you mean to call it: {transform.__name__}(...)?" if hasattr(transform, "__name__") else ""
+        raise TypeError(f"{name} takes a transform, but got {transform!r}.{hint}")
+
+
 class Relinked(Composite):
     """A transform around one other, whose links are made of the other's, each by itself; the state is the other's."""
 

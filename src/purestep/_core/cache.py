@@ -13,12 +13,12 @@ V = TypeVar("V")
 class Keyed(Protocol):
     """A declaration, as a key of a cache knows it."""
 
-    key: int  # identifies the declaration; a key that held the declaration itself would keep it alive
+    key: str  # identifies the declaration; a key that held the declaration itself would keep it alive
     watched: bool  # a finalizer drops what follows from this declaration when it is freed
 
 
-DECLARATIONS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-"""All declared transforms by their keys. To `torch.compile` numbers are constants, and these objects are not (2.9)."""
+DECLARATIONS: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+"""All declared transforms by their keys. To `torch.compile` these are constants, and the objects are not (2.9)."""
 
 
 class DeclarationCache(Generic[V]):
@@ -27,7 +27,7 @@ class DeclarationCache(Generic[V]):
     def __init__(self, size: int) -> None:
         self.size = size
         self.entries: dict[Hashable, V] = {}
-        self.declarations: dict[Hashable, tuple[int, ...]] = {}
+        self.declarations: dict[Hashable, tuple[str, ...]] = {}
         self.lock = threading.RLock()  # a finalizer may run while an entry is added
         CACHES.add(self)
 
@@ -54,7 +54,7 @@ CACHES: weakref.WeakSet[DeclarationCache[Any]] = weakref.WeakSet()
 """All of them: a declaration that is freed is forgotten by each."""
 
 
-def forget(declaration: int) -> None:
+def forget(declaration: str) -> None:
     """Drop what follows from a declaration that was freed, by its key."""
     for cache in list(CACHES):
         with cache.lock:

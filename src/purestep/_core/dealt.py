@@ -160,6 +160,21 @@ def lengths(block: Block) -> list[int]:
     return [stop - start for start, stop in block]
 
 
+def by_itself(function: Any, home: Any) -> bool:
+    """Whether the part that a process has of a tensor is whole matrices, of which no other process has a copy."""
+    form = getattr(function, "form", None)
+    if form is None or any([p.is_replicate() for p in home.placements]):
+        return False
+    return not any([form.cuts(p.dim, home.shape) for p in home.placements])
+
+
+def shape_of(function: Any, home: Any) -> Sequence[int]:
+    """The shape of the matrices that a function sees a tensor as."""
+    form = getattr(function, "form", None)
+    found: Sequence[int] = home.shape if form is None else form.shape(home.shape)
+    return found
+
+
 def dealt(function: Callable[..., Any], homes: list[Any], xs: list[Tensor], *rest: Any) -> list[Tensor]:
     """Apply a function of whole matrices, which takes stacks of them, where each process has parts.
 
@@ -173,15 +188,19 @@ def dealt(function: Callable[..., Any], homes: list[Any], xs: list[Tensor], *res
         a list of new tensors like `xs`.
     """
     found: list[Any] = [None] * len(xs)
+    alone = [k for k, home in enumerate(homes) if by_itself(function, home)]
+    for k, x in zip(alone, in_stacks(function, pick(xs, alone), *rest)):
+        found[k] = x
     exchanges: list[tuple[list[int], Exchange]] = []
     meshes: dict[Any, list[int]] = {}
     for k, home in enumerate(homes):
-        meshes.setdefault(home.device_mesh, []).append(k)
+        if found[k] is None:
+            meshes.setdefault(home.device_mesh, []).append(k)
     for mesh, rows in meshes.items():
         if mesh.get_coordinate() is None:  # this process has no part in it
             found = [x.clone() if k in rows else y for k, (x, y) in enumerate(zip(xs, found))]
             continue
-        places = dict(zip(rows, owners([cost(homes[k].shape) for k in rows], mesh.size())))
+        places = dict(zip(rows, owners([cost(shape_of(function, homes[k])) for k in rows], mesh.size())))
         kinds: dict[Any, list[int]] = {}
         for k in rows:
             kinds.setdefault((homes[k].shape, homes[k].placements, xs[k].dtype), []).append(k)

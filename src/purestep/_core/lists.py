@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep._core.matrices import MatrixForm
 from purestep._core.plain import plain
 from purestep._core.torch_api import foreach_clone, foreach_copy_, is_non_overlapping_and_dense
 
@@ -88,15 +89,38 @@ STACK = 2**22
 
 
 def in_stacks(function: Callable[..., Tensor], x: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    """Apply a function that takes batches to every tensor of a list: to those of one shape, dtype and device at once."""
+    """Apply a function that takes stacks of matrices to every tensor of a list: to all matrices of one shape at once.
+
+    Where the function sees each tensor as several matrices (`MatrixForm`), these are put into one stack with the others.
+    """
+    form: MatrixForm | None = getattr(function, "form", None)
+    inside = function if form is None else function.plain  # type: ignore[attr-defined]
+    views = [t if form is None else form.apart(t) for t in x]
     groups: dict[Any, list[int]] = {}
-    for k, t in enumerate(x):
-        groups.setdefault((t.shape, t.dtype, t.device), []).append(k)
+    for k, t in enumerate(views):
+        groups.setdefault((t.shape[-2:], t.dtype, t.device), []).append(k)
     found: dict[int, Tensor] = {}
-    for (shape, *_), ks in groups.items():
-        most = max(1, STACK // max(1, shape.numel()))
-        for part in [ks[i : i + most] for i in range(0, len(ks), most)]:
-            many = len(part) > 1
-            made = function(torch.stack([x[k] for k in part]), *rest).unbind() if many else [function(x[part[0]], *rest)]
-            found.update(zip(part, made))
-    return [found[k] for k in range(len(x))]
+    for ks in groups.values():
+        for part in parts([views[k].numel() for k in ks], STACK):
+            rows = [ks[i] for i in part]
+            if len(rows) == 1:
+                made = [inside(views[rows[0]], *rest)]
+            elif form is None:
+                made = list(inside(torch.stack([views[k] for k in rows]), *rest).unbind())
+            else:
+                made = list(inside(torch.cat([views[k] for k in rows]), *rest).split([len(views[k]) for k in rows]))
+            found.update(zip(rows, made))
+    return [found[k] if form is None else form.together(found[k], t.shape) for k, t in enumerate(x)]
+
+
+def parts(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Consecutive numbers of things, in parts that are no larger than `most` together, but have one at least."""
+    found: list[list[int]] = []
+    filled = most
+    for k, size in enumerate(sizes):
+        if not found or filled + size > most:
+            found.append([])
+            filled = 0
+        found[-1].append(k)
+        filled += size
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeAlias, TypeVar, overload
 
@@ -18,6 +19,7 @@ from torch.fx import Proxy
 from torch.linalg import vector_norm
 
 from purestep._core import sharded
+from purestep._core.matrices import MatrixForm
 from purestep._core.plain import PLAIN, bare, plain
 from purestep._core.recorder import recorder
 from purestep._core.torch_api import (
@@ -91,6 +93,8 @@ def operation(
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        if VIEWS.form is not None and (stacks or shapes) and call.form is None:  # type: ignore[attr-defined]
+            return viewed(call, VIEWS.form)(*args)
         for x in args:
             if isinstance(x, Proxy):
                 return x.tracer.create_proxy("call_function", call, args, {})
@@ -100,8 +104,36 @@ def operation(
         return function(*args)
 
     call.like, call.single, call.block = like, single, block  # type: ignore[attr-defined]
-    call.stacks, call.shapes = stacks, shapes  # type: ignore[attr-defined]
+    call.stacks, call.shapes, call.form, call.views = stacks, shapes, None, {}  # type: ignore[attr-defined]
     return call
+
+
+class Views(threading.local):
+    """The form in which operations on matrices see parameters in this thread, while a leaf function runs."""
+
+    form: MatrixForm | None = None
+
+
+VIEWS = Views()
+
+
+def viewed(call: Any, form: MatrixForm) -> Any:
+    """An operation on matrices that sees each parameter as a stack of them."""
+    found = call.views.get(form)
+    if found is None:
+        function = untraced(call)
+
+        @functools.wraps(function)
+        def seen(x: Any, *rest: Any) -> Any:
+            if not call.stacks:  # which looks at shapes alone
+                return function(torch.empty(form.shape(x.shape), dtype=x.dtype, device="meta"), *rest)
+            return form.together(function(form.apart(x), *rest), x.shape)
+
+        seen.plain, seen.form = function, form  # type: ignore[attr-defined]  # for those who put several stacks together
+        made: Any = operation(like=call.like, single=call.single, stacks=call.stacks, shapes=call.shapes)(seen)
+        made.form = form
+        found = call.views[form] = made
+    return found
 
 
 def untraced(function: Any) -> Any:

@@ -89,7 +89,7 @@ class LinkDeclaration(Declaration):
         elementwise: bool = False,
     ) -> None:
         super().__init__(function, given=3 if state is not None or whole else 2, name=name, inner=inner)
-        self.key, self.watched = next(_serial), False
+        self.key, self.watched = str(next(_serial)), False  # torch.compile takes an int for a number that may change
         DECLARATIONS[self.key] = self
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
         self.original = self  # what a kernel knows the mathematics by

@@ -187,12 +187,20 @@ def runner(
 ) -> Any:
     """The function of the program for a recipe, in a form that `torch.compile` can trace through."""
     if torch.compiler.is_compiling():
+        details = tuple([LeafSpec(spec[0], *[tuple(map(constant, xs)) for xs in spec[1:]]) for spec in details])
         return getattr(_functions, name_of(form, details, apply, own_grads, donate, *[d.key for d in declarations]))
     return program(details, apply, own_grads, donate, *declarations, form=form).run
 
 
+def constant(x: Any) -> Any:
+    """`x`, for `torch.compile` as a constant: a whole number that was another one in an earlier graph is a symbol to it."""
+    if type(x) is not int:
+        return x
+    return len(range(x)) if x >= 0 else -len(range(-x))
+
+
 @constant_result
-def name_of(form: Form, details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *keys: int) -> str:
+def name_of(form: Form, details: tuple[Any, ...], apply: bool, own_grads: bool, donate: bool, *keys: str) -> str:
     """The name of the program for a recipe: a constant, while `torch.compile` traces. It is given the declarations' keys."""
     return program(details, apply, own_grads, donate, *[DECLARATIONS[key] for key in keys], form=form).name
 

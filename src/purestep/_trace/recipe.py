@@ -37,7 +37,7 @@ class StateFields(Protocol):
 class LeafDeclaration(Protocol):
     """What a program needs to know of a declared leafwise transform."""
 
-    key: int  # identifies the declaration in the cache of programs, which must not keep the declaration alive
+    key: str  # identifies the declaration in the cache of programs, which must not keep the declaration alive
     watched: bool  # a finalizer drops the programs of this declaration when it is freed
     name: str
     function: Callable[..., Any]

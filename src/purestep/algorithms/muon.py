@@ -21,6 +21,7 @@ from purestep.transforms.scale import scale_by_learning_rate
 
 Coefficients: TypeAlias = tuple[Hyper, Hyper, Hyper]
 REMEDY = "Route it elsewhere with masked(...), or give it an optimizer of its own."
+STACKS = "Say with as_matrices(...) which matrices it is made of, route it elsewhere, or give it an optimizer of its own."
 
 
 class MuonState(NamedTuple):
@@ -40,7 +41,8 @@ def matrix(path: str, p: Tensor) -> None:
     if p.is_complex():
         raise RuntimeError(f"muon cannot treat complex parameters, but {path} is {p.dtype}. {REMEDY}")
     if p.ndim != 2:
-        raise ValueError(f"muon orthogonalizes matrices, but {path} has shape {tuple(p.shape)}. {REMEDY}")
+        remedy = STACKS if p.ndim > 2 else REMEDY
+        raise ValueError(f"muon orthogonalizes matrices, but {path} has shape {tuple(p.shape)}. {remedy}")
 
 
 @operation(like=True, stacks=True)
@@ -67,7 +69,7 @@ def addmm(a: Any, x: Tensor, b: Any, y: Tensor, z: Tensor) -> Tensor:
 @operation(single=True, shapes=True)
 def gain(p: Tensor, adjust_lr_fn: str | None) -> float:
     """What an orthogonal matrix is multiplied by, for its shape."""
-    rows, columns = p.shape
+    rows, columns = p.shape[-2:]
     return adjustment(rows, columns, adjust_lr_fn)
 
 

@@ -13,7 +13,7 @@ from purestep._core.hyper import Interval
 from purestep._core.maths import Scalar, counter, where
 from purestep._core.primitives import LinkDeclaration, Primitive
 from purestep._engine.nesting import Inner
-from purestep.compose import Relinked
+from purestep.compose import Relinked, check_transform
 from purestep.declare import nested
 from purestep.transform import Transform
 from purestep.transforms.noise import whole_number
@@ -108,13 +108,6 @@ def state_dtype(transform: Transform, dtype: torch.dtype) -> Transform:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"state_dtype takes a floating-point dtype, such as torch.float32, but got {dtype!r}.")
     return StateDtype((transform,), (dtype,))
-
-
-def check_transform(transform: Any, name: str) -> None:
-    """Refuse what is no transform."""
-    if not isinstance(transform, Transform):
-        hint = f" Did you mean to call it: {transform.__name__}(...)?" if hasattr(transform, "__name__") else ""
-        raise TypeError(f"{name} takes a transform, but got {transform!r}.{hint}")
 
 
 # ----------------------------------------------------------------------------------------------------------- master weights

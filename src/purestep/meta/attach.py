@@ -181,6 +181,7 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
 
     def __init__(self, given: Any) -> None:
         super().__init__()
+        self.waits = False  # whether what runs now is not to be differentiated
         self.given = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         self.known = {id(x) for x in self.given}
         self.met: dict[int, TensorWeakRef] = {}
@@ -189,6 +190,8 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
         self.start = sequence_number()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.waits:
+            return func(*args, **kwargs or {})
         for y in within((*args, *kwargs.values()) if kwargs else args):
             x, _ = unwrapped(y, self.base)
             if id(x) not in self.known and (id(x) not in self.met or self.met[id(x)]() is not x) and maths.followed(x):
@@ -245,12 +248,15 @@ class exchanged(TorchFunctionMode):  # noqa: N801
 
     def __init__(self, olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
         super().__init__()
+        self.waits = False  # whether what runs now is not to be differentiated
         self.olds = list(olds)  # alive, so that no other tensor can have their identity
         self.places = {id(old): (new, difference(old, new)) for old, new in zip(olds, news)}
         self.base = current_level()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.waits:
+            return func(*args, **kwargs)
         if func is Tensor.requires_grad_:
             args = self.put(args, False)
         elif func is torch.autograd.grad:

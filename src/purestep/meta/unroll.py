@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from purestep._core import maths, tree
 from purestep._core.lists import flattened, parted
@@ -19,7 +18,6 @@ from purestep._core.torch_api import (
     SUPPORTED_NODES,
     DisableFuncTorch,
     TransformType,
-    TreeSpec,
     VmapInterpreter,
     add_batch_dim,
     interpreter_stack,
@@ -33,6 +31,8 @@ from purestep._core.torch_api import (
 from purestep.meta.attach import Rule, attach, exchanged, layers, pullback, pushforward, watched
 from purestep.meta.joined import join_state, joins, part_state
 from purestep.meta.loop import Loop
+from purestep.meta.surroundings import Surroundings
+from purestep.meta.trees import GAP, copies, described, differentiable, refilled, together
 from purestep.transform import Transform
 
 PyTree = Any
@@ -63,10 +63,6 @@ class Recorded(NamedTuple):
     """What the loss returned beside its value at each step: tensors of shape (steps, ...)."""
     trajectory: Any
     """The parameters before each step and after the last: tensors of shape (steps + 1, ...)."""
-
-
-GAP = object()
-"""The place of a tensor in a list of leaves."""
 
 
 class Steps(NamedTuple):
@@ -349,12 +345,6 @@ def differentiate(
     return grads, made if record else detach(made)
 
 
-def refilled(others: list[Any], tensors: Sequence[Tensor], spec: TreeSpec) -> PyTree:
-    """A pytree of these tensors, and of what else there was in the places between them."""
-    rest = iter(tensors)
-    return tree_unflatten([next(rest) if x is GAP else x for x in others], spec)
-
-
 def value_and_grad(steps: Steps, params: PyTree, given: tuple[PyTree, tuple[PyTree, ...]]) -> tuple[Tensor, PyTree]:
     """The loss of a step and its gradients at other parameters. What else the loss returns there is dropped."""
     grads, made = differentiate(steps, params, given)
@@ -392,27 +382,6 @@ def number(value: Any) -> Tensor:
     raise TypeError(f"The loss must be one number, a 0-d tensor, but is {described(value)}. {remedy}")
 
 
-def described(x: Any) -> str:
-    """What something is, in an error."""
-    if isinstance(x, Tensor):
-        return f"a tensor of shape {tuple(x.shape)}"
-    return f"a {type(x).__name__} of {len(x)}" if isinstance(x, (tuple, list, dict)) else repr(x)
-
-
-def copies(buffers: T) -> T:
-    """The same pytree with tensors of its own memory. What is one tensor in several places stays one."""
-    made: dict[int, Tensor] = {}
-
-    def copy(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if id(x) not in made:
-            made[id(x)] = x.clone()
-        return made[id(x)]
-
-    return tree_map(copy, buffers)
-
-
 def of_each_member(buffers: PyTree, inputs: PyTree) -> PyTree:
     """The same buffers, of which each member of a `torch.func.vmap` has its own.
 
@@ -437,43 +406,6 @@ def of_each_member(buffers: PyTree, inputs: PyTree) -> PyTree:
         return x
 
     return tree_map(spread, buffers)
-
-
-def together(trees: Sequence[PyTree], join: Callable[[list[Tensor]], Tensor], name: str) -> PyTree:
-    """Pytrees of the consecutive steps, or of consecutive segments, as one: tensors are joined, and numbers are tensors.
-
-    Raises:
-        ValueError: structures or shapes differ.
-        TypeError: there is something else in them.
-    """
-    first, spec = tree.flatten(trees[0])
-    columns = [[x] for x in first]
-    for other in trees[1:]:
-        leaves = tree.flatten_like(other, spec, f"{name} of all steps", f"{name} of the first step")
-        for column, x in zip(columns, leaves):
-            column.append(x)
-    start = 1 if join is torch.cat else 0
-    made: list[Any] = []
-    for column, path in zip(columns, spec.paths()):
-        like = next((x for x in column if isinstance(x, Tensor)), None)
-        if all([x is None for x in column]):
-            made.append(None)
-            continue
-        for x in column:
-            if not isinstance(x, (Tensor, bool, int, float, complex)):
-                raise TypeError(f"{name} must be tensors or numbers at every step, but {tree.quote(path)} is {x!r}.")
-        if like is None:
-            made.append(torch.tensor(column))
-            continue
-        tensors = [x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in column]
-        shapes = list(dict.fromkeys([tuple(x.shape[start:]) for x in tensors]))
-        if len(shapes) > 1:
-            raise ValueError(
-                f"{name} must have the same shape at every step, but {tree.quote(path)} has {shapes[0]} and {shapes[1]}. "
-                "Return its mean or sum."
-            )
-        made.append(join(tensors))
-    return tree.unflatten(made, spec)
 
 
 # ---------------------------------------------------------------------------------------------------------------- batches
@@ -545,35 +477,6 @@ def whole(x: Any) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
-
-
-class Surroundings:
-    """What an operation does depends on beside its arguments: the state of the random number generators, and autocast."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        bottoms = [maths.bottom(x)[0] for x in tensors]
-        self.device = next((x.device.type for x in bottoms if x.device.type not in ("cpu", "meta")), "cpu")
-        self.random = torch.get_rng_state()
-        self.devices, self.states = get_device_states(*bottoms)
-        self.casts = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
-            for kind in {"cpu", self.device}
-        ]
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """As it was, for as long as it takes."""
-        with ExitStack() as stack:
-            stack.enter_context(
-                torch.random.fork_rng(self.devices, device_type=self.device)
-                if self.devices
-                else torch.random.fork_rng(devices=[])
-            )
-            torch.set_rng_state(self.random)
-            set_device_states(self.devices, self.states, device_type=self.device)
-            for kind, dtype, enabled, cache in self.casts:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
-            yield
 
 
 def recomputed(
@@ -649,10 +552,6 @@ def known_constants(
         _, tensors = noted()
     others, spec, constant = form
     return refilled(others, tensors, spec), constant
-
-
-def differentiable(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 class Distinct:

@@ -438,7 +438,19 @@ X = torch.ones(2)
         ({"batches": -1}, ValueError, "at least one step, but batches is -1"),
         ({"batches": torch.ones(0, 2)}, ValueError, "at least one step, but the batches are for none"),
         ({"batches": {}}, ValueError, "they hold no tensor. For steps on the same data give their number"),
-        ({"batches": [1.0, 2.0]}, TypeError, "tensors whose first dimension is that of the steps, but '0' is 1.0"),
+        ({"batches": (1.0, 2.0)}, TypeError, "tensors whose first dimension is that of the steps, but '0' is 1.0.*One batch per step, of any kind, is a list"),
+        ({"batches": []}, ValueError, "at least one step, but the list of batches is empty"),
+        ({"batches": "text"}, TypeError, "tensors whose first dimension is that of the steps, but the root .* is 'text'"),
+        ({"args": X}, TypeError, r"args must be a tuple of further arguments of the loss, but is tensor.*One argument x is args=\(x,\)"),
+        ({"loss": lambda p, b: ((p - b).sum(), b)}, TypeError, r"must be one number, a 0-d tensor, but is a tuple of 2. A loss that returns \(loss, aux\) takes has_aux=True"),
+        ({"has_aux": True}, TypeError, r"With has_aux=True the loss must return \(loss, aux\), a tuple, but it returned a tensor of shape \(\)"),
+        ({"has_aux": True, "buffers": X, "loss": lambda p, s, b: (p.sum(), s)}, TypeError, r"With buffers and has_aux=True the loss must return \(loss, buffers, aux\), a tuple, but it returned a tuple of 2"),
+        ({"buffers": X, "loss": lambda p, s, b: [p.sum(), s]}, TypeError, r"With buffers the loss must return \(loss, buffers\), a tuple, but it returned a list of 2"),
+        ({"buffers": {"m": X}, "loss": lambda p, s, b: (p.sum(), {})}, ValueError, "The buffers that a loss returns must have the structure of those that it is given, but they have no leaf at 'm'"),
+        ({"has_aux": True, "loss": lambda p, b: (p.sum(), {"k": "text"})}, TypeError, "aux must be tensors or numbers, but 'k' is 'text'"),
+        ({"has_aux": True, "loss": lambda p, b: (p.sum(), {"k": b}), "batches": [X, X[:1]]}, ValueError, r"aux must have the same shape every time, but 'k' has \(2,\) and \(1,\). Return its mean or sum"),
+        ({"has_aux": True, "loss": lambda p, b: (p.sum(), {"k": b}), "batches": [X, X[:1]], "checkpoint_every": 1}, ValueError, r"aux must have the same shape every time, but 'k' has \(2,\) and \(1,\)"),
+        ({"has_aux": True, "loss": lambda p, b: (p.sum(), {b: 1}), "batches": ["a", "b"]}, ValueError, "aux must have the structure of those of the first time, but they have no leaf at 'a'"),
         ({"batches": {"x": torch.ones(3, 2), "k": torch.tensor(1.0)}}, TypeError, "'k' is a tensor without dimensions. What is the same in every step belongs to the loss"),
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be a number of steps, at least 1, but is 0; the square root .* here 2"),
         ({"checkpoint_every": 2.5}, ValueError, "checkpoint_every must be a number of steps, at least 1, but is 2.5"),
@@ -447,7 +459,7 @@ X = torch.ones(2)
         ({"params": torch.ones(2, dtype=torch.long)}, TypeError, "Only floating-point and complex parameters can be optimized"),
         ({"opt": ps.scale_by_sophia()}, TypeError, "scale_by_sophia needs hessian"),
     ],
-    ids=["lengths", "0 steps", "-1 steps", "empty", "no tensors", "floats", "0-d", "every 0", "every 2.5", "vector", "float", "whole numbers", "unknown extra"],
+    ids=["lengths", "0 steps", "-1 steps", "empty", "no tensors", "floats", "no batches", "text", "args", "a tuple", "no aux", "no aux beside buffers", "a list", "buffers", "text in aux", "shapes of aux", "shapes of aux in segments", "structures of aux", "0-d", "every 0", "every 2.5", "vector", "float", "whole numbers", "unknown extra"],
 )  # fmt: skip
 def test_mistakes_in_unroll(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     given = {"opt": ps.sgd(0.1), "loss": lambda p, b: ((p - b) ** 2).sum(), "params": X, "batches": torch.ones(3, 2), **options}
@@ -788,10 +800,117 @@ def test_evolution_strategies_tune_an_inner_loop() -> None:
     assert len(flat(found)) == len(flat(wanted))
 
 
+def cubic(x: Any, shift: Tensor) -> Tensor:
+    z = torch.cat([x["a"].reshape(-1), x["b"].reshape(-1)]) - shift
+    return (z**3).sum() + 0.5 * z @ CURVATURE @ z
+
+
+def test_sigma_may_be_a_tensor() -> None:
+    """As the number, batched by vmap as one by one, and differentiated as finite differences say."""
+    sigmas = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
+
+    def both(sigma: Any) -> Any:
+        return ps.meta.es_grad_and_value(cubic, sigma=sigma, num_samples=3)(POINT, SHIFT, seed=1)
+
+    together = torch.func.vmap(both)(sigmas)
+    for i, sigma in enumerate(sigmas):
+        alone = both(sigma.item())
+        assert difference(both(sigma), alone) <= 1e-12
+        assert difference(pytree.tree_map(lambda x, i=i: x[i], together), alone) <= 1e-11
+
+    def number(sigma: Any) -> Tensor:
+        return dot(both(sigma), directions(POINT))
+
+    numeric = (number(0.5 + 1e-5) - number(0.5 - 1e-5)) / 2e-5
+    torch.testing.assert_close(torch.func.grad(number)(sigmas[1]), numeric, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        torch.func.jvp(number, (sigmas[1],), (torch.ones_like(numeric),))[1], numeric, rtol=1e-7, atol=1e-7
+    )
+    leaf = sigmas[1].clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(number(leaf), leaf)[0], numeric, rtol=1e-7, atol=1e-7)
+    assert torch.func.vmap(torch.func.grad(number))(sigmas)[1] == pytest.approx(numeric.item())
+
+
+def test_a_batch_of_sigmas_is_checked() -> None:
+    """Also inside of vmap and grad, where the values are there to be read."""
+
+    def estimate(sigma: Tensor) -> Tensor:
+        return ps.meta.es_grad(cubic, sigma=sigma, num_samples=2)(POINT, SHIFT)["b"]
+
+    for transformed in (
+        torch.func.vmap(estimate),
+        torch.func.vmap(torch.func.grad(estimate)),
+        torch.func.grad(lambda s: torch.func.vmap(estimate)(s).sum()),
+    ):
+        with pytest.raises(
+            ValueError, match=r"sigma, the standard deviation of the perturbations, must be above 0, but is -0.5"
+        ):
+            transformed(torch.tensor([0.1, -0.5]))
+        transformed(torch.tensor([0.1, 0.5]))
+
+
+@pytest.mark.parametrize("how", [{}, {"chunk_size": 3}, {"vectorize": False}], ids=["at once", "in chunks", "in turn"])
+def test_what_an_evaluation_returns_beside_its_value(how: dict[str, Any]) -> None:
+    """Of the points with the perturbations added first, then of those with them subtracted."""
+
+    def noted(x: Any, shift: Tensor) -> Any:
+        return quadratic(x, shift), {"point": x, "two": 2, "none": None}
+
+    options: dict[str, Any] = {"sigma": 0.3, "num_samples": 4, **how}
+    gradient, aux = ps.meta.es_grad(noted, has_aux=True, **options)(POINT, SHIFT, seed=3)
+    assert difference(gradient, ps.meta.es_grad(quadratic, **options)(POINT, SHIFT, seed=3)) == 0
+    again, (value, same) = ps.meta.es_grad_and_value(noted, has_aux=True, **options)(POINT, SHIFT, seed=3)
+    assert difference(flat((again, same)), flat((gradient, aux))) == 0
+    assert difference(value, ps.meta.es_grad_and_value(quadratic, **options)(POINT, SHIFT, seed=3)[1]) <= 1e-12
+    assert aux["none"] is None
+    assert torch.equal(aux["two"], torch.full((8,), 2))
+    values = torch.stack([quadratic({k: x[i] for k, x in aux["point"].items()}, SHIFT) for i in range(8)])
+    for name, points in aux["point"].items():
+        moved = points - POINT[name]
+        assert difference(moved[:4], -moved[4:]) <= 1e-12
+        weights = (values[:4] - values[4:]) / (2 * 4 * 0.3)  # the estimate, from what was noted
+        assert difference(torch.tensordot(weights, moved[:4] / 0.3, 1), gradient[name]) <= 1e-10
+
+    def of(shift: Tensor) -> Any:
+        gradient, aux = ps.meta.es_grad(noted, has_aux=True, **options)(POINT, shift, seed=3)
+        return gradient, aux["point"]
+
+    together = torch.func.vmap(of)(torch.stack([-SHIFT, SHIFT]))
+    assert difference(pytree.tree_map(lambda x: x[1], together), (gradient, aux["point"])) <= 1e-12
+
+
+@pytest.mark.parametrize("how", [{}, {"chunk_size": 3}, {"vectorize": False}], ids=["at once", "in chunks", "in turn"])
+def test_functions_that_draw_random_numbers(how: dict[str, Any]) -> None:
+    """Drawn for all the same, they leave the difference of both sides; else each evaluation has its own."""
+
+    def noisy(x: Tensor) -> Any:
+        drawn = torch.randn((), dtype=torch.float64)
+        return drawn + 0 * x.sum(), drawn
+
+    def drawn(randomness: str) -> tuple[Tensor, Tensor]:
+        return ps.meta.es_grad(noisy, num_samples=4, has_aux=True, randomness=randomness, **how)(
+            torch.zeros(2, dtype=torch.float64)
+        )
+
+    torch.manual_seed(0)
+    gradient, same = drawn("same")
+    assert len(same.unique()) == 1
+    assert difference(gradient, torch.zeros_like(gradient)) == 0
+    assert drawn("same")[1][0] != same[0]  # the generator has moved on
+    gradient, different = drawn("different")
+    assert len(different.unique()) == 8
+    assert gradient.abs().min() > 0
+    if "vectorize" in how:
+        assert len(drawn("error")[1].unique()) == 8
+    else:
+        with pytest.raises(RuntimeError, match="called random operation while in randomness error mode"):
+            drawn("error")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"sigma": 0.0}, "sigma, the standard deviation .* must be above 0, but is 0.0"), ({"num_samples": 0}, "num_samples must be a whole number of at least 1"), ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1")],
-    ids=["sigma", "samples", "chunks"],
+    [({"sigma": 0.0}, "sigma, the standard deviation .* must be above 0, but is 0.0"), ({"sigma": torch.tensor(-1.0)}, "must be above 0, but is -1.0"), ({"sigma": torch.ones(2)}, r"sigma must be one real number, a float or a 0-d tensor, but is a tensor of shape \(2,\) of torch.float32. For several at once use torch.func.vmap"), ({"sigma": torch.tensor(1j)}, "sigma must be one real number"), ({"randomness": "none"}, "randomness must be one of 'error', 'different', 'same', but is 'none'"), ({"num_samples": 0}, "num_samples must be a whole number of at least 1"), ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1")],
+    ids=["sigma", "a tensor", "several", "complex", "randomness", "samples", "chunks"],
 )  # fmt: skip
 def test_mistakes_in_evolution_strategies(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -803,3 +922,11 @@ def test_what_evolution_strategies_cannot_perturb() -> None:
         ps.meta.es_grad(lambda x: x[0].sum())([torch.ones(2, dtype=torch.long)])
     with pytest.raises(TypeError, match=r"whose value is one real number, but it returned a tensor of shape \(2,\)"):
         ps.meta.es_grad(lambda x: x)(X)
+    for vectorize in (True, False):
+        with pytest.raises(
+            TypeError,
+            match=r"With has_aux=True the function of es_grad must return \(value, aux\), a tuple, but it returned a tensor of shape \(\)",
+        ):
+            ps.meta.es_grad(lambda x: x.sum(), has_aux=True, vectorize=vectorize)(X)
+        with pytest.raises(TypeError, match="aux must be tensors or numbers, but 'k' is 'text'"):
+            ps.meta.es_grad(lambda x: (x.sum(), {"k": "text"}), has_aux=True, vectorize=vectorize)(X)

@@ -433,11 +433,11 @@ def readable(x: Tensor) -> bool:
     )
 
 
-def followed(x: Tensor) -> bool:
-    """Whether autograd or a `torch.func` transform knows this tensor: it may have derivatives, or be a batch."""
+def followed(x: Tensor, batches: bool = True) -> bool:
+    """Whether autograd or a `torch.func` transform knows a tensor: it may have derivatives, or, with `batches`, be a batch."""
     forward = forward_ad._current_level >= 0
     while is_wrapped(x):
-        if x.requires_grad or forward or is_batched(x):  # below another level tangents are not to be seen
+        if x.requires_grad or forward or (batches and is_batched(x)):  # below another level tangents are not to be seen
             return True
         x = get_unwrapped(x)
     if not forward:

@@ -112,6 +112,7 @@ DisableFuncTorch = torch._C._DisableFuncTorch  # a context manager: no level see
 dispatch_mode_count = torch._C._len_torch_dispatch_stack  # of the `TorchDispatchMode`s that are on: make_fx, fake tensors, ...
 function_mode_count = torch._C._len_torch_function_stack  # of the `TorchFunctionMode`s that are on
 current_function_mode = torch.overrides._get_current_function_mode
+function_modes = torch.overrides._get_current_function_mode_stack  # a list of those that are on
 disable_dispatch_modes = _python_dispatch._disable_current_modes  # a context manager
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass  # a context manager: no subclass's `__torch_function__`
 BelowAutograd = torch._C._AutoDispatchBelowAutograd  # a context manager: autograd is skipped; versions are counted all the same

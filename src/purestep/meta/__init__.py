@@ -14,5 +14,6 @@ from purestep.meta.linear import SolveInfo as SolveInfo
 from purestep.meta.linear import solve_cg as solve_cg
 from purestep.meta.linear import solve_neumann as solve_neumann
 from purestep.meta.linear import solve_normal_cg as solve_normal_cg
+from purestep.meta.unroll import Recorded as Recorded
 from purestep.meta.unroll import Unrolled as Unrolled
 from purestep.meta.unroll import unroll as unroll

@@ -89,9 +89,14 @@ class _Attached(torch.autograd.Function):
         return tuple(ctx.rule.push(values, sources, given))
 
 
-def pullback(function: Callable[[list[Tensor]], Sequence[Tensor]], at: list[Tensor], cotangents: list[Tensor]) -> list[Any]:
-    """The cotangents of a list, of a function of it; None for whole numbers."""
-    places, of_floats = floats(function, at)
+def pullback(
+    function: Callable[[list[Tensor]], Sequence[Tensor]],
+    at: list[Tensor],
+    cotangents: list[Tensor],
+    wanted: Sequence[bool] | None = None,
+) -> list[Any]:
+    """The cotangents of a list, of a function of it; None for whole numbers, and for what is not `wanted`."""
+    places, of_floats = floats(function, at, wanted)
     _, back = torch.func.vjp(of_floats, *[at[k] for k in places])  # type: ignore[misc]
     found: list[Any] = [None] * len(at)
     for k, x in zip(places, back(tuple(cotangents))):
@@ -99,15 +104,22 @@ def pullback(function: Callable[[list[Tensor]], Sequence[Tensor]], at: list[Tens
     return found
 
 
-def pushforward(function: Callable[[list[Tensor]], Sequence[Tensor]], at: list[Tensor], tangents: list[Tensor]) -> list[Any]:
-    """The tangents of the values of a function of a list."""
-    places, of_floats = floats(function, at)
+def pushforward(
+    function: Callable[[list[Tensor]], Sequence[Tensor]],
+    at: list[Tensor],
+    tangents: list[Tensor],
+    wanted: Sequence[bool] | None = None,
+) -> list[Any]:
+    """The tangents of the values of a function of a list; what is not `wanted` is constant."""
+    places, of_floats = floats(function, at, wanted)
     return list(torch.func.jvp(of_floats, tuple([at[k] for k in places]), tuple([tangents[k] for k in places]))[1])
 
 
-def floats(function: Callable[[list[Tensor]], Sequence[Tensor]], at: list[Tensor]) -> tuple[list[int], Callable[..., Any]]:
-    """Which of a function's arguments are not whole numbers, and the function of these alone."""
-    places = [k for k, x in enumerate(at) if x.is_floating_point() or x.is_complex()]
+def floats(
+    function: Callable[[list[Tensor]], Sequence[Tensor]], at: list[Tensor], wanted: Sequence[bool] | None
+) -> tuple[list[int], Callable[..., Any]]:
+    """Which of a function's arguments are not whole numbers, and are `wanted`; and the function of these alone."""
+    places = [k for k, x in enumerate(at) if (wanted is None or wanted[k]) and (x.is_floating_point() or x.is_complex())]
 
     def of_floats(*xs: Tensor) -> tuple[Tensor, ...]:
         filled = list(at)
@@ -169,6 +181,7 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
 
     def __init__(self, given: Any) -> None:
         super().__init__()
+        self.waits = False  # whether what runs now is not to be differentiated
         self.given = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         self.known = {id(x) for x in self.given}
         self.met: dict[int, TensorWeakRef] = {}
@@ -177,6 +190,8 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
         self.start = sequence_number()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.waits:
+            return func(*args, **kwargs or {})
         for y in within((*args, *kwargs.values()) if kwargs else args):
             x, _ = unwrapped(y, self.base)
             if id(x) not in self.known and (id(x) not in self.met or self.met[id(x)]() is not x) and maths.followed(x):
@@ -233,12 +248,15 @@ class exchanged(TorchFunctionMode):  # noqa: N801
 
     def __init__(self, olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
         super().__init__()
+        self.waits = False  # whether what runs now is not to be differentiated
         self.olds = list(olds)  # alive, so that no other tensor can have their identity
         self.places = {id(old): (new, difference(old, new)) for old, new in zip(olds, news)}
         self.base = current_level()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.waits:
+            return func(*args, **kwargs)
         if func is Tensor.requires_grad_:
             args = self.put(args, False)
         elif func is torch.autograd.grad:

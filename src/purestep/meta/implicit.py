@@ -23,6 +23,7 @@ from purestep._core.populations import detach
 from purestep._core.torch_api import tree_flatten, tree_unflatten
 from purestep.meta.attach import Rule, attach, exchanged, pullback, pushforward, watched
 from purestep.meta.linear import solve_cg, solve_normal_cg
+from purestep.meta.outside import constants_of
 
 PyTree = Any
 Solver: TypeAlias = Callable[..., Any]
@@ -39,15 +40,21 @@ def implicit(
     .. math:: x^* = \arg\min_x f(x, \theta), \qquad \nabla_x f(x^*, \theta) = 0, \qquad
         \frac{\partial x^*}{\partial \theta} = -(\nabla^2_{xx} f)^{-1}\,\nabla^2_{x\theta} f
 
-    The result is called as the solver is, ``solver(init, *args)``, and can be differentiated in either direction and any
-    number of times, batched, and nested. Its derivatives are with respect to `args`, pytrees, and to whatever `stationarity`
-    closes over; with respect to `init` they are 0. They are as exact as the solution is: the solver is to be run until
-    it has converged.
+    The result is called as the solver is, ``solver(init, *args, **kwargs)``, and can be differentiated in either direction and
+    any number of times, batched, and nested. Its derivatives are with respect to `args` and `kwargs`, pytrees, and to whatever
+    `stationarity` closes over; with respect to `init` they are 0. They are as exact as the solution is: the solver is to be run
+    until it has converged.
 
     Args:
-        solver: ``(init, *args) -> x``, a pytree of the structure of `init`. Nothing in it is differentiated.
-        stationarity: ``(x, *args) ->`` what is 0 at the solution, a pytree like `x`. For a loss it is
-            ``torch.func.grad(loss)``.
+        solver: ``(init, *args, **kwargs) -> x``, a pytree of the structure of `init`. Nothing in it is differentiated. It may
+            train a `torch.nn.Parameter` with ``loss.backward()`` and any optimizer of torch.optim: `torch.func` refuses that
+            where it is called, and so the solver is called once more, outside of all `torch.func.grad` and the like, with plain
+            tensors. A `torch.func.vmap` cannot be left: to be batched it is to be made of `torch.func.grad` and
+            `Transform.step`. What a solver depends on is best handed over as an argument: ``backward()`` adds to the ``grad``
+            of a leaf that it closes over, as in any loop.
+        stationarity: ``(x, *args, **kwargs) ->`` what is 0 at the solution, a pytree like `x`. For a loss it is
+            ``torch.func.grad(loss)``. It takes what the solver takes; an option of the solver's alone is given to it by
+            `functools.partial`.
         solve: how to solve :math:`A u = v` given :math:`u \mapsto A u`; see `solve_cg`, `solve_normal_cg`, `solve_neumann`.
             The default is for minima. For saddle points and other roots see `custom_root`.
         has_aux: the solver returns ``(x, aux)``; `aux` is handed on as it is, without derivatives.
@@ -57,6 +64,7 @@ def implicit(
 
     Raises:
         ValueError: what `stationarity` returns has another structure than the solution, or other shapes.
+        RuntimeError: a solver that calls ``backward()`` is batched by `torch.func.vmap`.
 
     >>> import torch, purestep as ps
     >>> def loss(x, theta):
@@ -70,18 +78,40 @@ def implicit(
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]])
 
+    A solver that is written as training loops are:
+
+    >>> def by_lbfgs(init, theta):
+    ...     x = torch.nn.Parameter(init.clone())
+    ...     optimizer = torch.optim.LBFGS([x], line_search_fn="strong_wolfe")
+    ...     def closure():
+    ...         optimizer.zero_grad()
+    ...         value = loss(x, theta)
+    ...         value.backward()
+    ...         return value
+    ...     optimizer.step(closure)
+    ...     return x
+    >>> minimum = ps.meta.implicit(by_lbfgs, torch.func.grad(loss))
+    >>> torch.func.jacrev(lambda theta: minimum(torch.zeros(2), theta=theta))(torch.tensor([1.0, 2.0]))
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]])
+
     Reference: Blondel et al., `Efficient and Modular Implicit Differentiation <https://arxiv.org/abs/2105.15183>`_, 2022.
     """
 
     @functools.wraps(solver)
-    def solved(init: PyTree, *args: PyTree) -> Any:
-        result = solver(*detach((init, *args)))
+    def solved(init: PyTree, /, *args: PyTree, **kwargs: PyTree) -> Any:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "torch.compile cannot trace implicit differentiation. Compile the solver and the optimality function instead, "
+                "and leave the derivative outside."
+            )
+        result = constants_of(solver, (init, *args), kwargs)
         aux = None
         if has_aux:
             if not isinstance(result, tuple) or len(result) != 2:
                 raise TypeError(f"With has_aux=True the solver must return (x, aux), but it returned {result!r}.")
             result, aux = result
-        x = rooted(detach(result), args, stationarity, solve)
+        x = rooted(detach(result), args, kwargs, stationarity, solve)
         return (x, detach(aux)) if has_aux else x
 
     return solved
@@ -95,12 +125,12 @@ def custom_root(
     As `implicit`, but :math:`\partial F / \partial x` need not be symmetric.
 
     Args:
-        optimality: :math:`F`, ``(x, *args) ->`` a pytree like `x` that is 0 at the root.
+        optimality: :math:`F`, ``(x, *args, **kwargs) ->`` a pytree like `x` that is 0 at the root.
         solve: as in `implicit`.
         has_aux: as in `implicit`.
 
     Returns:
-        a decorator for a solver ``(init, *args) -> x``, which is called as before.
+        a decorator for a solver ``(init, *args, **kwargs) -> x``, as in `implicit`, which is called as before.
 
     >>> import torch, purestep as ps
     >>> @ps.meta.custom_root(lambda x, a: x**2 - a)
@@ -120,12 +150,12 @@ def custom_fixed_point(
     r"""Decorate a solver of :math:`x = T(x, \theta)` with the derivatives of the fixed point that it finds.
 
     Args:
-        fixed_point: :math:`T`, ``(x, *args) -> x``.
+        fixed_point: :math:`T`, ``(x, *args, **kwargs) -> x``.
         solve: as in `implicit`. Where :math:`T` is a contraction, `solve_neumann` sums its powers.
         has_aux: as in `implicit`.
 
     Returns:
-        a decorator for a solver ``(init, *args) -> x``, which is called as before.
+        a decorator for a solver ``(init, *args, **kwargs) -> x``, as in `implicit`, which is called as before.
 
     >>> import torch, purestep as ps
     >>> @ps.meta.custom_fixed_point(lambda x, a: torch.cos(a * x), solve=ps.meta.solve_neumann)
@@ -137,9 +167,9 @@ def custom_fixed_point(
     tensor(-0.2975)
     """
 
-    def difference(x: PyTree, *args: PyTree) -> PyTree:
+    def difference(x: PyTree, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         leaves, spec = tree.flatten(x)
-        moved = tree.flatten_like(fixed_point(x, *args), spec, "the values of T", "its arguments")
+        moved = tree.flatten_like(fixed_point(x, *args, **kwargs), spec, "the values of T", "its arguments")
         return tree.unflatten([p - q for p, q in zip(leaves, moved)], spec)
 
     return custom_root(difference, solve=solve, has_aux=has_aux)
@@ -156,18 +186,19 @@ class Equation(NamedTuple):
     spec: tree.Spec
 
 
-def rooted(x: PyTree, args: tuple[PyTree, ...], optimality: Callable[..., PyTree], solve: LinearSolver) -> PyTree:
+def rooted(
+    x: PyTree,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+    optimality: Callable[..., PyTree],
+    solve: LinearSolver,
+) -> PyTree:
     """A solution, as a function of everything that `optimality` depends on but for itself."""
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "torch.compile cannot trace implicit differentiation. Compile the solver and the optimality function instead, and "
-            "leave the derivative outside."
-        )
     leaves, spec = tree.flatten(x)
     for path, p in zip(spec.paths(), leaves):
         if not isinstance(p, Tensor) or not (p.is_floating_point() or p.is_complex()):
             raise TypeError(f"A solution must be floating-point tensors, but {tree.quote(path)} is {p!r}.")
-    flat, arguments = tree_flatten(args)
+    flat, arguments = tree_flatten((args, kwargs))
     places = [k for k, y in enumerate(flat) if isinstance(y, Tensor)]
     given = detach([y for y in flat if isinstance(y, Tensor)])
 
@@ -175,7 +206,8 @@ def rooted(x: PyTree, args: tuple[PyTree, ...], optimality: Callable[..., PyTree
         filled = list(flat)
         for k, y in zip(places, theta):
             filled[k] = y
-        found = optimality(tree.unflatten(x, spec), *tree_unflatten(filled, arguments))
+        positional, named = tree_unflatten(filled, arguments)
+        found = optimality(tree.unflatten(x, spec), *positional, **named)
         return like_solution(found, x, spec)
 
     with watched((leaves, given)) as watch:

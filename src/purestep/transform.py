@@ -336,6 +336,12 @@ class Transform:
             extras["value_and_grad"] = on_lists(extras["value_and_grad"], leaves, rows, spec)
         inputs = Inputs(live, given, chosen, mask, extras)
         inputs.plain = usual
+        if rows is not None:
+            inputs.layout = lambda masks: [
+                (p.numel() * (1 + p.is_complex()), g is not None)
+                for p, g, yes in zip(leaves, gradients, select(masks, leaves, spec, memo))
+                if yes
+            ]
         if known is not None:
             inputs.facts = known.facts
         env = Env(mode, executor, Ownership(given=donate, counters=rows is None), live + given)

@@ -16,7 +16,7 @@ from torch.optim.lbfgs import _cubic_interpolate
 from torch.utils import _pytree as pytree
 
 import purestep as ps
-from purestep.algorithms.lbfgs import LBFGS, History, LBFGSState, Point, lbfgs, minimum_of_cubic, newton
+from purestep.algorithms.lbfgs import LBFGS, History, LBFGSState, Point, is_long, lbfgs, minimum_of_cubic, newton
 from tests.problems import clone, complex_regression, difference, logistic, mlp
 
 Options = dict[str, Any]
@@ -580,6 +580,55 @@ def test_compiled(dtype: torch.dtype) -> None:
     expected, own = update(*update(x, opt.init_state(x)))
     torch.testing.assert_close([found, *state[:4]], [expected, *own[:4]])
     torch.testing.assert_close([r for r in state.ro if r], list(own.ro))
+
+
+def value_and_grad(x: Tensor) -> tuple[Tensor, Tensor]:
+    grad, value = torch.func.grad_and_value(banana)(x)
+    return value, grad
+
+
+@pytest.mark.parametrize("around", [lambda t: t, ps.skip_if_nonfinite, lambda t: ps.chain(t, ps.scale(1.0))])
+@pytest.mark.parametrize("options", [{"line_search_fn": WOLFE}, {"lr": 1e-3, "max_iter": 9}], ids=["wolfe", "fixed"])
+def test_a_long_step_is_left_out_of_the_graph(options: Options, around: Any) -> None:
+    """Its loss is compiled; what is before it and behind it is in graphs of their own."""
+    opt, graphs = around(lbfgs(**options)), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compiled_loss = torch.compile(value_and_grad, backend=backend, fullgraph=True)
+
+    def update(x: Tensor, state: Any, f: Any) -> Any:
+        x, state = opt.step(2 * x, state, x, value_and_grad=f)
+        return x + 1.0, state
+
+    x = starts()[2]
+    found, own = torch.compile(update, backend=backend)(x, opt.init_state(x), compiled_loss)
+    expected, state = update(x, opt.init_state(x), value_and_grad)
+    assert torch.equal(found, expected)
+    assert same_tensors(own, state)
+    assert max(graphs) < 60
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Compile the loss instead"):
+        torch.compile(update, backend="eager", fullgraph=True)(x, opt.init_state(x), value_and_grad)
+
+
+def same_tensors(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_how_many_evaluations_are_written_out() -> None:
+    """In an update that cannot take more than 8 evaluations, and never takes fewer than it may."""
+    for options, long in (
+        ({"max_iter": 8}, False), ({"max_iter": 9}, True), ({"max_iter": 9, "max_eval": 8}, False),
+        ({"max_iter": 6, "line_search_fn": WOLFE}, False), ({"max_iter": 7, "line_search_fn": WOLFE}, True),
+        ({"max_iter": 50, "max_eval": 7, "line_search_fn": WOLFE}, False), ({"max_eval": 1, "line_search_fn": WOLFE}, False),
+    ):  # fmt: skip
+        opt = lbfgs(tolerance_grad=-1.0, tolerance_change=-1.0, **{"lr": 1e-4, **options})
+        assert is_long(opt.links[0].transform.arguments) == long
+        x = starts()[2]
+        _, state = opt.step(x, opt.init_state(x), x, value_and_grad=value_and_grad)
+        assert long or int(state.func_evals) <= 8
 
 
 # ------------------------------------------------------------------------------------------------- gradients that are None

@@ -285,6 +285,8 @@ class Transform:
         executor: ExecutorName | None,
         extras: dict[str, Any],
     ) -> tuple[Any, Any]:
+        if torch.compiler.is_compiling() and any(map(is_untraced, self.links)):
+            return advance_untraced(self, grads, state, params, apply, donate, executor, extras)
         plan = self.plan
         if extras or plan.extras:
             check_extras(plan, extras)
@@ -473,6 +475,22 @@ class Transform:
         <BLANKLINE>
         """
         return "\n".join(programs(self.plan, True, donate))
+
+
+def is_untraced(link: Link) -> bool:
+    """Whether `torch.compile` leaves a step of this link out of its graph."""
+    untraced = link.transform.declaration.untraced
+    return untraced is not None and untraced(link.transform.arguments)
+
+
+# A compiled while_loop would keep a loop of iterations one, but in torch 2.13 and 2.14 all that traced code assigns to an
+# attribute behind such a loop is lost without a word: in the code around the step, too.
+advance_untraced: Any = typing.cast("Any", torch.compiler.disable)(
+    Transform._advance,
+    reason="torch.compile would write out every iteration of this step of lbfgs, in minutes, and again when its history has "
+    "grown; so the step runs outside of the graph. Compile the loss instead: opt.step(..., value_and_grad=torch.compile("
+    "value_and_grad)). A step of at most 8 evaluations is traced: lower max_eval and max_iter",
+)
 
 
 def only_tensors(values: list[Any]) -> bool:

@@ -30,7 +30,7 @@ from purestep._core.primitives import (
     refuse_schedules,
     state_type,
 )
-from purestep._core.torch_api import tree_leaves
+from purestep._core.torch_api import is_batched, left_out_of_graphs, tree_leaves
 from purestep._engine.boundary import (
     columns_of,
     distinct,
@@ -51,6 +51,7 @@ from purestep._engine.checks import (
     executor_of,
     flattened,
     refuse_flat,
+    refuse_stacked,
     spread_alike,
 )
 from purestep._engine.explain import Explanation, watched
@@ -285,8 +286,8 @@ class Transform:
         executor: ExecutorName | None,
         extras: dict[str, Any],
     ) -> tuple[Any, Any]:
-        if torch.compiler.is_compiling() and any(map(is_untraced, self.links)):
-            return advance_untraced(self, grads, state, params, apply, donate, executor, extras)
+        if torch.compiler.is_compiling() and any(map(is_unrolled, self.links)):
+            return advance_eagerly(self, grads, state, params, apply, donate, executor, extras)
         plan = self.plan
         if extras or plan.extras:
             check_extras(plan, extras)
@@ -311,6 +312,8 @@ class Transform:
             if type(None) in set(map(type, gradients)):
                 rows = [k for k, g in enumerate(gradients) if g is not None]
             check_states(plan.links, states, leaves, shapes, spec)
+            if plan.structure.masked and any([p is not None and is_batched(p) for p in leaves]):
+                refuse_stacked(plan, states, leaves, spec)
         usual = known is not None or (eager and plain(everything, optional=True))
         if not usual and (eager or not plain(leaves, gradients, optional=True)):
             gradients = spread_alike(gradients, leaves, plan.alike(states), spec)
@@ -477,15 +480,15 @@ class Transform:
         return "\n".join(programs(self.plan, True, donate))
 
 
-def is_untraced(link: Link) -> bool:
+def is_unrolled(link: Link) -> bool:
     """Whether `torch.compile` leaves a step of this link out of its graph."""
-    untraced = link.transform.declaration.untraced
-    return untraced is not None and untraced(link.transform.arguments)
+    unrolls = link.transform.declaration.unrolls
+    return unrolls is not None and unrolls(link.transform.arguments)
 
 
 # A compiled while_loop would keep a loop of iterations one, but in torch 2.13 and 2.14 all that traced code assigns to an
 # attribute behind such a loop is lost without a word: in the code around the step, too.
-advance_untraced: Any = typing.cast("Any", torch.compiler.disable)(
+advance_eagerly = left_out_of_graphs(
     Transform._advance,
     reason="torch.compile would write out every iteration of this step of lbfgs, in minutes, and again when its history has "
     "grown; so the step runs outside of the graph. Compile the loss instead: opt.step(..., value_and_grad=torch.compile("

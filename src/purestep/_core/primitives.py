@@ -103,7 +103,7 @@ class LinkDeclaration(Declaration):
         self.passes = passes  # a nested transform that returns the updates of its inner transform as they came
         self.drops = False  # whether a leafwise transform gives the same updates whatever comes in; see `drops`
         self.forwards: Callable[[Mapping[str, Any]], bool] | None = None  # see `forwards`
-        self.untraced: Callable[[Mapping[str, Any]], bool] | None = None  # see `untraced`
+        self.unrolls: Callable[[Mapping[str, Any]], bool] | None = None  # see `unrolls`
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()
         if state is not None and "<locals>" not in state.__qualname__:  # a local class cannot be saved
@@ -163,7 +163,7 @@ def scaled(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
 SCALED = LinkDeclaration(scaled)
 
 
-def untraced(when: Callable[[Mapping[str, Any]], bool]) -> Callable[[Factory], Factory]:
+def unrolls(when: Callable[[Mapping[str, Any]], bool]) -> Callable[[Factory], Factory]:
     """A factory of transforms whose step `torch.compile` leaves out of its graph, because it would write long loops out.
 
     Args:
@@ -171,7 +171,7 @@ def untraced(when: Callable[[Mapping[str, Any]], bool]) -> Callable[[Factory], F
     """
 
     def mark(factory: Factory) -> Factory:
-        typing.cast("Any", factory).declaration.untraced = when
+        typing.cast("Any", factory).declaration.unrolls = when
         return factory
 
     return mark

@@ -77,6 +77,7 @@ class Structure:
         self.stages = tuple(stages)
         self.nests = any([stage.inner is not None for stage in stages])
         self.drops = any([d.drops for d in declarations])
+        self.masked = any([bool(link.masks) for link in links])
         self.final = len(stages) - 2 if stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
         self.chains: dict[tuple[bool, tuple[int, ...]], ChainStructure] = {}
 

@@ -24,7 +24,7 @@ from purestep._core import sharded
 from purestep._core.hyper import Extra, Hyper, NonNegative, Steps
 from purestep._core.maths import counter, maximum, minimum, precise, root, some, transforming, where
 from purestep._core.plain import plain
-from purestep._core.primitives import untraced
+from purestep._core.primitives import unrolls
 from purestep._engine.run import choose
 from purestep._executors.flat_buffer import joined, offset
 from purestep._optimizer.checkpoint import check_number
@@ -132,7 +132,7 @@ def is_long(arguments: Mapping[str, Any]) -> bool:
     return (most + 1 if a["line_search_fn"] else min(a["max_iter"], max(most, 2))) > UNROLLED
 
 
-@untraced(is_long)
+@unrolls(is_long)
 @whole(LBFGSState, moves=True)
 def lbfgs(
     gs: list[Tensor],

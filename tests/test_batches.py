@@ -172,3 +172,73 @@ def test_anything_else_that_looks_on_is_not_stepped_over(around: str, found: lis
         assert difference(twice, torch.stack([total(params)] * 2)) <= 1e-12
         return
     assert not any(found)
+
+
+# ---------------------------------------------------------------------------------------------- the state of a population
+
+MATRICES = ps.by_ndim({2: "matrices"}, default="rest")
+STRUCTURED: dict[str, ps.Transform] = {
+    "adamw": ps.adamw(0.1),
+    "without momentum": ps.sgd(0.1),
+    "by_ndim": ps.partition({"matrices": ps.muon(0.1), "rest": ps.adam(0.1)}, MATRICES),
+    "masked": ps.chain(ps.masked(ps.scale_by_adam(), ps.by_ndim({2: True}, default=False)), ps.scale(-0.1)),
+    "frozen": ps.chain(ps.adam(0.1), ps.freeze(ps.by_ndim({1: True}, default=False))),
+    "adafactor": ps.adafactor(0.1),
+    "shampoo": ps.shampoo(0.1),
+    "soap": ps.soap(0.1),
+    "sm3": ps.sm3(0.1),
+    "within": ps.skip_if_nonfinite(ps.partition({"matrices": ps.adafactor(0.1), "rest": ps.adam(0.1)}, MATRICES)),
+    "rates": ps.adafactor(RATES),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_the_state_of_a_population(name: str) -> None:
+    """Of a transform and stacked parameters; each member has what it has alone."""
+    opt, params = STRUCTURED[name], drawn(0)
+    dims, each = ps.out_dims(opt, params), ps.in_dims(opt)
+    state = vmap(lambda o, p: o.init_state(p), in_dims=(each, 0), out_dims=dims)(opt, params)
+    assert dims == ps.out_dims(
+        ps.take(opt, 0).init_state(ps.take(params, 0)) if name == "rates" else opt.init_state(ps.take(params, 0))
+    )
+    step = vmap(advance, in_dims=(each, dims, 0, 0), out_dims=(0, dims))
+    found = params
+    for i in range(3):
+        found, state = step(opt, state, found, drawn(i + 1))
+    for k in range(MEMBERS):
+        own = ps.take(opt, k) if name == "rates" else opt
+        p = ps.take(params, k)
+        s = own.init_state(p)
+        for i in range(3):
+            p, s = own.step(ps.take(drawn(i + 1), k), s, p)
+        assert difference(ps.take(found, k), p) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["by_ndim", "masked", "frozen"])
+def test_a_state_of_stacked_parameters_is_refused(name: str) -> None:
+    opt, params = STRUCTURED[name], drawn(0)
+    if name == "by_ndim":
+        opt = ps.partition({"matrices": ps.adamw(0.1), "rest": ps.adam(0.1)}, MATRICES)
+    state = opt.init_state(params)
+    mapped = torch.utils._pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) and x.dim() else None, state)
+    with pytest.raises(ValueError, match=r"was made for stacked parameters. Its mask selects '(vector|matrix|number)'"):
+        vmap(lambda s, p, g: opt.step(g, s, p)[0], in_dims=(mapped, 0, 0))(state, params, drawn(1))
+
+
+def test_a_state_that_a_mask_has_left_is_not_refused() -> None:
+    """It was made before the parameter was frozen, for parameters of these shapes."""
+    opt, params = ps.adam(0.1), drawn(0)
+    dims = ps.out_dims(opt, params)
+    state = vmap(opt.init_state, out_dims=dims)(params)
+    frozen = ps.masked(opt, {"number": True, "vector": False, "matrix": True})
+    moved = vmap(lambda s, p, g: frozen.step(g, s, p)[0], in_dims=(dims, 0, 0))(state, params, drawn(1))
+    assert torch.equal(moved["vector"], params["vector"] + drawn(1)["vector"])
+
+
+def test_out_dims_of_the_wrong_things() -> None:
+    with pytest.raises(TypeError, match=r"needs the parameters of all members, too: out_dims\(opt, members\)"):
+        ps.out_dims(ps.adam())
+    with pytest.raises(TypeError, match="takes members beside a transform, but got them beside dict"):
+        ps.out_dims({"w": torch.ones(2)}, {"w": torch.ones(2)})
+    with pytest.raises(ValueError, match="one number of members"):
+        ps.out_dims(ps.adam(), {"w": torch.ones(2), "b": torch.ones(3)})

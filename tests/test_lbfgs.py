@@ -16,7 +16,7 @@ from torch.optim.lbfgs import _cubic_interpolate
 from torch.utils import _pytree as pytree
 
 import purestep as ps
-from purestep.algorithms.lbfgs import LBFGS, History, LBFGSState, Point, lbfgs, minimum_of_cubic, newton
+from purestep.algorithms.lbfgs import LBFGS, History, LBFGSState, Point, is_long, lbfgs, minimum_of_cubic, newton
 from tests.problems import clone, complex_regression, difference, logistic, mlp
 
 Options = dict[str, Any]
@@ -582,6 +582,260 @@ def test_compiled(dtype: torch.dtype) -> None:
     torch.testing.assert_close([r for r in state.ro if r], list(own.ro))
 
 
+def value_and_grad(x: Tensor) -> tuple[Tensor, Tensor]:
+    grad, value = torch.func.grad_and_value(banana)(x)
+    return value, grad
+
+
+@pytest.mark.parametrize("around", [lambda t: t, ps.skip_if_nonfinite, lambda t: ps.chain(t, ps.scale(1.0))])
+@pytest.mark.parametrize("options", [{"line_search_fn": WOLFE}, {"lr": 1e-3, "max_iter": 9}], ids=["wolfe", "fixed"])
+def test_a_long_step_is_left_out_of_the_graph(options: Options, around: Any) -> None:
+    """Its loss is compiled; what is before it and behind it is in graphs of their own."""
+    opt, graphs = around(lbfgs(**options)), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compiled_loss = torch.compile(value_and_grad, backend=backend, fullgraph=True)
+
+    def update(x: Tensor, state: Any, f: Any) -> Any:
+        x, state = opt.step(2 * x, state, x, value_and_grad=f)
+        return x + 1.0, state
+
+    x = starts()[2]
+    found, own = torch.compile(update, backend=backend)(x, opt.init_state(x), compiled_loss)
+    expected, state = update(x, opt.init_state(x), value_and_grad)
+    assert torch.equal(found, expected)
+    assert same_tensors(own, state)
+    assert max(graphs) < 60
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Compile the loss instead"):
+        torch.compile(update, backend="eager", fullgraph=True)(x, opt.init_state(x), value_and_grad)
+
+
+def same_tensors(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_how_many_evaluations_are_written_out() -> None:
+    """In an update that cannot take more than 8 evaluations, and never takes fewer than it may."""
+    for options, long in (
+        ({"max_iter": 8}, False), ({"max_iter": 9}, True), ({"max_iter": 9, "max_eval": 8}, False),
+        ({"max_iter": 6, "line_search_fn": WOLFE}, False), ({"max_iter": 7, "line_search_fn": WOLFE}, True),
+        ({"max_iter": 50, "max_eval": 7, "line_search_fn": WOLFE}, False), ({"max_eval": 1, "line_search_fn": WOLFE}, False),
+    ):  # fmt: skip
+        opt = lbfgs(tolerance_grad=-1.0, tolerance_change=-1.0, **{"lr": 1e-4, **options})
+        assert is_long(opt.links[0].transform.arguments) == long
+        x = starts()[2]
+        _, state = opt.step(x, opt.init_state(x), x, value_and_grad=value_and_grad)
+        assert long or int(state.func_evals) <= 8
+
+
+# ------------------------------------------------------------------------------------------------- gradients that are None
+
+PARTS = {
+    "a": torch.tensor([-1.2, 0.3], dtype=torch.float64),
+    "b": torch.tensor([-0.0, 1.5], dtype=torch.float64),
+    "z": torch.tensor([0.5 - 0.2j], dtype=torch.complex128),
+    "c": torch.tensor([[0.7], [-0.4]], dtype=torch.float64),
+}
+
+
+def coupled(p: dict[str, Tensor]) -> Tensor:
+    """Every part matters for every other."""
+    x = torch.cat([torch.view_as_real(p[k]).flatten() if p[k].is_complex() else p[k].flatten() for k in PARTS])
+    return banana(x) + (x**2).sum() / 3
+
+
+class Partial:
+    """`value_and_grad` with None for some, or with gradients there that are not to be looked at."""
+
+    def __init__(self, missing: str, given: bool = False) -> None:
+        self.missing, self.given, self.inner = missing, given, Counted(coupled)
+
+    def __call__(self, params: Any) -> tuple[Tensor, Any]:
+        loss, g = self.inner(params)
+        return loss, {k: None if k in self.missing and not self.given else x for k, x in g.items()}
+
+    def grads(self) -> Any:
+        return {k: None if k in self.missing else torch.zeros_like(p) for k, p in PARTS.items()}
+
+
+def some_updates(
+    opt: ps.Transform, missing: str, params: Any, state: Any, updates: int, given: bool = False, **how: Any
+) -> Any:
+    f = Partial(missing, given)
+    for _ in range(updates):
+        params, state = opt.step(f.grads(), state, params, value_and_grad=f, **how)
+    return params, state
+
+
+def alone(opt: ps.Transform, missing: str, params: Any, state: Any, updates: int) -> Any:
+    """The same updates of the others alone."""
+    fixed = {k: p for k, p in params.items() if k in missing}
+    moved = {k: p for k, p in params.items() if k not in missing}
+    f = Counted(lambda p: coupled({**p, **fixed}))
+    state = opt.init_state(moved) if state is None else state
+    for _ in range(updates):
+        moved, state = step(opt, f, state, moved)
+    return {k: fixed.get(k, moved.get(k)) for k in params}, state
+
+
+MISSING: dict[str, Options] = {
+    "fixed": {"lr": 0.1, "max_iter": 4},
+    "wolfe": {"line_search_fn": WOLFE, "max_iter": 4},
+    "history of 2": {"line_search_fn": WOLFE, "max_iter": 4, "history_size": 2},
+}
+
+
+@pytest.mark.parametrize("how", [{}, {"donate": True}, {"executor": "leaf"}], ids=str)
+@pytest.mark.parametrize("missing", ["a", "b", "z", "bz", "ac"])
+@pytest.mark.parametrize("options", MISSING.values(), ids=list(MISSING))
+def test_none_leaves_a_parameter_and_optimizes_the_others(options: Options, missing: str, how: dict[str, Any]) -> None:
+    opt = lbfgs(**options)
+    start = {k: p.clone() for k, p in PARTS.items()}
+    params, state = some_updates(opt, missing, start, opt.init_state(PARTS), 3, given=missing == "b", **how)
+    expected, own = alone(opt, missing, PARTS, None, 3)
+    for k in missing:
+        assert torch.equal(torch.view_as_real(params[k]) if k == "z" else params[k].signbit(),
+                           torch.view_as_real(PARTS[k]) if k == "z" else PARTS[k].signbit())  # fmt: skip
+        assert torch.equal(params[k], PARTS[k])
+    assert difference(params, expected) <= 1e-12
+    assert coupled(params) < coupled(PARTS)
+    for name in ("func_evals", "n_iter", "t", "ro", "H_diag", "prev_loss"):
+        torch.testing.assert_close(getattr(state, name), getattr(own, name), rtol=1e-9, atol=1e-12)
+    assert state.d.shape == state.prev_flat_grad.shape == (8,)
+    assert int(state.d.count_nonzero()) == own.d.numel()
+    assert int(state.prev_flat_grad.isnan().sum()) == 8 - own.d.numel()
+    assert all(x.isfinite().all() for x in (*state.old_dirs, *state.old_stps))
+
+
+@pytest.mark.parametrize(
+    "sequence", [("", "b"), ("b", ""), ("a", "b"), ("a", "bz", "a"), ("", "c", ""), ("z", "", "z")], ids=str
+)
+@pytest.mark.parametrize("options", MISSING.values(), ids=list(MISSING))
+def test_other_gradients_are_none(options: Options, sequence: tuple[str, ...]) -> None:
+    """Then the update is the first of a new state; `a` and `b` are of one size, so that no shape tells them apart."""
+    opt = lbfgs(**options)
+    params, state = PARTS, opt.init_state(PARTS)
+    evaluations = iterations = 0
+    for missing in sequence:
+        expected, own = alone(opt, missing, params, None, 2)
+        params, state = some_updates(opt, missing, params, state, 2)
+        assert difference(params, expected) <= 1e-12
+        evaluations, iterations = evaluations + int(own.func_evals), iterations + int(own.n_iter)
+        assert (int(state.func_evals), int(state.n_iter)) == (evaluations, iterations)
+        assert len(state.ro) == len(own.ro)
+
+
+def test_none_in_each_member_of_a_batch_and_compiled() -> None:
+    opt = lbfgs(line_search_fn=WOLFE, max_iter=3)
+
+    def run(p: Any) -> Any:
+        state = opt.init_state(p)
+        for missing in ("b", "b", "a", ""):
+
+            def f(p: Any, missing: str = missing) -> Any:
+                grad, value = torch.func.grad_and_value(coupled)(p)
+                return value, {k: None if k in missing else g for k, g in grad.items()}
+
+            p, state = opt.step(Partial(missing).grads(), state, p, value_and_grad=f)
+        return p, state.n_iter  # fmt: skip
+
+    batch = {k: torch.stack([p, p * 0.5, p - 1]) for k, p in PARTS.items()}
+    together, iterations = torch.func.vmap(run)(batch)
+    for i in range(3):
+        own, n = run({k: p[i] for k, p in batch.items()})
+        assert difference({k: p[i] for k, p in together.items()}, own) <= 1e-10
+        assert int(iterations[i]) == int(n)
+    real = {k: p for k, p in PARTS.items() if k != "z"}
+
+    def f(p: Any) -> Any:
+        grad, value = torch.func.grad_and_value(lambda p: coupled({**p, "z": PARTS["z"]}))(p)
+        return value, {**grad, "b": None}
+
+    def once(p: Any, state: Any) -> Any:
+        return opt.step({**p, "b": None}, state, p, value_and_grad=f)
+
+    compiled = torch.compile(once, backend="eager", fullgraph=True)
+    found, expected = (run(*run(real, opt.init_state(real)))[0] for run in (compiled, once))
+    assert difference(found, expected) <= 1e-12
+    assert torch.equal(found["b"], PARTS["b"])
+
+
+def test_derivatives_through_an_update_without_a_gradient_are_finite() -> None:
+    def final(lr: Tensor) -> Tensor:
+        opt = lbfgs(lr, max_iter=2)
+        params, state = PARTS, opt.init_state(PARTS)
+        for missing in ("b", "b", ""):
+
+            def f(p: Any, missing: str = missing) -> Any:
+                grad, value = torch.func.grad_and_value(coupled)(p)
+                return value, {k: None if k in missing else g for k, g in grad.items()}
+
+            params, state = opt.step(Partial(missing).grads(), state, params, value_and_grad=f)
+        return coupled(params)
+
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    slope = torch.func.grad(final)(lr)
+    assert slope.isfinite()
+    assert slope
+    (own,) = torch.autograd.grad(final(lr.requires_grad_()), lr)
+    torch.testing.assert_close(slope, own)
+
+
+AROUND: dict[str, Callable[[ps.Transform], ps.Transform]] = {
+    "masked": lambda t: ps.partition({"on": t, "off": ps.set_to_zero()}, {"a": "on", "b": "on", "z": "off", "c": "on"}),
+    "accumulate": lambda t: ps.accumulate(t, 1),
+    "skip": ps.skip_if_nonfinite,
+    "master_weights": ps.master_weights,
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_none_within_other_transforms(name: str) -> None:
+    inner = lbfgs(max_iter=4, line_search_fn=WOLFE)
+    opt = AROUND[name](inner)
+    params, _ = some_updates(opt, "bz", PARTS, opt.init_state(PARTS), 2)
+    assert difference(params, alone(inner, "bz", PARTS, None, 2)[0]) <= 1e-12
+    params, _ = some_updates(opt, "az", *some_updates(opt, "bz", PARTS, opt.init_state(PARTS), 1), 2)
+    assert difference(params, alone(inner, "az", alone(inner, "bz", PARTS, None, 1)[0], None, 2)[0]) <= 1e-12
+
+
+def test_a_gradient_that_the_loss_does_not_give() -> None:
+    opt = lbfgs()
+    f = Partial("b")
+    with pytest.raises(ValueError, match="value_and_grad gives no gradient at 'b', where grads have one"):
+        opt.step(PARTS, opt.init_state(PARTS), PARTS, value_and_grad=f)
+    nothing = dict.fromkeys(PARTS)
+    params, state = opt.step(nothing, opt.init_state(PARTS), PARTS, value_and_grad=f)
+    assert difference(params, PARTS) == 0
+    assert int(state.func_evals) == 0
+
+
+@pytest.mark.parametrize("when", [(0, 1, 2, 3), (0, 1), (2, 3), (1,), (1, 2)], ids=str)
+@pytest.mark.parametrize("options", MISSING.values(), ids=list(MISSING))
+def test_the_class_takes_none_for_zero_as_torch_does(options: Options, when: tuple[int, ...]) -> None:
+    def run(cls: Any) -> tuple[dict[str, Tensor], list[float]]:
+        p = {k: PARTS[k].clone().requires_grad_() for k in PARTS}
+        optimizer = cls(p.values(), **options)
+        seen = []
+        for i in range(4):
+
+            def closure(i: int = i) -> Tensor:
+                optimizer.zero_grad()
+                loss = coupled({**p, "b": p["b"].detach()} if i in when else p)
+                loss.backward()
+                return loss
+
+            seen.append(optimizer.step(closure).item())
+        return {k: x.detach() for k, x in p.items()}, seen
+
+    (ours, losses), (theirs, expected) = run(LBFGS), run(torch.optim.LBFGS)
+    assert losses == pytest.approx(expected, rel=1e-9)
+    assert difference(ours, theirs) <= 1e-8
+
+
 # ------------------------------------------------------------------------------------------------------------------ errors
 
 
@@ -595,7 +849,7 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match="needs value_and_grad"):
         opt.step(params, opt.init_state(params), params)
     fewer = {k: p for k, p in params.items() if k != "temperature"}
-    with pytest.raises(ValueError, match="its state is that of 24 numbers, but the parameters that have a gradient are 25"):
+    with pytest.raises(ValueError, match="its state is that of 24 numbers, but the parameters are 25"):
         step(opt, f, opt.init_state(fewer), params)
     for wrong in ({"max_iter": 1.5}, {"history_size": 2.0}):
         with pytest.raises(TypeError, match="whole number"):

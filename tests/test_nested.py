@@ -220,6 +220,145 @@ def test_sparse_gradients() -> None:
         t.step(g, state, p)
 
 
+def on_b(path: str, p: Tensor) -> bool:
+    return path == "b"
+
+
+def labels(path: str, p: Tensor) -> str:
+    return "off" if path == "b" else "on"
+
+
+FROZEN: dict[str, Callable[[], ps.Transform]] = {
+    "freeze": lambda: ps.chain(ps.clip_by_global_norm(1.0), ps.adam(lr=0.1), ps.freeze(on_b)),
+    "freeze first": lambda: ps.chain(ps.freeze(on_b), ps.adam(lr=0.1)),
+    "freeze by a tree": lambda: ps.chain(ps.adam(lr=0.1), ps.freeze({"w": False, "b": True})),
+    "partition": lambda: ps.partition({"on": ps.adam(lr=0.1), "off": ps.set_to_zero()}, labels),
+    "partition of freeze": lambda: ps.partition({"on": ps.adam(lr=0.1), "off": ps.chain(ps.adam(), ps.freeze())}, labels),
+    "zero after sgd": lambda: ps.chain(ps.sgd(lr=0.1), ps.scale(lambda t: 0.5), ps.masked(ps.set_to_zero(), on_b)),
+    "zero, then decay": lambda: ps.chain(ps.masked(ps.set_to_zero(), on_b), ps.sgd(lr=0.1)),
+    "off before zero": lambda: ps.chain(ps.masked(ps.add_decayed_weights(0.0), on_b), ps.freeze(on_b), ps.adam(lr=0.1)),
+    "in accumulate": lambda: ps.accumulate(ps.chain(ps.adam(lr=0.1), ps.freeze(on_b)), 2),
+    "in accumulate in skip": lambda: ps.skip_if_nonfinite(ps.accumulate(ps.chain(ps.adam(lr=0.1), ps.freeze(on_b)), 2)),
+    "in lookahead": lambda: ps.lookahead(ps.chain(ps.adam(lr=0.1), ps.freeze(on_b)), k=2),
+    "in kahan": lambda: ps.kahan(ps.chain(ps.adam(lr=0.1), ps.freeze(on_b))),
+    "in master_weights": lambda: ps.master_weights(ps.chain(ps.adam(lr=0.1), ps.freeze(on_b))),
+    "now and then": lambda: ps.conditionally(
+        lambda t: t % 2 == 0, ps.chain(ps.adam(lr=0.1), ps.freeze(on_b)), otherwise="zero"
+    ),
+}
+"""Transforms in which "b" is frozen."""
+
+COUNTS: dict[str, Callable[[], ps.Transform]] = {
+    "state before zero": lambda: ps.chain(ps.adam(lr=0.1), ps.masked(ps.set_to_zero(), on_b)),
+    "norm before zero": lambda: ps.chain(ps.clip_by_global_norm(1.0), ps.masked(ps.set_to_zero(), on_b), ps.sgd(lr=0.1)),
+    "passes through": lambda: ps.masked(ps.adam(lr=0.1), {"w": True, "b": False}),
+    "passes now and then": lambda: ps.conditionally(lambda t: t % 2 == 1, ps.chain(ps.adam(lr=0.1), ps.freeze(on_b))),
+    "slow weights": lambda: ps.chain(ps.lookahead(ps.masked(ps.sgd(lr=0.1), lambda path, p: path == "w")), ps.freeze(lambda path, p: False)),
+}  # fmt: skip
+"""Transforms in which the gradient of "b" reaches a parameter or a state."""
+
+
+def spoiled(t: ps.Transform, name: str, value: float = float("nan"), steps: int = 5, step: Any = None, **how: Any) -> Any:
+    """Parameters and states, where the gradient of one parameter is not finite at the second step and the fourth."""
+    params, state = clone(PARAMS), t.init_state(PARAMS)
+    for i in range(steps):
+        g = gradients(i, params)
+        g[name] = torch.full_like(g[name], value) if i in (1, 3) else g[name]
+        params, state = (step or t.step)(g, state, params, **how)
+    return params, state
+
+
+@pytest.mark.parametrize("how", [{}, {"donate": True}, {"executor": "leaf"}, {"executor": "foreach"}], ids=str)
+@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_frozen_does_not_count(name: str, how: dict[str, Any], value: float) -> None:
+    inner = FROZEN[name]()
+    t = ps.skip_if_nonfinite(inner)
+    params, state = spoiled(t, "b", value, **how)
+    expected = spoiled(t, "b", 1.0, **how)
+    assert same(params, expected[0])
+    assert same(params["b"], PARAMS["b"]) or "decay" in name
+    assert int(state.skipped) == int(state.in_a_row) == 0
+    assert int(spoiled(t, "w", value, **how)[1].skipped) == 2
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_what_reaches_a_parameter_or_a_state_counts(name: str) -> None:
+    params, state = spoiled(ps.skip_if_nonfinite(COUNTS[name]()), "b")
+    assert int(state.skipped) == 2
+    assert all(x is None or x.isfinite().all() for x in pytree.tree_leaves((params, state)))
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_where_no_flag_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = ps.skip_if_nonfinite(FROZEN[name]())
+    expected = spoiled(t, "b", 1.0)
+    monkeypatch.setattr(Inner, "read", lambda self, flag: flag if isinstance(flag, Tensor) else bool(flag))
+    monkeypatch.setattr("purestep._core.maths.readable", lambda x: False)
+    for donate in (False, True):
+        params, state = spoiled(t, "b", donate=donate)
+        assert difference(params, expected[0]) <= 1e-13
+        assert int(state.skipped) == 0
+
+
+@pytest.mark.parametrize("name", ["freeze", "partition", "in accumulate"])
+def test_frozen_while_compiled(name: str) -> None:
+    t = ps.skip_if_nonfinite(FROZEN[name]())
+    step = torch.compile(t.step, fullgraph=True, backend="aot_eager")
+    params, state = spoiled(t, "b", step=step)
+    assert difference(params, spoiled(t, "b", 1.0)[0]) <= 1e-12
+    assert int(state.skipped) == 0
+    assert int(spoiled(t, "w", step=step)[1].skipped) == 2
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_in_each_member_of_a_batch(name: str) -> None:
+    t = ps.skip_if_nonfinite(FROZEN[name]())
+
+    def run(factor: Tensor) -> Any:
+        params, state = PARAMS, t.init_state(PARAMS)
+        for i in range(3):
+            g = gradients(i, params)
+            params, state = t.step({"w": g["w"] * factor[0], "b": g["b"] * factor[1]}, state, params)
+        return params, state.skipped
+
+    factors = torch.tensor([[1.0, 1.0], [1.0, torch.nan], [torch.nan, 1.0], [2.0, torch.inf]], dtype=torch.float64)
+    params, skipped = torch.func.vmap(run)(factors)
+    assert skipped.tolist() == [0, 0, 3, 0]
+    for i, factor in enumerate(factors):
+        assert difference({k: x[i] for k, x in params.items()}, run(factor)[0]) <= 1e-12
+
+
+@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("groups", [False, True])
+def test_frozen_under_an_optimizer(name: str, groups: bool) -> None:
+    def run(value: float) -> Any:
+        w, b = (nn.Parameter(p.clone()) for p in PARAMS.values())
+        named = [("w", w), ("b", b)]
+        given: Any = [{"params": [named[0]]}, {"params": [named[1]], **({} if "partition" in name else {"lr": 0.5})}]
+        optimizer = optim.Optimizer(given if groups else named, ps.skip_if_nonfinite(FROZEN[name]()))
+        for i in range(4):
+            w.grad, b.grad = torch.cos(w.detach() + i), torch.full_like(b, value)
+            optimizer.step()
+        return {"w": w.detach(), "b": b.detach()}, optimizer
+
+    params, optimizer = run(torch.nan)
+    assert same(params, run(1.0)[0])
+    assert not any(int(x) for name, x in optimizer.shared.items() if name.endswith("skipped"))
+
+
+def test_derivatives_with_something_frozen_are_finite() -> None:
+    def final(lr: Tensor) -> Tensor:
+        t = ps.skip_if_nonfinite(ps.chain(ps.adam(lr), ps.freeze(on_b)))
+        return spoiled(t, "b", steps=4)[0]["w"].sum()
+
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    numeric = (final(lr + 1e-6) - final(lr - 1e-6)) / 2e-6
+    torch.testing.assert_close(torch.func.grad(final)(lr), numeric, rtol=1e-6, atol=1e-8)
+    lr.requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(final(lr), lr)[0], numeric.detach(), rtol=1e-6, atol=1e-8)
+
+
 # ------------------------------------------------------------------------------------------------------------- accumulate
 
 

@@ -30,7 +30,7 @@ from purestep._core.primitives import (
     refuse_schedules,
     state_type,
 )
-from purestep._core.torch_api import tree_leaves
+from purestep._core.torch_api import is_batched, left_out_of_graphs, tree_leaves
 from purestep._engine.boundary import (
     columns_of,
     distinct,
@@ -51,6 +51,7 @@ from purestep._engine.checks import (
     executor_of,
     flattened,
     refuse_flat,
+    refuse_stacked,
     spread_alike,
 )
 from purestep._engine.explain import Explanation, watched
@@ -285,6 +286,8 @@ class Transform:
         executor: ExecutorName | None,
         extras: dict[str, Any],
     ) -> tuple[Any, Any]:
+        if torch.compiler.is_compiling() and any(map(is_unrolled, self.links)):
+            return advance_eagerly(self, grads, state, params, apply, donate, executor, extras)
         plan = self.plan
         if extras or plan.extras:
             check_extras(plan, extras)
@@ -309,6 +312,8 @@ class Transform:
             if type(None) in set(map(type, gradients)):
                 rows = [k for k, g in enumerate(gradients) if g is not None]
             check_states(plan.links, states, leaves, shapes, spec)
+            if plan.structure.masked and any([p is not None and is_batched(p) for p in leaves]):
+                refuse_stacked(plan, states, leaves, spec)
         usual = known is not None or (eager and plain(everything, optional=True))
         if not usual and (eager or not plain(leaves, gradients, optional=True)):
             gradients = spread_alike(gradients, leaves, plan.alike(states), spec)
@@ -336,6 +341,12 @@ class Transform:
             extras["value_and_grad"] = on_lists(extras["value_and_grad"], leaves, rows, spec)
         inputs = Inputs(live, given, chosen, mask, extras)
         inputs.plain = usual
+        if rows is not None:
+            inputs.layout = lambda masks: [
+                (p.numel() * (1 + p.is_complex()), g is not None)
+                for p, g, yes in zip(leaves, gradients, select(masks, leaves, spec, memo))
+                if yes
+            ]
         if known is not None:
             inputs.facts = known.facts
         env = Env(mode, executor, Ownership(given=donate, counters=rows is None), live + given)
@@ -471,6 +482,22 @@ class Transform:
         <BLANKLINE>
         """
         return "\n".join(programs(self.plan, True, donate))
+
+
+def is_unrolled(link: Link) -> bool:
+    """Whether `torch.compile` leaves a step of this link out of its graph."""
+    unrolls = link.transform.declaration.unrolls
+    return unrolls is not None and unrolls(link.transform.arguments)
+
+
+# A compiled while_loop would keep a loop of iterations one, but in torch 2.13 and 2.14 all that traced code assigns to an
+# attribute behind such a loop is lost without a word: in the code around the step, too.
+advance_eagerly = left_out_of_graphs(
+    Transform._advance,
+    reason="torch.compile would write out every iteration of this step of lbfgs, in minutes, and again when its history has "
+    "grown; so the step runs outside of the graph. Compile the loss instead: opt.step(..., value_and_grad=torch.compile("
+    "value_and_grad)). A step of at most 8 evaluations is traced: lower max_eval and max_iter",
+)
 
 
 def only_tensors(values: list[Any]) -> bool:

@@ -83,25 +83,47 @@ def learns(x: Any) -> bool:
     return isinstance(x, Value) and bool(x.declaration.arrays)
 
 
-def out_dims(tree: Any) -> Any:
-    """The ``out_dims`` for `torch.func.vmap` of a function that returns a pytree like this one: 0 where there is a tensor.
+def out_dims(tree: Any, members: Any = None) -> Any:
+    """The ``out_dims`` for `torch.func.vmap` of a function that returns such a pytree: 0 where there is a tensor.
 
     A state holds None where a parameter needs none (without momentum, frozen, masked), and `vmap` has to be told. The same
     tree is the ``in_dims`` of what came out.
 
+    The state of a population is made by ``vmap(opt.init_state, ...)``, not by `init_state` of stacked parameters: these have
+    one dimension more than a member's. So `by_ndim` would take stacked vectors for a matrix, and so would `adafactor`; `muon`
+    would refuse stacked matrices.
+
     Args:
-        tree: any pytree, such as the state of one member.
+        tree: a transform, of whose state the dims are returned; or any pytree, such as the state of one member.
+        members: the parameters of all members, stacked in their first dimension; of a transform only.
 
     Returns:
-        a pytree of the structure of `tree`, with 0 in the place of each tensor, and None in that of all else.
+        a pytree of the structure of `tree`, or of a member's state, with 0 in the place of each tensor, and None in that of all
+        else.
+
+    Raises:
+        TypeError: `members` is missing beside a transform, or given beside anything else.
+        ValueError: the tensors of `members` do not have one size in their first dimension; the error names a path.
 
     >>> import torch, purestep as ps
     >>> opt, members = ps.sgd(lr=0.1), torch.zeros(5, 2)
-    >>> dims = ps.out_dims(opt.init_state(members[0]))
+    >>> dims = ps.out_dims(opt, members)
     >>> state = torch.func.vmap(opt.init_state, out_dims=dims)(members)
     >>> step = torch.func.vmap(opt.step, in_dims=(0, dims, 0), out_dims=(0, dims))
     >>> members, state = step(torch.ones(5, 2), state, members)
     """
+    if hasattr(type(tree), "init_state"):
+        if members is None:
+            raise TypeError(
+                "out_dims of a transform needs the parameters of all members, too: out_dims(opt, members). Of a state it needs "
+                "nothing else: out_dims(state)."
+            )
+        opt, params = take((tree, members), 0)
+        tree = opt.init_state(params)
+    elif members is not None:
+        raise TypeError(
+            f"out_dims takes members beside a transform, but got them beside {type(tree).__name__}: leave them out."
+        )
     return tree_map(lambda x: 0 if isinstance(x, Tensor) else None, tree)
 
 

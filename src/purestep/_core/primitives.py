@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -101,6 +101,9 @@ class LinkDeclaration(Declaration):
         self.scales = scales  # one that returns the number that the updates are to be multiplied by
         self.elementwise = elementwise  # a whole transform that is right on a part of the parameters, too
         self.passes = passes  # a nested transform that returns the updates of its inner transform as they came
+        self.drops = False  # whether a leafwise transform gives the same updates whatever comes in; see `drops`
+        self.forwards: Callable[[Mapping[str, Any]], bool] | None = None  # see `forwards`
+        self.unrolls: Callable[[Mapping[str, Any]], bool] | None = None  # see `unrolls`
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()
         if state is not None and "<locals>" not in state.__qualname__:  # a local class cannot be saved
@@ -117,6 +120,28 @@ class LinkDeclaration(Declaration):
 
 
 torch.serialization.add_safe_globals([EmptyState, ScheduleState])
+
+Factory = TypeVar("Factory")
+
+
+def drops(factory: Factory) -> Factory:
+    """A factory of leafwise transforms whose updates are the same, whatever gradients come in."""
+    typing.cast("Any", factory).declaration.drops = True
+    return factory
+
+
+def forwards(when: Callable[[Mapping[str, Any]], bool]) -> Callable[[Factory], Factory]:
+    """A factory of nested transforms that keep nothing of a gradient that the inner transform drops, and move nothing by it.
+
+    Args:
+        when: a function of the arguments of such a transform that says whether this holds for it.
+    """
+
+    def mark(factory: Factory) -> Factory:
+        typing.cast("Any", factory).declaration.forwards = when
+        return factory
+
+    return mark
 
 
 def inspect_state(state: Any, whole: bool) -> Fields:
@@ -143,6 +168,20 @@ def scaled(u: Tensor, p: Tensor, factor: Hyper) -> Tensor:
 
 
 SCALED = LinkDeclaration(scaled)
+
+
+def unrolls(when: Callable[[Mapping[str, Any]], bool]) -> Callable[[Factory], Factory]:
+    """A factory of transforms whose step `torch.compile` leaves out of its graph, because it would write long loops out.
+
+    Args:
+        when: a function of the arguments of such a transform that says whether this holds for it.
+    """
+
+    def mark(factory: Factory) -> Factory:
+        typing.cast("Any", factory).declaration.unrolls = when
+        return factory
+
+    return mark
 
 
 class Primitive(Value):

@@ -10,6 +10,7 @@ pays neither a Python frame nor a lookup, and `torch.compile` knows the object w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -153,6 +154,19 @@ def constant_result(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def left_out_of_graphs(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """`torch.compiler.disable`, but that would import torch._dynamo now: `torch.compile` breaks its graph for a call."""
+
+    @functools.wraps(function)
+    def eager(*args: Any) -> Any:
+        disable: Any = torch.compiler.disable
+        return disable(function, reason=reason)(*args)
+
+    eager._torchdynamo_disable = True  # type: ignore[attr-defined]
+    eager._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+    return eager
 
 
 def standalone_compile(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:

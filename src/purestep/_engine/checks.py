@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from purestep._core import sharded, tree
+from purestep._core.masks import select
 from purestep._core.primitives import (
     Link,
     Primitive,
@@ -105,6 +106,37 @@ def check_states(links: Sequence[Link], states: list[Any], params: list[Any], sh
                         f"{link.transform.declaration.name}: the state's {name!r} at {tree.quote(path)} has shape "
                         f"{tuple(x.shape)}, but the parameter has shape {tuple(p.shape)}. Make a new state with init_state."
                     )
+
+
+def refuse_stacked(plan: Plan, states: list[Any], params: list[Any], spec: tree.Spec) -> None:
+    """Under `torch.func.vmap`, refuse a state that `init_state` made for stacked parameters, outside of `vmap`.
+
+    It is recognised by masks: the parameters that have a state are not those that a mask selects, but those that it selects
+    when each has one dimension more.
+
+    Raises:
+        ValueError: it is such a state; the error names a path.
+    """
+    for link, columns, info in zip(plan.links, states, plan.fields):
+        fields = [c for c, leaf in zip(columns, info.leaves) if leaf]
+        if not link.masks or not fields or is_off(link.transform):
+            continue
+        has = [any([c[k] is not None for c in fields]) for k in range(len(params))]
+        on = select(link.masks, params, spec)
+        if has == on:
+            continue
+        try:
+            stacked = select(link.masks, [p if p is None else p.unsqueeze(0) for p in params], spec)
+        except ValueError:  # a rule says nothing of such a parameter
+            continue
+        for path, yes, was, would in zip(spec.paths(), on, has, stacked):
+            if yes != was and was == would:
+                raise ValueError(
+                    f"{link.transform.declaration.name}: the state was made for stacked parameters. Its mask selects "
+                    f"{tree.quote(path)} {'with' if was else 'without'} the dimension of the members, and "
+                    f"{'not without' if was else 'not with'} it. Make the state of each member: "
+                    "torch.func.vmap(opt.init_state, out_dims=purestep.out_dims(opt, members))(members)."
+                )
 
 
 def flattened(p: Any) -> bool:

@@ -138,6 +138,27 @@ class Inner:
             return xs
         return [torch.zeros_like(x) for x in xs]
 
+    def received(self, gs: list[Tensor]) -> list[Tensor]:
+        """Those gradients that can reach a parameter or a state: all but those that the transform drops.
+
+        It drops the gradient of a parameter that is frozen in it: one on which `purestep.freeze` or `purestep.set_to_zero` is
+        the first to act, or comes after leafwise transforms that keep nothing.
+
+        Args:
+            gs: the gradients, in the order of the parameters.
+
+        Returns:
+            a list of some of `gs`, or `gs` itself.
+        """
+        if not self._groups[0].plan.structure.drops:
+            return gs
+        mask, rows = self._around.inputs.mask, self._rows
+        chosen: list[Tensor] = []
+        for plan, part in self._groups:
+            reads = plan.reads(lambda masks: pick(mask(masks), rows)[part.start : part.stop], len(part))  # noqa: B023
+            chosen += [gs[k] for k, yes in zip(part, reads) if yes]
+        return chosen
+
     def read(self, flag: Any) -> Any:
         """A flag as a bool, if there is no one to wait for: on a CPU, outside `torch.func` and `torch.compile`.
 

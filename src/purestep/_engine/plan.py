@@ -8,7 +8,7 @@ call finds the structure of the last one. A *plan* is a structure with the links
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,8 @@ class Structure:
             stages.append(self.stage(links, len(links), len(links), False))
         self.stages = tuple(stages)
         self.nests = any([stage.inner is not None for stage in stages])
+        self.drops = any([d.drops for d in declarations])
+        self.masked = any([bool(link.masks) for link in links])
         self.final = len(stages) - 2 if stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
         self.chains: dict[tuple[bool, tuple[int, ...]], ChainStructure] = {}
 
@@ -157,6 +159,29 @@ class Plan:
         self._keys: list[tuple[str, ...]] | None = None
         self.repeated: Any = ...  # what `purestep._engine.step_cache` makes of it, at the first use
         self.guards: dict[tuple[int, int], GuardCache] = {}  # of all tensors of a call, by the number of parameters and of all
+
+    def reads(self, selected: Callable[[tuple[Any, ...]], list[bool]], count: int) -> list[bool]:
+        """Whether the gradient of each of `count` parameters can reach a parameter or a state.
+
+        It cannot where `set_to_zero` (or `freeze`) is the first that acts on the parameter, or comes after leafwise transforms
+        that keep nothing. What no transform acts on passes through, and so reaches the parameter.
+
+        Args:
+            selected: which parameters are under some masks.
+            count: how many parameters there are.
+        """
+        read: list[bool | None] = [None] * count  # None as long as no link has decided
+        for stage, inner in zip(self.stages, self.inner):
+            for i in range(stage.start, stage.start + 1 if stage.whole else stage.stop):
+                value, d = self.links[i].transform, self.links[i].transform.declaration
+                if self.off[i] or not (d.whole or d.drops or set(self.fields[i].names) - {"step"}):
+                    continue
+                acts = selected(self.links[i].masks) if self.links[i].masks else [True] * count
+                decided = [not d.drops] * count
+                if inner is not None and d.forwards is not None and d.forwards(value.arguments):
+                    decided = inner.reads(selected, count)
+                read = [x if r is None and yes else r for r, yes, x in zip(read, acts, decided)]
+        return [r is not False for r in read]
 
     # These are asked by optimizers alone, so they are found out at the first use (not by functools.cached_property, whose lock
     # torch.compile cannot trace).

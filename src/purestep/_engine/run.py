@@ -35,6 +35,8 @@ from purestep._executors.leaf_function import requires_grad
 from purestep._executors.task import LEAF_BY_LEAF, WATCH, Decided, Env, ExecutorName, Mode, Ownership, Task, execute, run_plain
 
 Mask = Callable[[tuple[Any, ...]], "list[bool]"]
+Layout = Callable[[tuple[Any, ...]], "list[tuple[int, bool]]"]
+"""For each parameter under some masks, how many numbers it has (a complex one has two) and whether it has a gradient."""
 
 
 def choose(wanted: ExecutorName | None, *tensors: Iterable[Any]) -> Mode:
@@ -54,10 +56,10 @@ class Inputs:
 
     `states` holds, per transform, a list of its state's fields, and a field is a list over the parameters (or, in a whole
     transform, also a value of its own). `mask` says which of these parameters some masks select. `extras` are the arguments
-    that some whole transforms ask for at each update.
+    that some whole transforms ask for at each update. `layout` is None if there are no parameters without a gradient.
     """
 
-    __slots__ = ("extras", "facts", "grads", "mask", "params", "plain", "states", "widened")
+    __slots__ = ("extras", "facts", "grads", "layout", "mask", "params", "plain", "states", "widened")
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Inputs:
         extras: Mapping[str, Any] | None = None,
     ) -> None:
         self.grads, self.params, self.states, self.mask, self.extras = grads, params, states, mask, extras or {}
+        self.layout: Layout | None = None
         self.plain = False  # whether all tensors are known to be plain
         self.facts: dict[Any, Any] | None = None  # what is known of them: see `Task.facts`
         self.widened = False  # whether a transform around this one has changed the parameters' dtypes
@@ -75,6 +78,21 @@ class Inputs:
     def selected(self, link: Link) -> list[bool] | None:
         """Whether a transform acts on each parameter; None if it acts on all."""
         return self.mask(link.masks) if link.masks else None
+
+
+class Objective:
+    """A loss with its gradients, as a function of the parameters that have a gradient.
+
+    `layout` tells which of all parameters these are: see `Layout`; None if there are no others.
+    """
+
+    __slots__ = ("function", "layout")
+
+    def __init__(self, function: Callable[[list[Tensor]], Any], layout: list[tuple[int, bool]] | None) -> None:
+        self.function, self.layout = function, layout
+
+    def __call__(self, params: list[Tensor]) -> Any:
+        return self.function(params)
 
 
 def run_chain(groups: Sequence[ParamSlice], inputs: Inputs, env: Env, apply: bool) -> tuple[list[Any], list[Any]]:
@@ -158,6 +176,9 @@ class Run:
         if d.state_dtype is not None:  # computed as for parameters with the dtype of the state
             own, (gs, ps) = ps, [[as_begun(d, x) for x in xs] for xs in (gs, ps)]
             arguments = {n: at_dtypes(x, own) if n == "value_and_grad" else x for n, x in arguments.items()}
+        if "value_and_grad" in arguments:
+            layout = None if self.inputs.layout is None else self.inputs.layout(link.masks)
+            arguments["value_and_grad"] = Objective(arguments["value_and_grad"], layout)
         new, after = d.function(gs, state, ps, **arguments)
         if self.env.watched and (requires_grad(new) or requires_grad(after)):
             self.env.record()
@@ -202,7 +223,7 @@ class Run:
         own = Ownership(given=donate and env.own.given, counters=env.own.counters and rows is None)
         mask: Mask = lambda masks: pick(self.inputs.mask(masks), rows)  # noqa: E731
         inputs = Inputs(*lists, mask, {name: extra(self.inputs, self.plan, name, rows) for name in self.inputs.extras})
-        inputs.plain = self.inputs.plain
+        inputs.plain, inputs.layout = self.inputs.plain, self.inputs.layout
         outer = pick(self.params, rows)
         if any([p.dtype != q.dtype for p, q in zip(inputs.params, outer)]):
             inputs.widened = True

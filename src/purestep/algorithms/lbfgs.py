@@ -24,6 +24,7 @@ from purestep._core import sharded
 from purestep._core.hyper import Extra, Hyper, NonNegative, Steps
 from purestep._core.maths import counter, maximum, minimum, precise, root, some, transforming, where
 from purestep._core.plain import plain
+from purestep._core.primitives import unrolls
 from purestep._engine.run import choose
 from purestep._executors.flat_buffer import joined, offset
 from purestep._optimizer.checkpoint import check_number
@@ -49,7 +50,7 @@ class LBFGSState(NamedTuple):
     old_stps: tuple[Vector, ...]  # s: the steps that made them
     ro: tuple[Stored, ...]  # 1 / y's; 0 for an entry that a member of a batch does not have
     H_diag: Stored  # the inverse Hessian that the history corrects, as a number
-    prev_flat_grad: Vector  # the gradient where the last iteration began
+    prev_flat_grad: Vector  # the gradient where the last iteration began; NaN where it was None
     prev_loss: Stored  # the loss there
 
     @classmethod
@@ -59,6 +60,10 @@ class LBFGSState(NamedTuple):
         count, none = counter(params[0]), torch.zeros_like(flat(whole))
         zero = torch.zeros((), dtype=precise(none.device), device=none.device)
         return cls(count, count, none, zero, (), (), (), torch.ones_like(zero, dtype=none.dtype), none, zero)
+
+
+Layout: TypeAlias = list[tuple[int, bool]]
+"""For each part of a vector of the state, how many numbers it has, and whether their gradient is not None."""
 
 
 class Point(NamedTuple):
@@ -76,6 +81,12 @@ class History(NamedTuple):
     s: tuple[Vector, ...]
     ro: tuple[Number, ...]
     scale: Number
+
+
+UNROLLED = 8
+"""Up to this many evaluations are written out in the graph of `torch.compile`."""
+
+NO_HISTORY = History((), (), (), 1.0)
 
 
 class Machine(NamedTuple):
@@ -114,6 +125,14 @@ class Rules(NamedTuple):
     number: Callable[[Any], Number]
 
 
+def is_long(arguments: Mapping[str, Any]) -> bool:
+    """Whether an update may take so many evaluations that `torch.compile` should not write them out."""
+    a = arguments
+    most = max(1, a["max_iter"] * 5 // 4 if a["max_eval"] is None else a["max_eval"])
+    return (most + 1 if a["line_search_fn"] else min(a["max_iter"], max(most, 2))) > UNROLLED
+
+
+@unrolls(is_long)
 @whole(LBFGSState, moves=True)
 def lbfgs(
     gs: list[Tensor],
@@ -154,7 +173,16 @@ def lbfgs(
 
     It asks for `value_and_grad` at each `update` and `step`: a function from parameters to the loss and the gradients
     (of an optimizer of `purestep.optim` it is the closure). The first evaluation is at `params` itself, so of `grads` it only
-    matters where they are None; all updates must agree on that.
+    matters where they are None.
+
+    A parameter whose gradient is None keeps every bit, and the update is that of the others alone: in the vectors of the state
+    there are zeros in its place. Where other gradients are None than in the last update that moved, the history is forgotten
+    and the update begins as the very first, because the changes of the gradient that were kept are not those of one function.
+    Under an optimizer of `purestep.optim` a gradient that is None is 0, as in torch, and the history may move its parameter.
+
+    `torch.compile` leaves a step of more than 8 evaluations out of its graph, and refuses it where there must be one graph: it
+    would write every iteration out (20 with a line search are 14,000 operations, and 25,000 in the second step, because the
+    history has grown). Compile the loss instead, ``value_and_grad=torch.compile(value_and_grad)``.
 
     The numbers are those of `torch.optim.LBFGS`, and so are the evaluations. The line search computes in float64, where torch
     does so in the dtype of the parameters. An update may go one evaluation beyond `max_eval`, as in torch.
@@ -172,7 +200,8 @@ def lbfgs(
 
     Raises:
         RuntimeError: an unknown `line_search_fn`.
-        ValueError: the parameters that have a gradient are not those that the state was made for.
+        ValueError: the parameters are not those that the state was made for, or `value_and_grad` gives no gradient where
+            `grads` have one.
 
     >>> import torch, purestep as ps
     >>> def rosenbrock(p):
@@ -199,10 +228,11 @@ def lbfgs(
         return (-loss, -flat(grads)) if maximize else (loss, flat(grads))
 
     loss, g = evaluate(ps)
-    if g.shape != s.d.shape:
+    layout = value_and_grad.layout or [(g.numel(), True)]
+    if sum([n for n, _ in layout]) != s.d.numel():
         raise ValueError(
             f"lbfgs keeps one history of all parameters together: its state is that of {s.d.numel()} numbers, but the "
-            f"parameters that have a gradient are {g.numel()}. Give all of them one, or make a new state with init_state."
+            f"parameters are {sum([n for n, _ in layout])}. Make a new state with init_state."
         )
     hypers = [x for x in (lr, tolerance_grad, tolerance_change) if isinstance(x, Tensor)]
     readable = choose(None, ps, [g, s.d, s.prev_flat_grad, *s.old_dirs, *s.old_stps, *s.ro], hypers) == "program"
@@ -217,11 +247,25 @@ def lbfgs(
         min(history_size, len(s.ro) + max_iter), line_search_fn is not None, number,
     )  # fmt: skip
     here = Point(0.0, number(s.prev_loss), 0.0)
+    changed = differs(s.prev_flat_grad, layout)
+    changed = bool(changed) if readable else changed
+    before, d = (shortened(x, layout) for x in (s.prev_flat_grad, s.d))
+    history = History(
+        tuple([shortened(y, layout) for y in s.old_dirs]),
+        tuple([shortened(x, layout) for x in s.old_stps]),
+        tuple(map(number, s.ro)),
+        number(s.H_diag),
+    )
+    total = number(s.n_iter)
+    if some(changed):  # nothing is left out, so that there is no pair of what has changed since the last update
+        d, before, total = where(changed, 0.0, d), where(changed, 0.0, before), where(changed, 0, total)
+        ro = tuple([where(changed, 0.0, x) for x in history.ro])
+        history = NO_HISTORY if changed is True else history._replace(ro=ro, scale=where(changed, 1.0, history.scale))
     m = Machine(
         going=no(largest(g, number) <= rules.tolerance_grad) & (max_iter > 0),
         x=ps,
-        g=s.prev_flat_grad,
-        d=s.d,
+        g=before,
+        d=d,
         reach=0.0,
         t=number(s.t),
         start=here,
@@ -232,8 +276,8 @@ def lbfgs(
         zooming=False,
         stuck=False,
         tries=0,
-        history=History(s.old_dirs, s.old_stps, tuple(map(number, s.ro)), number(s.H_diag)),
-        total=number(s.n_iter),
+        history=history,
+        total=total,
         iterations=0,
         evaluations=1,
     )
@@ -246,8 +290,11 @@ def lbfgs(
         if ro and readable:
             ro = torch.tensor(ro, dtype=g.dtype, device=g.device).unbind()  # at once: there may be a hundred
         return LBFGSState(
-            stored(s.func_evals + m.evaluations, s.func_evals), stored(m.total, s.n_iter), m.d, stored(m.t, s.t),
-            y, steps, tuple([stored(x, g) for x in ro]), stored(scale, g), m.g, stored(m.start.f, s.prev_loss),
+            stored(s.func_evals + m.evaluations, s.func_evals), stored(s.n_iter + m.iterations, s.n_iter),
+            lengthened(m.d, layout), stored(m.t, s.t),
+            tuple([lengthened(x, layout) for x in y]), tuple([lengthened(x, layout) for x in steps]),
+            tuple([stored(x, g) for x in ro]), stored(scale, g),
+            where(m.iterations > 0, lengthened(m.g, layout, math.nan), s.prev_flat_grad), stored(m.start.f, s.prev_loss),
         )  # fmt: skip
 
     if some(m.going):
@@ -475,6 +522,29 @@ def move(x: list[Tensor], t: Number, d: Tensor) -> list[Tensor]:
         r = (r + narrow(t, d) * step if isinstance(t, Tensor) else torch.add(r, step, alpha=t)).to(r.dtype)
         moved.append(torch.view_as_complex(r) if p.is_complex() else r)
     return moved
+
+
+def differs(previous: Tensor, layout: Layout) -> Any:
+    """Whether other gradients are None than in the gradient where the last iteration began, as a 0-d tensor."""
+    if all([there for _, there in layout]):
+        return previous.isnan().any()
+    parts = zip(torch.split(previous.isnan(), [n for n, _ in layout]), layout)
+    return torch.stack([part.any() if there else ~part.all() for part, (_, there) in parts]).any()
+
+
+def shortened(x: Tensor, layout: Layout) -> Tensor:
+    """A vector of the state without the numbers whose gradient is None."""
+    if all([there for _, there in layout]):
+        return x
+    return torch.cat([part for part, (_, there) in zip(torch.split(x, [n for n, _ in layout]), layout) if there])
+
+
+def lengthened(x: Tensor, layout: Layout, value: float = 0.0) -> Tensor:
+    """`shortened` undone, with a value in the place of the numbers whose gradient is None."""
+    if all([there for _, there in layout]):
+        return x
+    parts = iter(torch.split(x, [n for n, there in layout if there]))
+    return torch.cat([next(parts) if there else x.new_full((n,), value) for n, there in layout])
 
 
 def select(flag: Flag, xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from purestep._core.masks import Label, Labels
 from purestep._core.maths import operation
-from purestep._core.primitives import Link
+from purestep._core.primitives import Link, drops
 from purestep._core.values import show
 from purestep.compose import Composite, within
 from purestep.declare import leafwise
@@ -146,6 +146,7 @@ def nothing(u: Tensor) -> Tensor:
     return torch.full_like(u, -0.0)
 
 
+@drops
 @leafwise(sparse="rows")
 def set_to_zero(u: Tensor, p: Tensor) -> Tensor:
     r"""No update, whatever comes in: :math:`u \leftarrow 0`. The parameters keep every bit.

@@ -9,6 +9,7 @@ from torch import Tensor, zeros_like
 
 from purestep._core.hyper import Period, UnitInterval, Whole, check_steps
 from purestep._core.maths import Scalar, counter, finite, lerp, select, where
+from purestep._core.primitives import forwards
 from purestep._engine.nesting import Inner
 from purestep.declare import nested
 from purestep.transform import Transform
@@ -29,6 +30,7 @@ class SkipState(NamedTuple):
         return cls(counter(params), counter(params), inner)
 
 
+@forwards(lambda arguments: True)
 @nested(SkipState, passes=True, sparse="rows")
 def skip_if_nonfinite(
     gs: list[Tensor],
@@ -45,9 +47,14 @@ def skip_if_nonfinite(
             0,\; s_{t-1} & \text{else} \end{cases}
 
     All parameters are skipped together; under `torch.func.vmap` each member of the batch on its own. An accelerator is not
-    waited for. Gradients that are None do not count. `SkipState.skipped` counts what was skipped, and
-    `SkipState.in_a_row` how many gradients in a row were not finite: a loop may look at them from time to time (with the
-    stateful optimizer they are ``optimizer.shared["skipped"]`` and ``["in_a_row"]``).
+    waited for. `SkipState.skipped` counts what was skipped, and `SkipState.in_a_row` how many gradients in a row were not
+    finite: a loop may look at them from time to time (with the stateful optimizer they are ``optimizer.shared["skipped"]`` and
+    ``["in_a_row"]``).
+
+    Gradients that are None do not count, nor do those that can reach neither a parameter nor a state, because the parameter is
+    frozen: with `freeze`, with a part of a `partition` that is `set_to_zero`, or with `set_to_zero` under a mask after
+    transforms that keep no state. A transform with a state before `set_to_zero` would keep the NaN, and a gradient that
+    `masked` leaves out passes through to its parameter: both count.
 
     Around `accumulate` each of the gradients that it adds up is looked at, within it only their sum.
 
@@ -70,7 +77,7 @@ def skip_if_nonfinite(
     <https://optax.readthedocs.io/en/latest/api/transformations.html#optax.apply_if_finite>`_, whose
     ``total_notfinite`` also counts what was let through.
     """
-    good = finite(gs)
+    good = finite(transform.received(gs))
     row = where(good, 0.0, s.in_a_row + 1)
     taken = good if max_consecutive is None else good | (row > max_consecutive)
     us, inner = transform.when(taken, gs, s.inner, ps)
@@ -91,6 +98,7 @@ class AccumulateState(NamedTuple):
         return cls(counter(params), counter(params), [zeros_like(p) for p in params], inner)
 
 
+@forwards(lambda arguments: True)
 @nested(AccumulateState, passes=True, sparse="dense", elementwise=True, name="accumulate")
 def _accumulate(
     gs: list[Tensor], s: AccumulateState, ps: list[Tensor], transform: Inner, k: Any, *, average: bool
@@ -168,6 +176,7 @@ class LookaheadState(NamedTuple):
         return self.slow
 
 
+@forwards(lambda arguments: True)
 @nested(LookaheadState, moves=True, elementwise=True)
 def lookahead(
     gs: list[Tensor], s: LookaheadState, ps: list[Tensor], transform: Inner, k: Period = 5, alpha: UnitInterval = 0.5
@@ -222,6 +231,7 @@ class ConditionallyState(NamedTuple):
         return cls(counter(params), inner)
 
 
+@forwards(lambda arguments: arguments["otherwise"] == "zero")
 @nested(ConditionallyState, passes=True, sparse="rows", elementwise=True, name="conditionally")
 def _conditionally(
     us: list[Tensor], s: ConditionallyState, ps: list[Tensor], predicate: Any, transform: Inner, *, otherwise: str

@@ -11,7 +11,7 @@ from torch import Tensor
 from purestep._core import sharded
 from purestep._core.hyper import Interval
 from purestep._core.maths import Scalar, counter, where
-from purestep._core.primitives import LinkDeclaration, Primitive
+from purestep._core.primitives import LinkDeclaration, Primitive, forwards
 from purestep._engine.nesting import Inner
 from purestep.compose import Relinked, check_transform
 from purestep.declare import nested
@@ -135,6 +135,7 @@ class MasterWeightsState(NamedTuple):
         return cls([p.float() if p.dtype in HALF else None for p in params], inner)
 
 
+@forwards(lambda arguments: True)
 @nested(MasterWeightsState, moves=True, elementwise=True, name="master_weights")
 def _master_weights(
     gs: list[Tensor], s: MasterWeightsState, ps: list[Tensor], transform: Inner
@@ -204,6 +205,7 @@ class StochasticRoundingState(NamedTuple):
         return cls(counter(first), [counter(p) + k for k, p in enumerate(params)], inner)
 
 
+@forwards(lambda arguments: True)
 @nested(StochasticRoundingState, moves=True, elementwise=True, name="stochastic_rounding")
 def _stochastic_rounding(
     gs: list[Tensor], s: StochasticRoundingState, ps: list[Tensor], transform: Inner, *, seed: Seed = 0
@@ -299,6 +301,7 @@ class KahanState(NamedTuple):
         return cls([torch.zeros_like(p) if p.dtype in HALF else None for p in params], inner)
 
 
+@forwards(lambda arguments: True)
 @nested(KahanState, moves=True, elementwise=True, name="kahan")
 def _kahan(gs: list[Tensor], s: KahanState, ps: list[Tensor], transform: Inner) -> tuple[list[Tensor], KahanState]:
     """`kahan`, of a transform."""

@@ -88,7 +88,14 @@ check_fused_device_and_dtype = optimizer._device_dtype_check_for_fused  # raises
 STEP_PRE_HOOKS = optimizer._global_optimizer_pre_hooks  # the dict that `register_optimizer_step_pre_hook` fills
 STEP_POST_HOOKS = optimizer._global_optimizer_post_hooks
 
-profiling = _profiler_enabled  # whether `torch.profiler` is recording
+
+def profiling_eagerly() -> bool:
+    """Whether `torch.profiler` is recording, outside `torch.compile`."""
+    return not torch.compiler.is_compiling() and bool(_profiler_enabled())
+
+
+# whether `torch.profiler` is recording; 2.9 cannot trace the question
+profiling = _profiler_enabled if torch.__version__ >= "2.13" else profiling_eagerly
 
 # ------------------------------------------------------------------------------------------------ functorch: what torch.func is
 

@@ -111,6 +111,8 @@ class Schedules:
 
     def of(self, group: Mapping[str, Any]) -> dict[str, Following]:
         """Those of one group, by the names of the options."""
+        if not self.found:  # a dict's id cannot be compiled (2.9)
+            return {}
         found = self.found.get(id(group))
         return found[1] if found is not None and found[0] is group else {}
 

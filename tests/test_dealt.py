@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -322,6 +324,19 @@ def test_layouts(answers: list[dict[str, Any]]) -> None:
 def test_other_cases(answers: list[dict[str, Any]]) -> None:
     assert [x["on_some_processes"] for x in answers] == [None, 0.0, None, 0.0]
     assert all(isinstance(x["a_derivative"], float) and x["a_derivative"] < 1e-9 for x in answers), answers[0]["a_derivative"]
+
+
+def the_page(rank: int, size: int) -> list[str]:
+    """What docs/distributed.md shows, from the first line to the last."""
+    blocks = re.findall(r"^```py\n(.*?)^```", (processes.ROOT / "docs/distributed.md").read_text(), re.MULTILINE | re.DOTALL)
+    space: dict[str, Any] = {"__name__": "distributed"}
+    for text in blocks:
+        exec(compile(text, "distributed.md", "exec", dont_inherit=True), space)
+    return [type(p).__name__ for p in space["model"].parameters()]
+
+
+def test_the_page_runs(tmp_path: Path) -> None:
+    assert processes.run(1, "tests.test_dealt:the_page", tmp_path) == [["DTensor"] * 4]
 
 
 GPT2 = [(768, 2304), (768, 768), (768, 3072), (3072, 768)] * 12

@@ -163,6 +163,8 @@ def lengths(block: Block) -> list[int]:
 def by_itself(function: Any, home: Any) -> bool:
     """Whether the part that a process has of a tensor is whole matrices, of which no other process has a copy."""
     form = getattr(function, "form", None)
+    if home.device_mesh.size() == 1:
+        return True
     if form is None or any([p.is_replicate() for p in home.placements]):
         return False
     return not any([form.cuts(p.dim, home.shape) for p in home.placements])

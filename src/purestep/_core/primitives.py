@@ -108,7 +108,7 @@ class LinkDeclaration(Declaration):
         self.init_names: tuple[str, ...] = ()
         if state is not None and "<locals>" not in state.__qualname__:  # a local class cannot be saved
             torch.serialization.add_safe_globals([state])  # it holds what its annotations say: torch.load may make it
-        if state is not None:
+        if state is not None and bool(inner) is bool(self.inner):
             given = list(inspect.signature(state.init).parameters.values())[2 if self.inner else 1 :]
             self.init_names = tuple([p.name for p in given if p.kind is not p.VAR_KEYWORD])
             unknown = [n for n in self.init_names if n not in self.signature.parameters]

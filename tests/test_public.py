@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import purestep as ps
+from benchmarks import importing
 from tests.cases import CASES
 
 SOURCE = Path(ps.__file__).parent
@@ -136,6 +137,15 @@ def test_importing_is_cheap() -> None:
     code = "import sys, torch; before = 'torch._dynamo' in sys.modules; import purestep; print(before, 'torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_how_long_importing_takes(record_property: Any) -> None:
+    """Reported, not asserted; `python -m benchmarks.importing` says where it goes."""
+    modules = importing.best(1, "import torch; import purestep")
+    record_property("milliseconds beyond torch", modules[-1].all)
+    assert modules[-1].name == "purestep"
+    assert {"purestep.transform", "purestep.optim"} <= {module.name for module in modules}
+    assert not any(module.name.startswith(("torch._dynamo", "torch._inductor")) for module in modules)
 
 
 def sys_names() -> frozenset[str]:

@@ -151,6 +151,44 @@ def of_stacks(name: str, layout: str) -> Any:
     return max(difference(gathered(parts), whole), difference(gathered(held), state)), counted.messages
 
 
+@ps.operation(like=True, stacks=True)
+def unit(x: Tensor, k: Any = 1.0) -> Tensor:
+    return k * x / torch.linalg.vector_norm(x, dim=(-2, -1) if x.ndim > 1 else -1, keepdim=True)
+
+
+@ps.operation(single=True, shapes=True)
+def rows(p: Tensor) -> float:
+    return float(p.shape[0])
+
+
+@ps.leafwise()
+def united(u: Tensor, p: Tensor) -> Tensor:
+    return unit(u)
+
+
+@ps.leafwise()
+def united_by_rows(u: Tensor, p: Tensor) -> Tensor:
+    return unit(u, rows(p))
+
+
+def of_operations() -> dict[str, float]:
+    """What cannot be dealt out is computed in full: complex parameters, vectors, numbers for each of them."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh, found = init_device_mesh("cpu", (4,)), {}
+    real, complex_ = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.complex128)
+    for name, opt, tree in (
+        ("complex", ps.chain(ps.scale_by_adam(), united()), {"w": complex_}),
+        ("vectors", united(), {"w": real, "b": real[:, 0].contiguous()}),
+        ("numbers", united_by_rows(), {"w": real}),
+    ):
+        parts = spread(tree, mesh, "0")
+        u, state = opt.update(tree, opt.init_state(tree), tree)
+        v, held = opt.update(parts, opt.init_state(parts), parts)
+        found[name] = max(difference(gathered(v), u), difference(gathered(held), state))
+    return found
+
+
 def network() -> nn.Sequential:
     torch.manual_seed(6)
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -256,7 +294,7 @@ def everything(rank: int, size: int) -> dict[str, Any]:
         found[f"fsdp2 {kind}"] = answer(under_fsdp2, kind)
     for name, layout in itertools.product(MADE_OF_MATRICES, ("rows", "columns", "copies of rows", "blocks")):
         found[f"{name}, {layout}"] = answer(of_stacks, name, layout)
-    for function in (layouts_are_torchs, on_some_processes, a_derivative):
+    for function in (layouts_are_torchs, on_some_processes, a_derivative, of_operations):
         found[function.__name__] = answer(function)
     return found
 
@@ -324,6 +362,7 @@ def test_layouts(answers: list[dict[str, Any]]) -> None:
 def test_other_cases(answers: list[dict[str, Any]]) -> None:
     assert [x["on_some_processes"] for x in answers] == [None, 0.0, None, 0.0]
     assert all(isinstance(x["a_derivative"], float) and x["a_derivative"] < 1e-9 for x in answers), answers[0]["a_derivative"]
+    assert all(max(x["of_operations"].values()) < 1e-12 for x in answers), answers[0]["of_operations"]
 
 
 def the_page(rank: int, size: int) -> list[str]:

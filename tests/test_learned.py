@@ -210,6 +210,15 @@ def test_a_population_has_weights_of_its_own() -> None:
     near({n: x[1] for n, x in found.items()}, run(learned(weights_of(), lr=0.2))[0])
 
 
+def test_dims_of_a_state_beside_weights() -> None:
+    opt, members = learned(weights_of(), lr=torch.tensor([0.1, 0.2, 0.3], dtype=DTYPE)), torch.randn(3, 5, dtype=DTYPE)
+    dims = ps.out_dims(ps.chain(opt, ps.trace(0.9)), members)
+    state = torch.func.vmap(ps.chain(opt, ps.trace(0.9)).init_state, out_dims=dims)(members)
+    assert ps.find(state, LearnedState).mean.shape == (3, 5)
+    population = ps.stack([learned(weights_of(k)) for k in range(3)])
+    assert ps.out_dims(population, members, weights=0).mean == 0
+
+
 def test_a_compiled_step() -> None:
     opt = learned(weights_of())
     expected = run(opt)

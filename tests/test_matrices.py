@@ -191,6 +191,88 @@ def test_other_kinds_of_tensors() -> None:
         assert ps.find(state, ps.MuonState).momentum_buffer["w"].dtype == torch.float32
 
 
+@ps.operation(like=True, stacks=True)
+def unit(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+
+
+@ps.operation(like=True, stacks=True)
+def twice_unit(x: Tensor) -> Tensor:
+    return 2 * unit(x)
+
+
+@ps.leafwise()
+def united(u: Tensor, p: Tensor) -> Tensor:
+    return unit(u)
+
+
+@ps.leafwise()
+def united_twice(u: Tensor, p: Tensor) -> Tensor:
+    return twice_unit(u)
+
+
+@ps.leafwise()
+def perhaps_united(u: Tensor, p: Tensor, *, on: bool = False) -> Tensor:
+    return unit(u) if on else u * 2
+
+
+def update(opt: Any, u: Any, **how: Any) -> Any:
+    return opt.update(u, opt.init_state(u), u, **how)[0]
+
+
+def norms(x: Tensor, parts: int = 2) -> Tensor:
+    return torch.stack([h.float().norm() for h in x.chunk(parts)])
+
+
+def test_a_switch_says_whether_there_are_matrices() -> None:
+    g = torch.randn(4, 3)
+    ps.as_matrices(perhaps_united(on=False), split=2)
+    for opt in (
+        ps.as_matrices(perhaps_united(on=True), split=2),
+        ps.as_matrices(perhaps_united(on=False), split=2).replace(on=True),
+    ):
+        near(norms(update(opt, g)), torch.ones(2), 1e-6)
+    near(update(ps.as_matrices(perhaps_united(on=True), split=2).replace(on=False), g), 2 * g)
+
+
+@pytest.mark.parametrize("executor", [None, "leaf"])
+def test_an_operation_that_calls_another_splits_once(executor: Any) -> None:
+    g = torch.randn(4, 3)
+    opt = ps.as_matrices(united_twice(), split=2)
+    near(norms(update(opt, g, executor=executor)), torch.full((2,), 2.0), 1e-6)
+    wide = ps.state_dtype(ps.chain(ps.trace(0.9), opt), torch.float32)
+    near(norms(update(wide, g.bfloat16(), executor=executor)), torch.full((2,), 2.0), 1e-2)
+
+
+def test_stacks_of_different_numbers_of_matrices() -> None:
+    """Without a form an operation sees each parameter as it is."""
+    params = [torch.ones(2, 3, 3), torch.ones(5, 3, 3), torch.ones(2, 3, 3)]
+    for x in update(united(), params):
+        near(x, torch.full_like(x, 1 / 3), 1e-6)
+
+
+def test_forms_and_other_ways_to_keep_a_state() -> None:
+    """The innermost form counts; what is elementwise, or encodes a state, is let be."""
+    g = torch.randn(6, 4)
+    expected = update(ps.as_matrices(ps.muon(0.1), split=3), g)
+    for opt in (
+        ps.as_matrices(ps.as_matrices(ps.muon(0.1), split=3), flatten=True),
+        ps.as_matrices(ps.state_dtype(ps.as_matrices(ps.muon(0.1), split=3), torch.float64), split=5),
+    ):
+        near(update(opt, g), expected, 1e-6)
+    parts = {"a": ps.muon(0.1), "b": ps.set_to_zero()}
+    split = ps.as_matrices(ps.partition(parts, lambda path, p: path), split=3)
+    found = update(split, {"a": g, "b": g})
+    near(found["a"], expected, 1e-6)
+    assert not found["b"].any()
+    for bits in (8, 16):
+        for opt in (
+            ps.quantize_state(ps.as_matrices(ps.muon(0.1), split=3), bits, min_size=1),
+            ps.as_matrices(ps.quantize_state(ps.muon(0.1), bits, min_size=1), split=3),
+        ):
+            near(update(opt, g), expected, 2e-2)
+
+
 def test_a_value() -> None:
     opt = ps.as_matrices(ps.muon(0.1), split=3)
     assert pickle.loads(pickle.dumps(opt)) == opt == copy.deepcopy(opt)

@@ -330,6 +330,18 @@ def test_a_loaded_state_has_the_dtype_that_is_asked_for(how: str, dtype: torch.d
         assert all(torch.equal(asked.state[p][k], x) for k, x in before.items())
 
 
+def test_a_loaded_state_is_as_wide_as_is_asked_for() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    first, second = (optim.Optimizer([p], ps.state_dtype(ps.adamw(0.1), d)) for d in (torch.float32, torch.float64))
+    first.step()
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert second.state[p]["exp_avg"].dtype == torch.float64
+    first.load_state_dict(second.state_dict())
+    assert first.state[p]["exp_avg"].dtype == torch.float32
+
+
 @halves
 @arounds
 def test_a_plain_run_goes_on_with_more_precision(dtype: torch.dtype, around: str) -> None:

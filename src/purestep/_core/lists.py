@@ -98,7 +98,7 @@ def in_stacks(function: Callable[..., Tensor], x: Sequence[Tensor], *rest: Any) 
     views = [t if form is None else form.apart(t) for t in x]
     groups: dict[Any, list[int]] = {}
     for k, t in enumerate(views):
-        groups.setdefault((t.shape[-2:], t.dtype, t.device), []).append(k)
+        groups.setdefault((t.shape if form is None else t.shape[-2:], t.dtype, t.device), []).append(k)
     found: dict[int, Tensor] = {}
     for ks in groups.values():
         for part in parts([views[k].numel() for k in ks], STACK):

@@ -125,9 +125,14 @@ def viewed(call: Any, form: MatrixForm) -> Any:
 
         @functools.wraps(function)
         def seen(x: Any, *rest: Any) -> Any:
-            if not call.stacks:  # which looks at shapes alone
-                return function(torch.empty(form.shape(x.shape), dtype=x.dtype, device="meta"), *rest)
-            return form.together(function(form.apart(x), *rest), x.shape)
+            before = VIEWS.form
+            VIEWS.form = None  # what the function calls sees the matrices that it is given
+            try:
+                if not call.stacks:  # which looks at shapes alone
+                    return function(torch.empty(form.shape(x.shape), dtype=x.dtype, device="meta"), *rest)
+                return form.together(function(form.apart(x), *rest), x.shape)
+            finally:
+                VIEWS.form = before
 
         seen.plain, seen.form = function, form  # type: ignore[attr-defined]  # for those who put several stacks together
         made: Any = operation(like=call.like, single=call.single, stacks=call.stacks, shapes=call.shapes)(seen)

@@ -83,7 +83,7 @@ def learns(x: Any) -> bool:
     return isinstance(x, Value) and bool(x.declaration.arrays)
 
 
-def out_dims(tree: Any, members: Any = None) -> Any:
+def out_dims(tree: Any, members: Any = None, *, weights: int | None = None) -> Any:
     """The ``out_dims`` for `torch.func.vmap` of a function that returns such a pytree: 0 where there is a tensor.
 
     A state holds None where a parameter needs none (without momentum, frozen, masked), and `vmap` has to be told. The same
@@ -96,6 +96,7 @@ def out_dims(tree: Any, members: Any = None) -> Any:
     Args:
         tree: a transform, of whose state the dims are returned; or any pytree, such as the state of one member.
         members: the parameters of all members, stacked in their first dimension; of a transform only.
+        weights: as for `in_dims`.
 
     Returns:
         a pytree of the structure of `tree`, or of a member's state, with 0 in the place of each tensor, and None in that of all
@@ -118,8 +119,11 @@ def out_dims(tree: Any, members: Any = None) -> Any:
                 "out_dims of a transform needs the parameters of all members, too: out_dims(opt, members). Of a state it needs "
                 "nothing else: out_dims(state)."
             )
-        opt, params = take((tree, members), 0)
-        tree = opt.init_state(params)
+        leaves, spec = tree_flatten(tree)
+        batched = [d == 0 for d in tree_flatten(in_dims(tree, weights=weights))[0]]
+        firsts, params = take((tree_unflatten([x if b else None for x, b in zip(leaves, batched)], spec), members), 0)
+        found = [y if b else x for x, y, b in zip(leaves, tree_flatten(firsts)[0], batched)]
+        tree = tree_unflatten(found, spec).init_state(params)
     elif members is not None:
         raise TypeError(
             f"out_dims takes members beside a transform, but got them beside {type(tree).__name__}: leave them out."

@@ -55,9 +55,10 @@ class ByParts(Base):
 
 def in_matrices(task: Task) -> bool:
     """Whether a chain is elementwise but for functions of whole matrices, which their owners can compute."""
-    if task.env.mode != "program" or not task.program(False, False, False, "sharded").elementwise:
+    params = task.params
+    if task.env.mode != "program" or params[0].is_complex() or not task.program(False, False, False, "sharded").elementwise:
         return False
-    return task.params[0].dim() >= 2 and all(map(can_deal, task.params)) and not task.fact("mixed")
+    return all([p.dim() >= 2 and can_deal(p) for p in params]) and not task.fact("mixed")
 
 
 def run_sharded(task: Task, homes: list[Any]) -> Result:

@@ -267,10 +267,10 @@ def keep_precision(state_dict: dict[str, Any], contents: Contents, transforms: l
         for key, p in zip(old["params"], group["params"]):
             half, wide = p.dtype in (torch.bfloat16, torch.float16), state_dtypes(transform, p)
             for name, x in state_dict["state"].get(key, {}).items():
-                if isinstance(x, Tensor) and (name in own or (half and x.dtype == torch.float32)):
-                    contents.state[p][name] = x.to(p.device, copy=True)
-                elif isinstance(x, Tensor) and name in wide:
+                if isinstance(x, Tensor) and name in wide and name not in own:
                     contents.state[p][name] = x.to(p.device, wide[name], copy=True)
+                elif isinstance(x, Tensor) and (name in own or (half and x.dtype == torch.float32)):
+                    contents.state[p][name] = x.to(p.device, copy=True)
 
 
 def state_dtypes(transform: Transform, p: Tensor) -> dict[str, torch.dtype]:

@@ -128,7 +128,7 @@ class Writer:
         if not self.recipe.lists:
             return self.inside.operation(node)
         lists = list(dict.fromkeys(x for x in nodes_in((node.args, node.kwargs)) if self.values.is_list(x)))
-        if getattr(node.target, "stacks", False) and lists == [node.args[0]]:
+        if self.values.stacks(node):
             function = self.names.constant(maths.untraced(node.target))
             arguments = self.inside.arguments(node.args, node.kwargs)
             return f"dealt({function}, {HOMES}, {arguments})" if self.sharded else f"stacked({function}, {arguments})"

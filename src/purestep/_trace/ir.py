@@ -97,6 +97,15 @@ class Values:
     def is_list(self, x: Any) -> bool:
         return isinstance(x, fx.Node) and self.kinds[x] == "list"
 
+    def stacks(self, node: fx.Node) -> bool:
+        """Whether a node calls an operation that takes stacks, and nothing but its first argument is a list."""
+        lists = {x for x in nodes_in((node.args, node.kwargs)) if self.is_list(x)}
+        return getattr(node.target, "stacks", False) and lists == {node.args[0]}
+
+    def spreads(self, node: fx.Node) -> bool:
+        """Whether a sharded program computes a node from shapes alone, or by the owners of its matrices."""
+        return getattr(node.target, "shapes", False) or self.stacks(node)
+
     def is_like(self, x: Any) -> bool:
         """Whether an argument is a list of tensors that have the parameters' shapes and dtypes."""
         return self.like.get(x, False) if isinstance(x, fx.Node) else False

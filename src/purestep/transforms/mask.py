@@ -140,7 +140,7 @@ def partition(transforms: Mapping[str, Transform], labels: Callable[[str, Tensor
     return Partition(transforms.values(), (Labels(labels, tuple(transforms)),))
 
 
-@operation(like=True)
+@operation(like=True, block=1)
 def nothing(u: Tensor) -> Tensor:
     """Minus zero, which leaves every number as it is when it is added: plus zero would make 0 of -0."""
     return torch.full_like(u, -0.0)

@@ -72,20 +72,28 @@ def in_form(value: Primitive, form: MatrixForm) -> Primitive:
         TypeError: it has, but not in a way that can be told what they are.
     """
     d = value.declaration
-    if d.whole or isinstance(d, MatricesDeclaration) or d.derived.get(MatrixForm) == "elementwise":
+    if d.whole or has_form(d):
         return value
-    if form in d.derived:
-        return Leafwise(declared(d, form), value.arguments)
     recipe = (detail(value, (False,) * len(fields_of(value).names)),)
-    if program(recipe, False, False, False, d, form="single").elementwise:
-        d.derived[MatrixForm] = "elementwise"
-        return value
-    if d.arrays or not program(recipe, False, False, False, d, form="sharded").elementwise:
-        raise TypeError(
-            f"as_matrices cannot tell {d.name} what the matrices are, because it treats whole parameters in its own way. What "
-            "an operation does to matrices must be declared with operation(stacks=True)."
-        )
-    return Leafwise(declared(d, form), value.arguments)
+    needs = d.derived.get((MatrixForm, recipe))  # with these switches
+    if needs is None:
+        needs = d.derived[MatrixForm, recipe] = d.arrays or not program(recipe, False, False, False, d, form="single").block
+        if needs and (d.arrays or not program(recipe, False, False, False, d, form="sharded").block):
+            del d.derived[MatrixForm, recipe]
+            raise TypeError(
+                f"as_matrices cannot tell {d.name} what the matrices are, because it treats whole parameters in its own way. "
+                "What an operation does to matrices must be declared with operation(like=True, stacks=True)."
+            )
+    return Leafwise(declared(d, form), value.arguments) if needs else value
+
+
+def has_form(d: Any) -> bool:
+    """Whether a declaration, or one that it is derived from, sees matrices in a form of its own: the innermost counts."""
+    while d is not None:
+        if isinstance(d, MatricesDeclaration):
+            return True
+        d = getattr(d, "plain", None)
+    return False
 
 
 def out_of_form(value: Primitive) -> Primitive:

@@ -18,21 +18,13 @@ class Locality(NamedTuple):
 
 def locality(ops: list[Op], traced: Trace, values: Values, sharded: bool = False) -> Locality:
     """The locality of a program with these lines; of a `sharded` one, which has its own way with matrices."""
-    sizes = [1 if sharded and spreads(op) else block_of(op, values) for op in ops]
+    sizes = [1 if sharded and values.spreads(op.out) else block_of(op, values) for op in ops]
     local = all(values.shaped[i.node] or i.kind == "encoded" for i in traced.inputs if not i.number) and all(sizes)
     local = local and not any(map(values.is_tensor, traced.outputs))
     block = math.lcm(*sizes) if local else 0
     loops = [op.out for op in ops if op.name in LOOPS]  # in a loop, a tensor in the place of a number could change the dtype
     broadcasts = block == 1 and all(values.is_list(x) for node in loops for x in nodes_in((node.args, node.kwargs)))
     return Locality(block, broadcasts)
-
-
-def spreads(op: Op) -> bool:
-    """Whether a line of a sharded program is computed by the owners of its matrices, or from shapes alone."""
-    target = op.out.target
-    return getattr(target, "shapes", False) or (
-        getattr(target, "stacks", False) and nodes_in((op.args,))[:1] == [op.out.args[0]]
-    )
 
 
 def block_of(op: Op, values: Values) -> int:

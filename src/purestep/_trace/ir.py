@@ -99,8 +99,8 @@ class Values:
 
     def stacks(self, node: fx.Node) -> bool:
         """Whether a node calls an operation that takes stacks, and nothing but its first argument is a list."""
-        lists = {x for x in nodes_in((node.args, node.kwargs)) if self.is_list(x)}
-        return getattr(node.target, "stacks", False) and lists == {node.args[0]}
+        lists = list(dict.fromkeys([x for x in nodes_in((node.args, node.kwargs)) if self.is_list(x)]))
+        return getattr(node.target, "stacks", False) and lists == [node.args[0]]
 
     def spreads(self, node: fx.Node) -> bool:
         """Whether a sharded program computes a node from shapes alone, or by the owners of its matrices."""

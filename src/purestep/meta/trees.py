@@ -26,14 +26,16 @@ def refilled(others: list[Any], tensors: Sequence[Tensor], spec: TreeSpec) -> Py
 
 def copies(buffers: T) -> T:
     """The same pytree with tensors of its own memory. What is one tensor in several places stays one."""
-    made: dict[int, Tensor] = {}
+    made: list[tuple[Tensor, Tensor]] = []  # not by id, which torch 2.9 cannot compile
 
     def copy(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        if id(x) not in made:
-            made[id(x)] = x.clone()
-        return made[id(x)]
+        for old, new in made:
+            if old is x:
+                return new
+        made.append((x, x.clone()))
+        return made[-1][1]
 
     return tree_map(copy, buffers)
 

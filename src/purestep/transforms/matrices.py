@@ -66,25 +66,32 @@ def declared(plain: LinkDeclaration, form: MatrixForm) -> MatricesDeclaration:
 
 
 def in_form(value: Primitive, form: MatrixForm) -> Primitive:
-    """The transform of one link, if it has anything to do with matrices.
-
-    Raises:
-        TypeError: it has, but not in a way that can be told what they are.
-    """
+    """The transform of one link, in this form if it has anything to do with matrices."""
     d = value.declaration
     if d.whole or has_form(d):
         return value
+    key = (MatrixForm, tuple(map(value.arguments.__getitem__, d.switches)))  # what stands for a number tells nothing
+    if key not in d.derived:
+        d.derived[key] = treats_matrices(value)
+    return Leafwise(declared(d, form), value.arguments) if d.derived[key] else value
+
+
+def treats_matrices(value: Primitive) -> bool:
+    """Whether a leafwise transform has operations on matrices.
+
+    Raises:
+        TypeError: it has others that are not elementwise.
+    """
+    d = value.declaration
     recipe = (detail(value, (False,) * len(fields_of(value).names)),)
-    needs = d.derived.get((MatrixForm, recipe))  # with these switches
-    if needs is None:
-        needs = d.derived[MatrixForm, recipe] = d.arrays or not program(recipe, False, False, False, d, form="single").block
-        if needs and (d.arrays or not program(recipe, False, False, False, d, form="sharded").block):
-            del d.derived[MatrixForm, recipe]
-            raise TypeError(
-                f"as_matrices cannot tell {d.name} what the matrices are, because it treats whole parameters in its own way. "
-                "What an operation does to matrices must be declared with operation(like=True, stacks=True)."
-            )
-    return Leafwise(declared(d, form), value.arguments) if needs else value
+    if not d.arrays and program(recipe, False, False, False, d, form="single").block:
+        return False
+    if d.arrays or not program(recipe, False, False, False, d, form="sharded").block:
+        raise TypeError(
+            f"as_matrices cannot tell {d.name} what the matrices are, because it treats whole parameters in its own way. "
+            "What an operation does to matrices must be declared with operation(like=True, stacks=True)."
+        )
+    return True
 
 
 def has_form(d: Any) -> bool:

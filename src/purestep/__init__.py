@@ -1,5 +1,10 @@
 """Functional, stateless optimizer transforms for PyTorch. An optimizer is a value."""
 
+import gc as _gc
+
+_collects = _gc.isenabled()
+_gc.disable()  # a pass over all of torch's objects, which is due by now, would take as long as all that follows
+
 from purestep import _moved, convert, meta, optim, schedules
 from purestep._core.hyper import Betas, Extra, ExtraTree, Fraction, Hyper, NonNegative, Positive, UnitInterval, Weights
 from purestep._core.masks import by_module, by_ndim, by_path
@@ -123,6 +128,9 @@ from purestep.transforms.precision import (
 from purestep.transforms.project import keep_params_nonnegative, project_box
 from purestep.transforms.quantize import dequantize_state, quantize_state
 from purestep.transforms.scale import maximize, scale, scale_by_learning_rate, scale_by_schedule
+
+if _collects:
+    _gc.enable()
 
 __all__ = [
     "AccumulateState",

@@ -189,6 +189,7 @@ ATTRIBUTES = {
     "_version": "Tensor: how often its memory has been written to",
     "_cdata": "UntypedStorage: the address of the storage, which views of one memory share",
     "_current_level": "torch.autograd.forward_ad, where it changes: the level of forward-mode differentiation, -1 for none",
+    "_spec": "DTensor: its mesh and placements, in one object",
     "_sequence_nr": "a node of autograd's graph: its number in the order in which they were made",
     "_optimizer_step_pre_hooks": "torch.optim.Optimizer: a dict of its own",
     "_optimizer_step_post_hooks": "torch.optim.Optimizer: a dict of its own",

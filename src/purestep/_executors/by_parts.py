@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from purestep._core import maths, sharded
 from purestep._core.dealt import can_deal
+from purestep._core.lists import overwrite
 from purestep._core.plain import plain
 from purestep._executors.foreach import collected
 from purestep._executors.one_by_one import OneByOne, written
@@ -76,10 +78,15 @@ def in_part(task: Task, run: Callable[[Task], Result]) -> Result:
         inside = [[[sharded.local(x) for x in c] for c in own] for own in fields]
         params = [sharded.local(p) for p in task.params]
         found, inner = run(task.on([sharded.local(g) for g in task.grads], params, inside))
+        writes = env.overwrites and env.mode != "traced"
+        olds = [params, *[y for own in inside for y in own]]
+        found = settled(found, params, olds) if writes and task.applies else found
         updates = [wrapped(x, y, p) for x, y, p in zip(found, params, task.params)]
         news = [
             [
-                x if x is None or (scalar and env.mode != "leaf") else [wrapped(*row) for row in zip(x, y, old)]
+                x
+                if x is None or (scalar and env.mode != "leaf")
+                else [wrapped(*row) for row in zip(settled(x, y, olds) if writes and not scalar else x, y, old)]
                 for x, y, old, scalar in zip(*columns, info.scalars)
             ]
             for columns, (_, _, info) in zip(zip(inner, inside, fields), task.chain.items)
@@ -88,6 +95,25 @@ def in_part(task: Task, run: Callable[[Task], Result]) -> Result:
         written_to = [*(task.params if task.applies else ()), *[x for c in task.columns for x in c if sharded.is_sharded(x)]]
         torch.autograd.graph.increment_version(written_to)
     return Result(updates, news)
+
+
+def settled(new: list[Any], old: list[Any], olds: list[list[Any]]) -> list[Any]:
+    """New parts, in the memory of the old ones, which was given away, if they are in none of it: to wrap a part is dear."""
+    if all(map(operator.is_, new, old)) or not all(map(fits, new, old)):
+        return new
+    place = storage if plain(new, *olds, optional=True) else maths.memory
+    held = {place(x) for column in olds for x in column if x is not None}
+    return new if any([place(x) in held for x in new]) else overwrite(old, new)
+
+
+def storage(x: Tensor) -> int:
+    """What is the same for plain tensors in the same memory."""
+    return x.untyped_storage()._cdata
+
+
+def fits(x: Any, like: Any) -> bool:
+    """Whether a part can be written into another."""
+    return x is not None and x.shape == like.shape and x.dtype == like.dtype
 
 
 def in_full(task: Task) -> Result:

@@ -303,7 +303,8 @@ def public_values() -> Iterator[tuple[str, Any]]:
 
 def own_raises(function: Any) -> set[str]:
     """The errors that the lines of a function raise, without those of functions within it."""
-    module = name_of(function.__module__.removeprefix("purestep.").replace(".", "/"))
+    home = getattr(function, "__module__", "")  # which a method of object has not in Python 3.10
+    module = name_of(home.removeprefix("purestep.").replace(".", "/"))
     nodes: list[ast.AST] = [MODULES[module]]
     for name in function.__qualname__.split("."):
         nodes = [x for node in nodes for x in ast.iter_child_nodes(node) if getattr(x, "name", None) == name]

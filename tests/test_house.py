@@ -305,6 +305,8 @@ def own_raises(function: Any) -> set[str]:
     """The errors that the lines of a function raise, without those of functions within it."""
     home = getattr(function, "__module__", "")  # which a method of object has not in Python 3.10
     module = name_of(home.removeprefix("purestep.").replace(".", "/"))
+    if not home:
+        return set()
     nodes: list[ast.AST] = [MODULES[module]]
     for name in function.__qualname__.split("."):
         nodes = [x for node in nodes for x in ast.iter_child_nodes(node) if getattr(x, "name", None) == name]

@@ -7,6 +7,7 @@ import graphlib
 import inspect
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, FunctionType, ModuleType
@@ -303,10 +304,7 @@ def public_values() -> Iterator[tuple[str, Any]]:
 
 def own_raises(function: Any) -> set[str]:
     """The errors that the lines of a function raise, without those of functions within it."""
-    home = getattr(function, "__module__", "")  # which a method of object has not in Python 3.10
-    module = name_of(home.removeprefix("purestep.").replace(".", "/"))
-    if not home:
-        return set()
+    module = name_of(function.__module__.removeprefix("purestep.").replace(".", "/"))
     nodes: list[ast.AST] = [MODULES[module]]
     for name in function.__qualname__.split("."):
         nodes = [x for node in nodes for x in ast.iter_child_nodes(node) if getattr(x, "name", None) == name]
@@ -340,7 +338,8 @@ def public_functions() -> Iterator[tuple[str, Function]]:
     for name, value in public_values():
         if isinstance(value, FunctionType):
             yield name, described(value)
-        if not inspect.isclass(value) or issubclass(value, (tuple, Warning)):
+        alias = typing.get_origin(value) is not None  # a class to Python 3.10
+        if alias or not inspect.isclass(value) or issubclass(value, (tuple, Warning)):
             continue
         mirror = name.startswith("optim.") and hasattr(torch.optim, value.__name__)
         if not (mirror and value is not ps.optim.Optimizer) and value not in (

@@ -49,7 +49,7 @@ SEED = 0
 CONTEXT, BATCH_SIZE = 64, 24  # characters, and windows of them in all processes together
 WIDTH, HEADS, LAYERS = 96, 4, 3
 CHECKPOINT = Path(__file__).resolve().parent / "output" / "distributed_text"
-AGREE = 1e-3  # how far losses may be apart, relative: sums are in another order, and rounding errors grow from step to step
+AGREE = 2e-2  # how far losses may be apart, relative: Muon rounds to bfloat16, and rounding errors grow from step to step
 
 
 # %%

@@ -243,11 +243,12 @@ def check(curves: list[Curve]) -> None:
 
 def save_picture(curves: list[Curve], histories: list[list[float]]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    figure.suptitle("A network of 176 weights that trains a classifier of digits", fontsize=15)
+    size = sum(w.numel() for w in initial_weights().values())
+    figure.suptitle(f"A network of {size} weights that trains a classifier of digits", fontsize=15)
     for curve in curves:
         left.plot(curve.values, color=curve.color, linewidth=2.2, label=curve.name)
     left.axvline(STEPS, color="black", linewidth=1)
-    left.text(0.98, 0.03, "more steps than it\nwas trained to make", transform=left.transAxes, ha="right", va="bottom")
+    left.text(STEPS + 1, curves[0].values[0], "more steps than it\nwas trained to make", va="top")
     left.set(yscale="log", xlabel="step", ylabel="loss, mean of 16 new problems")
     left.set_title("What it does", loc="left")
     for curve, history in zip(curves[1:], histories):
@@ -257,7 +258,7 @@ def save_picture(curves: list[Curve], histories: list[list[float]]) -> None:
     right.set(xlabel="share of all iterations", ylabel="mean loss of a training run", ylim=(0, min(3.0, right.get_ylim()[1])))
     right.set_title("How it was trained", loc="left")
     for axes in (left, right):
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(frameon=False, loc="lower left" if axes is left else "upper right")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     PICTURE.parent.mkdir(exist_ok=True)

@@ -73,7 +73,7 @@ def weights_of(seed: int = 0) -> dict[str, Tensor]:
     return {k: torch.randn(shape, generator=g, dtype=DTYPE) / 2 for k, shape in shapes.items()}
 
 
-@functools.cache  # vmap draws no random numbers
+@functools.cache
 def parameters() -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(1)
     return {k: torch.randn(shape, generator=g, dtype=DTYPE) for k, shape in {"w": (3, 2), "b": (3,), "n": ()}.items()}
@@ -83,6 +83,10 @@ def parameters() -> dict[str, Tensor]:
 def gradients(step: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(100 + step)
     return {k: torch.randn(p.shape, generator=g, dtype=DTYPE) for k, p in parameters().items()}
+
+
+for _step in range(4):  # vmap draws no random numbers, so they are drawn now
+    gradients(_step)
 
 
 def run(opt: Any, steps: int = 4, **how: Any) -> tuple[Any, Any]:

@@ -494,9 +494,8 @@ def is_unrolled(link: Link) -> bool:
 # attribute behind such a loop is lost without a word: in the code around the step, too.
 advance_eagerly = left_out_of_graphs(
     Transform._advance,
-    reason="torch.compile would write out every iteration of this step of lbfgs, in minutes, and again when its history has "
-    "grown; so the step runs outside of the graph. Compile the loss instead: opt.step(..., value_and_grad=torch.compile("
-    "value_and_grad)). A step of at most 8 evaluations is traced: lower max_eval and max_iter",
+    reason="torch.compile would write out every iteration of this step, in minutes, and again when its history has grown; so "
+    "the step runs outside of the graph. Compile the loss instead: opt.step(..., value_and_grad=torch.compile(value_and_grad))",
 )
 
 

@@ -10,6 +10,7 @@ What is in the way of that is asked beforehand (`can_deal`), and gets the same a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -41,11 +42,11 @@ class Layout:
 
     def __init__(self, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> None:
         sizes = tuple(mesh.mesh.shape)
-        self.coordinates = [tuple(c) for c in torch.cartesian_prod(*map(torch.arange, sizes)).reshape(-1, mesh.ndim).tolist()]
-        self.blocks = [block_at(c, sizes, placements, shape) for c in self.coordinates]
+        coordinates = list(itertools.product(*map(range, sizes)))
+        self.blocks = [block_at(c, sizes, placements, shape) for c in coordinates]
         self.counts = [math.prod([stop - start for start, stop in b]) for b in self.blocks]
         copies = [k for k, p in enumerate(placements) if p.is_replicate()]
-        self.copy = [tuple([c[k] for k in copies]) for c in self.coordinates]  # which of several copies a process belongs to
+        self.copy = [tuple([c[k] for k in copies]) for c in coordinates]  # which of several copies a process belongs to
 
     def sources(self, owner: int) -> list[int]:
         """The places of the processes from which the owner gets one copy of all parts."""

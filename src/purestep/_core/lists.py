@@ -94,7 +94,7 @@ def in_stacks(function: Callable[..., Tensor], x: Sequence[Tensor], *rest: Any) 
     Where the function sees each tensor as several matrices (`MatrixForm`), these are put into one stack with the others.
     """
     form: MatrixForm | None = getattr(function, "form", None)
-    inside = function if form is None else function.plain  # type: ignore[attr-defined]
+    inside = function if form is None else function.plain  # type: ignore[attr-defined]  # see `viewed` in maths
     views = [t if form is None else form.apart(t) for t in x]
     groups: dict[Any, list[int]] = {}
     for k, t in enumerate(views):

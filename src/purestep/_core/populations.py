@@ -70,9 +70,7 @@ def in_dims(transform: Any, *, weights: int | None = None) -> Any:
         d = x.declaration
         found = dict(x.arguments)
         for name in d.hypers:
-            found[name] = tree_map(lambda y: weights if isinstance(y, Tensor) else None, found[name])
-            if name not in d.arrays:
-                found[name] = tree_map(dims, x.arguments[name], is_leaf=learns)
+            found[name] = tree_map((lambda _: weights) if name in d.arrays else dims, found[name], is_leaf=learns)
         return type(x)(d, found)
 
     return tree_map(dims, transform, is_leaf=learns)

@@ -41,6 +41,14 @@ BY_OWNERS: dict[str, Callable[[], ps.Transform]] = {
 }  # fmt: skip
 """What must see a whole parameter with all of its state."""
 
+BY_NORMS: dict[str, tuple[Callable[[], ps.Transform], int]] = {
+    "lamb": (lambda: ps.lamb(0.1), 1), "lars": (lambda: ps.lars(0.1), 1), "fromage": (lambda: ps.fromage(0.1), 1),
+    "clip_by_norm": (lambda: ps.chain(ps.clip_by_norm(0.1), ps.sgd(0.1)), 1),
+    "clip_by_rms": (lambda: ps.chain(ps.clip_by_block_rms(0.1), ps.sgd(0.1)), 1),
+    "two": (lambda: ps.chain(ps.scale_by_param_block_rms(), ps.normalize_by_block()), 2),
+}  # fmt: skip
+"""What must see the norm of each parameter, and so many messages."""
+
 DECOMPOSITIONS = ("eigh", "qr", "svd")
 
 MADE_OF_MATRICES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -211,6 +219,42 @@ def of_rows(name: str, layout: str, mode: str) -> Any:
         assert counted.messages == 2 * len(set(SHAPES.values()))
         parts = after
     return max(difference(gathered(parts), whole), difference(gathered(held), state)), *counts
+
+
+def of_norms(name: str, layout: str, mode: str, dtype: torch.dtype) -> Any:
+    """Four steps of what norms are enough for, also of vectors and numbers: the distance, and the messages of a step."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    (sizes, text), (make, _) = LAYOUTS[layout], BY_NORMS[name]
+    mesh, opt = init_device_mesh("cpu", sizes), make()
+
+    def all_of(step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        whole = {**values(step, dtype), "vector": values(step, dtype)["a"][0], "number": values(step, dtype)["a"][0, 0]}
+        parts = {
+            k: spread({k: x}, mesh, text if x.dim() > 1 else "0r"[: mesh.ndim] if x.dim() else "rr"[: mesh.ndim])[k]
+            for k, x in whole.items()
+        }
+        return whole, parts
+
+    whole, parts = all_of(0)
+    state, held = opt.init_state(whole), opt.init_state(parts)
+    reduce, messages = torch.distributed.all_reduce, []
+
+    def reducing(*args: Any, **kwargs: Any) -> Any:
+        messages.append(args)
+        return reduce(*args, **kwargs)
+
+    for step in range(4):
+        g, sharded = all_of(100 + step)
+        whole, state = opt.step(g, state, whole)
+        torch.distributed.all_reduce = reducing  # type: ignore[assignment]
+        try:
+            with counting() as counted:
+                parts, held = opt.step(sharded, held, parts, donate=mode == "donate")
+        finally:
+            torch.distributed.all_reduce = reduce  # type: ignore[assignment]
+        assert not counted.messages, "something was sent to owners"
+    return max(difference(gathered(parts), whole), difference(gathered(held), state)), len(messages) / 4
 
 
 class Fails(Exception):
@@ -422,9 +466,14 @@ def everything(rank: int, size: int) -> dict[str, Any]:
         found[f"fsdp2 {kind}"] = answer(under_fsdp2, kind)
     for name, layout in itertools.product(MADE_OF_MATRICES, ("rows", "columns", "copies of rows", "blocks")):
         found[f"{name}, {layout}"] = answer(of_stacks, name, layout)
+    modes = itertools.cycle(("pure", "donate", "wrapper"))  # each of them with each of the names, and with each of the layouts
     for name, layout in itertools.product(BY_OWNERS, ("rows", "columns", "copies of rows", "blocks")):
-        for mode in ("pure", "donate", "wrapper"):
-            found[f"owners of {layout}, {name}, {mode}"] = answer(of_rows, name, layout, mode)
+        mode = next(modes)
+        found[f"owners of {layout}, {name}, {mode}"] = answer(of_rows, name, layout, mode)
+    kinds = itertools.cycle(itertools.product(("pure", "donate"), (torch.float64, torch.float32)))
+    for layout, name in itertools.product(("rows", "columns", "copies", "blocks"), BY_NORMS):
+        mode, dtype = next(kinds)
+        found[f"norms, {layout}, {name}, {mode}, {dtype}"] = answer(of_norms, name, layout, mode, dtype)
     for function in (of_failures, layouts_are_torchs, on_some_processes, a_derivative, of_operations):
         found[function.__name__] = answer(function)
     return found
@@ -501,6 +550,18 @@ def test_each_parameter_is_computed_by_its_owner(answers: list[dict[str, Any]], 
             assert max(x[2] for x in each) < each[0][1]
 
 
+@pytest.mark.parametrize("name", BY_NORMS)
+def test_norms_of_each_parameter(answers: list[dict[str, Any]], name: str) -> None:
+    """One message for those of all parameters of a mesh that are spread alike."""
+    for key in [k for k in answers[0] if k.startswith("norms, ") and k.split(", ")[2] == name]:
+        for found in answers:
+            x = found[key]
+            assert not isinstance(x, str), x
+            assert x[0] <= (1e-12 if "float64" in key else 1e-6), key
+            kinds = {"rows": 1, "columns": 1, "blocks": 2, "copies": 1}[key.split(", ")[1]]  # the vector is copied along one
+            assert x[1] == kinds * BY_NORMS[name][1], key
+
+
 def test_a_failure_of_one_owner_ends_all(answers: list[dict[str, Any]]) -> None:
     found = [x["of_failures"] for x in answers]
     assert all(isinstance(x, dict) for x in found), found
@@ -510,9 +571,8 @@ def test_a_failure_of_one_owner_ends_all(answers: list[dict[str, Any]]) -> None:
         assert all(f"RuntimeError: Process {owner} could not compute" in text for k, text in enumerate(said) if k != owner), (
             said
         )
-        assert all("keep shapes and dtypes" in x[f"grows {donate}"] or "could not" in x[f"grows {donate}"] for x in found), (
-            found
-        )
+        grown = [x[f"grows {donate}"] for x in found]
+        assert all(re.search("Error: .*(keep shapes and dtypes|could not compute|shape)", text) for text in grown), grown
     assert [x["next"] for x in found] == [0.0] * SIZE
     assert {x["leaf"] for x in found} == {(2, 2)}
 

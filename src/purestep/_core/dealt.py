@@ -14,10 +14,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, distributed
+from torch.linalg import vector_norm
 
+from purestep._core import maths
 from purestep._core.exchange import Exchange, Item, layout_of
 from purestep._core.lists import in_stacks, pick
+from purestep._core.sharded import Measured, summed
 
 
 def can_deal(x: Any) -> bool:
@@ -94,6 +98,25 @@ def dealt(function: Callable[..., Any], homes: list[Any], xs: list[Tensor], *res
     for k, (x,) in zip(others, made):
         found[k] = x
     return found
+
+
+def measured(homes: Sequence[Any], *lists: Sequence[Tensor]) -> list[tuple[Measured, ...]]:
+    """The norms of sharded tensors, of whose parts lists are given: one message for all.
+
+    Args:
+        homes: sharded tensors, of whose shapes, dtypes and placements all are.
+        lists: the parts that this process has.
+
+    Returns:
+        for each of `homes` one for each of the lists.
+    """
+    dtypes = [torch.promote_types(x.dtype, torch.float32) for xs in lists for x in xs]
+    parts = [x for xs in lists for x in xs]
+    squares = [vector_norm(x, dtype=dtype).to(maths.precise(x.device)) ** 2 for x, dtype in zip(parts, dtypes)]
+    sizes = [x.sqrt().to(dtype) for x, dtype in zip(summed(squares, [*homes] * len(lists)), dtypes)]
+    found = [Measured(norm, home) for norm, home in zip(sizes, [*homes] * len(lists))]
+    n = len(homes)
+    return list(zip(*[found[k : k + n] for k in range(0, len(found), n)]))
 
 
 def dealt_rows(

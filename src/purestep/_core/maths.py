@@ -105,6 +105,7 @@ def operation(
 
     call.like, call.single, call.block = like, single, block  # type: ignore[attr-defined]
     call.stacks, call.shapes, call.form, call.views = stacks, shapes, None, {}  # type: ignore[attr-defined]
+    call.norms = False  # type: ignore[attr-defined]  # whether it looks at the norms of its arguments alone: see `Measured`
     return call
 
 

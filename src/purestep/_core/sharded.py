@@ -94,8 +94,9 @@ def summed(values: Sequence[Tensor], of: Sequence[Any]) -> list[Tensor]:
                 together.setdefault((x.device_mesh, dims, values[k].dtype), []).append(k)
     for (mesh, dims, _), rows in together.items():
         vector = torch.stack([found[k] for k in rows])
-        for dim in dims:
-            torch.distributed.all_reduce(vector, group=mesh.get_group(dim))
+        everyone = len(dims) == mesh.ndim and mesh.size() == torch.distributed.get_world_size()
+        for group in [torch.distributed.group.WORLD] if everyone else [mesh.get_group(dim) for dim in dims]:
+            torch.distributed.all_reduce(vector, group=group)
         for k, x in zip(rows, vector.unbind()):
             found[k] = x
     return found
@@ -110,6 +111,15 @@ def sums(tensors: Sequence[Any], each: Callable[[Tensor], Tensor]) -> list[Tenso
 def partial(x: Any) -> bool:
     """Whether the processes have terms of a sum (or of another reduction), instead of parts."""
     return is_sharded(x) and any([placement.is_partial() for placement in x.placements])
+
+
+class Measured:
+    """What stands for a sharded tensor where its norm is all that is looked at."""
+
+    def __init__(self, norm: Tensor, like: Any) -> None:
+        self.norm = norm  # of all its parts, as a real tensor of shape ()
+        self.dtype, self.device = like.dtype, like.device
+        self.dim, self.numel = like.dim, like.numel
 
 
 # ---------------------------------------------------------------------------------------------------------------- checks

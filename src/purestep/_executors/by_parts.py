@@ -26,9 +26,10 @@ class ByParts(Base):
     name = "by parts"
     when = "sharded parameters (`DTensor`)"
     how = (
-        "elementwise transforms: the part that each process holds, with one of the executors below; functions of whole "
-        "matrices that take stacks of them (Muon's): each matrix by one process, its owner; other transforms: each parameter "
-        "with its gradient and state by its owner; derivatives: the gathered tensors, in every process"
+        "elementwise transforms: the part that each process holds, with one of the executors below; norms of each parameter: "
+        "the same, and one sum over all processes; functions of whole matrices that take stacks of them (Muon's): each matrix "
+        "by one process, its owner; other transforms: each parameter with its gradient and state by its owner; derivatives: "
+        "the gathered tensors, in every process"
     )
 
     def declines(self, task: Task) -> str | None:
@@ -48,7 +49,7 @@ class ByParts(Base):
             task.grads = sharded.alike(task.grads, task.params, like, "number {}".format)  # a whole transform may change it
             if elementwise and not followed:
                 return in_part(task, any_of)
-            if traceable and not followed and in_matrices(task):
+            if traceable and not followed and in_lists(task):
                 return in_part(task, lambda inner: run_sharded(inner, task.params))
             if env.mode == "program" and not followed and in_rows(task):
                 return by_owners(task)
@@ -57,16 +58,16 @@ class ByParts(Base):
             env.wanted = wanted
 
 
-def in_matrices(task: Task) -> bool:
-    """Whether a chain is elementwise but for functions of whole matrices, which their owners can compute."""
-    params = task.params
-    if task.env.mode != "program" or params[0].is_complex() or not task.program(False, False, False, "sharded").elementwise:
+def in_lists(task: Task) -> bool:
+    """Whether a chain is elementwise but for norms, and for functions of whole matrices that their owners can compute."""
+    params, program = task.params, task.program(False, False, False, "sharded")
+    if task.env.mode != "program" or params[0].is_complex() or not program.elementwise or task.fact("mixed"):
         return False
-    return all([p.dim() >= 2 and can_deal(p) for p in params]) and not task.fact("mixed")
+    return not program.matrices or all([p.dim() >= 2 and can_deal(p) for p in params])
 
 
 def run_sharded(task: Task, homes: list[Any]) -> Result:
-    """A chain on the parts that are here, with the matrices of `homes` in the hands of their owners."""
+    """A chain on the parts of `homes` that are here, with the norms of all parts, and matrices in the hands of their owners."""
     program = task.program(task.applies, False, task.env.own.given, "sharded")
     found = collected(task, lambda columns, numbers: program.run(task.grads, task.params, *columns, *numbers, homes))
     assert found is not None

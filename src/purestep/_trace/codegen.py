@@ -140,6 +140,8 @@ class Writer:
         self.texts.update(items)
         text = self.inside.operation(node)
         self.texts.update(zip(lists, texts))
+        if self.sharded and self.values.measures(node):
+            return f"[{text} for {', '.join(items.values())}, in measured({HOMES}, {', '.join(names)})]"
         over = names[0] if len(lists) == 1 else f"zip({', '.join(names)})"
         return f"[{text} for {', '.join(items.values())} in {over}]"
 

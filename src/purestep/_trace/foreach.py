@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from purestep._core.dealt import dealt
+from purestep._core.dealt import dealt, measured
 from purestep._core.lists import in_stacks
 from purestep._core.torch_api import (
     FOREACH,
@@ -237,5 +237,5 @@ KERNELS: dict[str, Any] = {
         maximum, maximum_, minimum, minimum_, lerp, lerp_, axpy, axpy_, axpby, axpby_, addcmul, addcmul_,
         addcdiv, addcdiv_, clone, cast, filled,
     )
-} | {"copy_": foreach_copy_, "stacked": in_stacks, "dealt": dealt}  # fmt: skip
+} | {"copy_": foreach_copy_, "stacked": in_stacks, "dealt": dealt, "measured": measured}  # fmt: skip
 """The operations of programs on lists by their names in programs."""

@@ -102,9 +102,14 @@ class Values:
         lists = list(dict.fromkeys([x for x in nodes_in((node.args, node.kwargs)) if self.is_list(x)]))
         return getattr(node.target, "stacks", False) and lists == [node.args[0]]
 
+    def measures(self, node: fx.Node) -> bool:
+        """Whether a node calls an operation that looks at nothing but the norms of tensors of the parameters' shapes."""
+        lists = [x for x in nodes_in((node.args, node.kwargs)) if self.is_list(x)]
+        return getattr(node.target, "norms", False) and all([self.shaped[x] for x in lists])
+
     def spreads(self, node: fx.Node) -> bool:
-        """Whether a sharded program computes a node from shapes alone, or by the owners of its matrices."""
-        return getattr(node.target, "shapes", False) or self.stacks(node)
+        """Whether a sharded program computes a node from shapes or norms alone, or by the owners of its matrices."""
+        return getattr(node.target, "shapes", False) or self.measures(node) or self.stacks(node)
 
     def is_like(self, x: Any) -> bool:
         """Whether an argument is a list of tensors that have the parameters' shapes and dtypes."""

@@ -72,6 +72,7 @@ class Program:
     broadcasts: bool = False  # the program takes tensors that can be broadcast in the places of numbers
     reads_params: bool = True  # the leaf functions read the parameters
     length: int = 0  # how many lines there were before fusion
+    matrices: bool = False  # some lines are functions of whole matrices
     merged: bool = False  # some lines call torch's fused kernels
     coefficients: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]] | None = field(default=None, repr=False)
     """Of a split program: from all numbers to the coefficients that it takes, as one tensor, and to the numbers it returns."""
@@ -120,6 +121,7 @@ def compile(recipe: Recipe) -> Program:
         broadcasts=local.broadcasts,
         reads_params=values.uses[traced.param] > 0,
         length=len(lines),
+        matrices=any([values.stacks(op.out) for op in ops]),
         merged=len(ops) < len(lines),
         coefficients=code.objects.get("coefficients"),
         captured=traced.captured,

@@ -12,12 +12,14 @@ from torch.linalg import vector_norm
 from purestep._core.hyper import NonNegative, Positive
 from purestep._core.maths import global_norm, maximum, norms, operation, readable, recorded, root, where
 from purestep._core.primitives import EmptyState
-from purestep._core.sharded import is_sharded
+from purestep._core.sharded import Measured, is_sharded
 from purestep.declare import leafwise, whole
 
 
-def norm(x: Tensor) -> Tensor:
+def norm(x: Tensor | Measured) -> Tensor:
     """The 2-norm of all elements, with slope 0 at 0: a real 0-d tensor, in float32 at least."""
+    if isinstance(x, Measured):
+        return x.norm
     x = torch.view_as_real(x) if x.is_complex() else x
     if is_sharded(x):
         return norms([x])[0]
@@ -27,9 +29,10 @@ def norm(x: Tensor) -> Tensor:
     return vector_norm(x) if x.dtype == wide else vector_norm(x, dtype=wide)
 
 
-def size(x: Tensor) -> Any:
+def size(x: Tensor | Measured) -> Any:
     """The same as a number, where it can be read."""
-    return norm(x).item() if readable(x) else norm(x)
+    found = norm(x)
+    return found.item() if readable(found) else found
 
 
 def rms(x: Tensor) -> Any:
@@ -40,6 +43,13 @@ def rms(x: Tensor) -> Any:
 def factor(k: Any, u: Tensor) -> Any:
     """A number to multiply `u` with, which would otherwise promote it if it is a 0-d tensor too."""
     return k.to(u.dtype) if isinstance(k, Tensor) and not u.dim() else k
+
+
+def by_norms(function: Any) -> Any:
+    """An operation that makes a number of the norms of its arguments: all that the processes must know of sharded ones."""
+    call: Any = operation(single=True)(function)
+    call.norms = True
+    return call
 
 
 ELSEWHERE = "Route it elsewhere with partition(...), or give it an optimizer of its own."
@@ -61,13 +71,13 @@ def real(name: str, remedy: str = "", *, empty: bool = True) -> Any:
 # -------------------------------------------------------------------------------------------------------------------- clip
 
 
-@operation(single=True)
+@by_norms
 def to_norm(u: Tensor, most: Any) -> Any:
     """What brings a norm down to the largest allowed; 1 if it is below."""
     return factor(most / maximum(size(u), most), u)
 
 
-@operation(single=True)
+@by_norms
 def to_rms(u: Tensor, most: Any) -> Any:
     """The same for a root mean square."""
     return factor(most / maximum(rms(u), most), u)
@@ -189,7 +199,7 @@ def normalize(us: list[Tensor], s: EmptyState, ps: list[Tensor], *, eps: NonNega
     return 1 / (global_norm(us) + eps), s
 
 
-@operation(single=True)
+@by_norms
 def to_unit(u: Tensor, eps: Any) -> Any:
     """What gives a norm of 1."""
     k = size(u) + eps
@@ -221,7 +231,7 @@ def normalize_by_block(u: Tensor, p: Tensor, *, eps: NonNegative = 1e-6) -> Tens
 # ------------------------------------------------------------------------------------------------------------------- scale
 
 
-@operation(single=True)
+@by_norms
 def trust_ratio(u: Tensor, p: Tensor, min_norm: Any, trust_coefficient: Any, eps: Any) -> Any:
     """The norm of the parameter relative to that of its update; 1 where either is 0."""
     of_p, of_u = maximum(size(p), min_norm), maximum(size(u), min_norm)
@@ -255,13 +265,13 @@ def scale_by_trust_ratio(
     return u * trust_ratio(u, p, min_norm, trust_coefficient, eps)
 
 
-@operation(single=True)
+@by_norms
 def param_norm(p: Tensor, least: Any) -> Any:
     """The norm of a parameter, bounded from below."""
     return factor(maximum(size(p), least), p)
 
 
-@operation(single=True)
+@by_norms
 def param_rms(p: Tensor, least: Any) -> Any:
     """The root mean square of a parameter, bounded from below."""
     return factor(maximum(rms(p), least), p)

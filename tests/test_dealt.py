@@ -318,6 +318,56 @@ def of_failures() -> dict[str, Any]:
     return found
 
 
+def of_disagreements() -> dict[str, str]:
+    """Processes with different parameters, and parameters of different processes: what each says."""
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    mesh, rank, found = init_device_mesh("cpu", (4,)), torch.distributed.get_rank(), {}
+
+    def attempt(name: str, function: Callable[[], Any]) -> None:
+        try:
+            function()
+            found[name] = "nothing"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    def steps(names: list[str], t: ps.Transform, change: Callable[[dict[str, Any]], Any] = lambda parts: None) -> None:
+        parts = {k: nn.Parameter(x) for k, x in spread({k: values(0)[k] for k in names}, mesh, "0").items()}
+        optimizer = optim.Optimizer(list(parts.items()), t)
+        for k, p in parts.items():
+            p.grad = spread({k: values(1)[k]}, mesh, "0")[k]
+        change(parts)
+        before = [p.to_local().detach().clone() for p in parts.values()]
+        try:
+            optimizer.step()
+        except ValueError:
+            assert difference([p.to_local().detach() for p in parts.values()], before) == 0.0
+            raise
+
+    def forget(parts: dict[str, Any]) -> None:
+        if rank == 1:
+            parts["b"].grad = None
+
+    fewer = ["a", "wide", "c"][: 2 if rank == 2 else 3]
+    for name, t in (("muon", ps.muon(0.1)), ("norm", ps.clip_by_global_norm(1.0)), ("lamb", ps.lamb(0.1))):
+        attempt(f"fewer parameters, {name}", lambda t=t: steps(fewer, t))  # type: ignore[misc]
+    attempt("fewer gradients", lambda: steps(["a", "b"], ps.muon(0.1), forget))
+    attempt("another order", lambda: steps(["a", "b"] if rank else ["b", "a"], ps.muon(0.1)))
+    attempt("another shape", lambda: steps(["a", "wide"], ps.muon(0.1)))
+    attempt("elementwise", lambda: steps(["a", "b"][: 1 + (rank == 0)], ps.lion(0.1)))
+    other = DeviceMesh("cpu", [0, 1])
+    mixed = {**spread({"a": values(0)["a"]}, mesh, "0"), **spread({"c": values(0)["c"]}, other, "0")}
+    t = ps.chain(ps.clip_by_global_norm(1.0), ps.sgd(0.1))
+    attempt("two meshes", lambda: t.step(mixed, t.init_state(mixed), mixed))
+    held = {k: nn.Parameter(x) for k, x in mixed.items()}
+    optimizer = optim.Optimizer(list(held.items()), t)
+    for p in held.values():
+        p.grad = p.detach()
+    attempt("two meshes, wrapped", optimizer.step)
+    attempt("two meshes, elementwise", lambda: ps.sgd(0.1).step(mixed, ps.sgd(0.1).init_state(mixed), mixed))
+    return found
+
+
 @ps.operation(like=True, stacks=True)
 def unit(x: Tensor, k: Any = 1.0) -> Tensor:
     return k * x / torch.linalg.vector_norm(x, dim=(-2, -1) if x.ndim > 1 else -1, keepdim=True)
@@ -474,7 +524,7 @@ def everything(rank: int, size: int) -> dict[str, Any]:
     for layout, name in itertools.product(("rows", "columns", "copies", "blocks"), BY_NORMS):
         mode, dtype = next(kinds)
         found[f"norms, {layout}, {name}, {mode}, {dtype}"] = answer(of_norms, name, layout, mode, dtype)
-    for function in (of_failures, layouts_are_torchs, on_some_processes, a_derivative, of_operations):
+    for function in (of_failures, of_disagreements, layouts_are_torchs, on_some_processes, a_derivative, of_operations):
         found[function.__name__] = answer(function)
     return found
 
@@ -575,6 +625,28 @@ def test_a_failure_of_one_owner_ends_all(answers: list[dict[str, Any]]) -> None:
         assert all(re.search("Error: .*(keep shapes and dtypes|could not compute|shape)", text) for text in grown), grown
     assert [x["next"] for x in found] == [0.0] * SIZE
     assert {x["leaf"] for x in found} == {(2, 2)}
+
+
+def test_processes_that_do_not_agree(answers: list[dict[str, Any]]) -> None:
+    """Each process says the same, before anything is sent that another does not wait for."""
+    found = [x["of_disagreements"] for x in answers]
+    assert all(isinstance(x, dict) for x in found), found
+    assert all(x == found[0] for x in found), found
+    said = found[0]
+    for name in ("muon", "norm", "lamb"):
+        assert re.match(
+            "ValueError: All processes must make the same step, or they wait for each other, but process 0 makes it with "
+            "'c', and process 2 without. Every process needs the same parameters",
+            said[f"fewer parameters, {name}"],
+        ), said
+    assert "but process 0 makes it with 'b', and process 1 without" in said["fewer gradients"]
+    assert "but their order differs" in said["another order"]
+    meshes = (
+        "clip_by_global_norm must see all parameters, but 'a' is spread over the processes [0, 1, 2, 3] and 'c' over [0, 1]"
+    )
+    assert meshes in said["two meshes"]
+    assert meshes in said["two meshes, wrapped"]
+    assert {said[k] for k in ("another shape", "elementwise", "two meshes, elementwise")} == {"nothing"}
 
 
 def test_layouts(answers: list[dict[str, Any]]) -> None:

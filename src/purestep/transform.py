@@ -316,7 +316,7 @@ class Transform:
                 refuse_stacked(plan, states, leaves, spec)
         usual = known is not None or (eager and plain(everything, optional=True))
         if not usual and (eager or not plain(leaves, gradients, optional=True)):
-            gradients = spread_alike(gradients, leaves, plan.alike(states), spec)
+            gradients = spread_alike(gradients, leaves, plan.alike(states), spec, plan)
         chosen = states if rows is None else [pick_leaves(s, info, rows) for s, info in zip(states, plan.fields)]
         live, given = pick(gradients, rows), pick(leaves, rows)
 

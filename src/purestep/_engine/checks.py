@@ -11,17 +11,10 @@ from torch import Tensor
 
 from purestep._core import sharded, tree
 from purestep._core.masks import select
-from purestep._core.primitives import (
-    Link,
-    Primitive,
-    fields_of,
-    fresh_state,
-    is_off,
-)
+from purestep._core.primitives import Link, Primitive, fields_of, is_off
 from purestep._engine.plan import Plan
-from purestep._executors.chains import detail
+from purestep._engine.processes import check_meshes, must_see_whole
 from purestep._executors.task import EXECUTOR_NAMES, ExecutorName
-from purestep._trace.program import program
 
 PyTree = Any
 
@@ -151,13 +144,8 @@ def refuse_flat(value: Primitive, path: str, p: Tensor) -> None:
         TypeError: the parameter is one of FSDP1's flat ones (`torch.distributed.fsdp.FullyShardedDataParallel`).
     """
     d = value.declaration
-    if is_off(value) or d.elementwise:
+    if not must_see_whole(value, p):
         return
-    if not d.whole and not d.arrays:
-        state = fresh_state(value, torch.empty(p.shape, dtype=p.dtype, device="meta"))
-        part = detail(value, tuple([x is None for x in state]))
-        if program((part,), False, False, False, d, form="single").elementwise:
-            return
     raise TypeError(
         f"{d.name} must see {'all parameters' if d.whole else 'whole parameters'}, but {path} is a flat parameter of "
         "FullyShardedDataParallel, of which each process has a part and does not know which. Use "
@@ -166,8 +154,15 @@ def refuse_flat(value: Primitive, path: str, p: Tensor) -> None:
     )
 
 
-def spread_alike(grads: list[Any], params: list[Any], columns: list[Any], spec: tree.Spec) -> list[Any]:
-    """Gradients that are spread over processes as their parameters are; and refuse states that are not."""
+def spread_alike(
+    grads: list[Any], params: list[Any], columns: list[Any], spec: tree.Spec, plan: Plan | None = None
+) -> list[Any]:
+    """Gradients that are spread over processes as their parameters are; and refuse states that are not.
+
+    With a `plan`, also refuse parameters of different processes where it must see all.
+    """
+    if plan is not None:
+        check_meshes(plan, params, lambda k: spec.paths()[k])
     return sharded.alike(grads, params, columns, lambda k: tree.quote(spec.paths()[k]))
 
 

@@ -44,6 +44,7 @@ from purestep._engine.counters import Counters, traced
 from purestep._engine.explain import Explanation, watched
 from purestep._engine.guards import GuardCache
 from purestep._engine.plan import ParamSlice, Plan
+from purestep._engine.processes import check_agreement, check_meshes, must_see_whole
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import SparseRows
 from purestep._engine.step_cache import repeatable
@@ -294,6 +295,7 @@ class Optimizer(torch.optim.Optimizer):
             del self.param_groups[present:]
             raise
         options.take_schedules(self.param_groups[present:])
+        self._selection.agreed.clear()
         self._begin_state(self.param_groups[present:])
 
     def _decide(self) -> None:
@@ -619,7 +621,13 @@ class Optimizer(torch.optim.Optimizer):
             return self._selection.paths(self.param_groups)[params[k]]
 
         if not plain(grads, params):
+            check_meshes(plan, params, path)
             grads = sharded.alike(grads, params, plan.alike(columns), lambda k: quote(path(k)))
+            members = tuple([id(group) for group, _ in groups])
+            if members not in self._selection.agreed and not traced():
+                if any([must_see_whole(link.transform, params[0]) for link in plan.links]):
+                    check_agreement(params, path)
+                self._selection.agreed.add(members)
         executor = self._executor(groups[0][0])
         if len(groups) > 1:
             refuse_disagreement(slices)

@@ -20,6 +20,7 @@ class Selection:
     def __init__(self, partitioned: bool, numbers: dict[Tensor, int] | None = None) -> None:
         self.partitioned = partitioned  # a mask of one part of a partition is not asked about parameters of other parts
         self.numbers = numbers or {}  # of unnamed parameters in a partition: the order in which they were given
+        self.agreed: set[tuple[int, ...]] = set()  # groups of sharded parameters that all processes are known to have alike
         self._known: dict[Any, dict[Tensor, bool]] = {}  # by mask
 
     def paths(self, groups: list[dict[str, Any]]) -> dict[Tensor, str]:

@@ -4,8 +4,8 @@
     python -m benchmarks.plan --write   # writes them into the page
 
 Nothing is measured. States are made on torch's meta device, and their bytes added up; owners are dealt out by the function that
-deals them out in a step. What is sent follows from formulas, `SENDS` and `Transform`s' states, which tests/test_messages.py
-compares with what 2 and 4 processes send. tests/test_messages.py fails while the page and these tables differ.
+deals them out in a step. What is sent follows from formulas (`SENDS`, `bytes_sent`), which tests/test_messages.py compares
+with what 2 and 4 processes send. That test fails while the page and these tables differ.
 """
 
 from __future__ import annotations
@@ -288,10 +288,15 @@ TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
 
 
 def table(name: str) -> str:
-    """A table in Markdown."""
+    """One of the tables."""
     head, rows = TABLES[name]
-    lines = [head, ["---"] * len(head), *rows()]
-    return "\n".join(["| " + " | ".join(x) + " |" if x is not lines[1] else "|" + "|".join(x) + "|" for x in lines])
+    return markdown(head, rows())
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def begin(name: str, command: str = "benchmarks.plan --write") -> str:

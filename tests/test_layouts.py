@@ -7,7 +7,8 @@ itself says: it is made with the numbers of its elements as parameters, and thes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import purestep as ps
+from benchmarks import layouts as table
+from benchmarks import plan
 from purestep import optim
 from tests import processes
 from tests.case import Case
@@ -31,6 +34,9 @@ WIDTHS = {"even": (3, 8, 4), "uneven": (3, 5, 2)}
 
 LAYOUTS = {"FSDP2": "even", "FSDP2, uneven": "uneven", "FSDP2 and tensor parallel": "even", "HSDP": "uneven"}
 """The widths of the model in each layout."""
+
+TESTED = {torch.float64: tuple(LAYOUTS), torch.float32: ("FSDP2", "HSDP")}
+"""Where a float32 is compared, too: the other layouts compute no other numbers. `benchmarks.layouts` compares everything."""
 
 LACKS: dict[tuple[str, torch.dtype], str] = {}
 """A case that is not compared in a dtype, and why it cannot be."""
@@ -133,12 +139,8 @@ def train(case: Case, params: dict[str, Any], grads: list[dict[str, Any]]) -> tu
             p.grad = now[k]
         optimizer.step()
     optimizer.zero_grad()
-    return params, {k: dict(optimizer.state[p if p != "shared" else p]) for k, p in [*params.items()]} | shared(optimizer)
-
-
-def shared(optimizer: Any) -> dict[str, Any]:
-    """What is not of one parameter."""
-    return {"shared": dict(optimizer.state["shared"])} if "shared" in optimizer.state else {}
+    state = {k: dict(optimizer.state[p]) for k, p in params.items()}
+    return params, state | {"shared": dict(optimizer.state.get("shared", {}))}
 
 
 def without_wrapper(t: ps.Transform, params: dict[str, Any], grads: list[dict[str, Any]]) -> tuple[Any, Any]:
@@ -187,20 +189,63 @@ def of_case(case: Case, alone: Alone, spreads: dict[str, Spread], grads: dict[st
     return found
 
 
-def everything(rank: int, size: int) -> dict[Any, Any]:
+def compared(layouts: dict[torch.dtype, Collection[str]]) -> dict[Any, Any]:
+    """How far every case is from the single process, in these layouts."""
     found: dict[Any, Any] = {}
-    for dtype in MOST:
-        for widths in WIDTHS:
-            alone = Alone(widths, dtype)
-            spreads = {layout: Spread(layout, dtype) for layout, of in LAYOUTS.items() if of == widths}
-            grads = {
-                layout: [{k: s.like(k, g) for k, g in now.items()} for now in alone.grads] for layout, s in spreads.items()
-            }
-            for case in ALL:
-                if (case.name, dtype) not in LACKS:
-                    for layout, x in of_case(case, alone, spreads, grads).items():
-                        found[case.name, layout, dtype] = x
-            for layout, s in spreads.items():  # all cases have had the same, and none has written to them
-                for now, then in zip(grads[layout], alone.grads):
-                    assert all(torch.equal(g.to_local(), s.part(k, then[k])) for k, g in now.items())
+    for dtype, widths in itertools.product(layouts, WIDTHS):
+        alone = Alone(widths, dtype)
+        spreads = {layout: Spread(layout, dtype) for layout, of in LAYOUTS.items() if of == widths and layout in layouts[dtype]}
+        grads = {k: [{name: s.like(name, g) for name, g in now.items()} for now in alone.grads] for k, s in spreads.items()}
+        for case in ALL if spreads else ():
+            if (case.name, dtype) not in LACKS:
+                for layout, x in of_case(case, alone, spreads, grads).items():
+                    found[case.name, layout, dtype] = x
+        for layout, s in spreads.items():  # all cases have had the same, and none has written to them
+            for now, then in zip(grads[layout], alone.grads):
+                assert all(torch.equal(g.to_local(), s.part(k, then[k])) for k, g in now.items())
     return found
+
+
+def everything(rank: int, size: int) -> dict[Any, Any]:
+    """What the tests look at."""
+    return compared(TESTED)
+
+
+def all_of_it(rank: int, size: int) -> dict[Any, Any]:
+    """What `python -m benchmarks.layouts` makes the table of."""
+    return compared(dict.fromkeys(MOST, LAYOUTS))
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    return processes.run(SIZE, "tests.test_layouts:everything", tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_process_has_its_part_of_what_one_has(answers: list[dict[Any, Any]], layout: str) -> None:
+    for dtype in [dtype for dtype in MOST if layout in TESTED[dtype]]:
+        names = [case.name for case in ALL if (case.name, dtype) not in LACKS]
+        wrong = {
+            (name, rank): x
+            for name in names
+            for rank, each in enumerate(answers)
+            if isinstance(x := each[name, layout, dtype], str) or not x <= MOST[dtype]
+        }
+        assert not wrong, dtype
+
+
+def test_the_layouts_are_what_they_are_called(answers: list[dict[Any, Any]]) -> None:
+    """And the processes have run the same."""
+    assert len({tuple(x) for x in answers}) == 1
+    assert {layout for _, layout, _ in answers[0]} == set(LAYOUTS)
+
+
+def test_the_page_has_every_case_in_every_layout() -> None:
+    shown = plan.shown(plan.PAGE.read_text(), table.NAME, table.COMMAND)
+    head, _, *rows = [[x.strip() for x in line.strip("|").split("|")] for line in shown.splitlines()]
+    assert head == ["", *LAYOUTS]
+    assert [name.strip("`") for name, *_ in rows] == [case.name for case in ALL], "run `python -m benchmarks.layouts`"
+    for name, *cells in rows:
+        for cell in cells:
+            for x, (dtype, most) in zip(cell.split(" / "), MOST.items()):
+                assert (name.strip("`"), dtype) in LACKS or float(x) <= most, (name, cell)

@@ -78,8 +78,8 @@ ALGORITHMS: dict[str, Callable[[], ps.Transform]] = {
         for name in (
             "adam", "adamax", "nadam", "radam", "adagrad", "adadelta", "rmsprop", "rprop", "asgd", "sparse_adam", "adabelief",
             "yogi", "lars", "lamb", "signum", "sign_sgd", "novograd", "adan", "adopt", "ademamix", "fromage", "sm3",
-            "optimistic_gradient_descent", "optimistic_adam", "madgrad", "schedule_free_sgd", "schedule_free_adamw", "dog", "ldog",
-            "dadapt_adamw", "prodigy", "polyak_sgd", "sophia", "galore",
+            "optimistic_gradient_descent", "optimistic_adam", "madgrad", "schedule_free_sgd", "schedule_free_adamw", "dog",
+            "ldog", "dadapt_adamw", "prodigy", "polyak_sgd", "sophia", "galore",
         )
     },
     "schedule_free": lambda: ps.schedule_free(0.1), "sam": lambda: ps.chain(ps.sam(), ps.sgd(0.1)),
@@ -104,7 +104,7 @@ def made(name: str) -> ps.Transform:
 
 
 def state_bytes(name: str, precision: str, shapes: Shapes) -> float | None:
-    """How many bytes of state all parameters have; None where they are refused. What is one number for a parameter is left out."""
+    """How many bytes of state all parameters have, without what is one number for each; None where they are refused."""
     dtype, around = PRECISIONS[precision]
     total = 0
     for shape, n in shapes.items():
@@ -155,8 +155,8 @@ class Sends(NamedTuple):
 
 SENDS: dict[str, Sends] = {
     **dict.fromkeys(
-        ("clip_by_global_norm", "normalize", "skip_if_nonfinite", "zero_nans", "monitor", "polyak_sgd", "scale_by_polyak", "sam",
-         "reduce_on_plateau", "scale_by_backtracking_linesearch", "chain", "named_chain", "freeze"), Sends(reduces=1),
+        ("clip_by_global_norm", "normalize", "skip_if_nonfinite", "zero_nans", "monitor", "polyak_sgd", "scale_by_polyak",
+         "sam", "reduce_on_plateau", "scale_by_backtracking_linesearch", "chain", "named_chain", "freeze"), Sends(reduces=1),
     ),
     **dict.fromkeys(("prodigy", "scale_by_prodigy", "dadapt_adamw", "scale_by_dadapt_adam"), Sends(reduces=2)),
     **dict.fromkeys(("dog", "scale_by_dog"), Sends(reduces=3)),
@@ -198,10 +198,8 @@ def bytes_sent(name: str, shapes: Shapes, processes: int, copies: int = 1, each:
         return float(size(shapes) * each * (1 + copies))
     total = 0.0
     for (shape, n), fields in zip(shapes.items(), state or [None] * len(shapes)):
-        tensors = [x for x in pytree.tree_leaves(fields) if isinstance(x, Tensor) and x.dim()]
-        own = sum([x.nbytes for x in tensors if tuple(x.shape) == shape]) + math.prod(shape) * each
-        others = sum([x.nbytes for x in tensors if tuple(x.shape) != shape])
-        total += n * (math.prod(shape) * each + own + copies * own + processes * others) * sends.rows
+        kept = sum([x.nbytes for x in pytree.tree_leaves(fields) if isinstance(x, Tensor) and x.dim()])
+        total += n * sends.rows * (math.prod(shape) * each + (1 + copies) * (math.prod(shape) * each + kept))
     return total
 
 
@@ -217,7 +215,7 @@ def in_words(sends: Sends) -> tuple[str, str]:
     """The messages of a step, and their bytes."""
     if sends.reduces:
         return f"{sends.reduces} all-reduce{'s' * (sends.reduces > 1)} for each mesh", f"${8 * sends.reduces} P$"
-    return "2 all-to-alls for each shape", "$(1 + c) B / n$" if sends.stacks else "$(B + (1 + c) (B + S)) / n + R$"
+    return "2 all-to-alls for each shape", "$(1 + c) B / n$" if sends.stacks else "$(B + (1 + c) (B + S)) / n$"
 
 
 # ------------------------------------------------------------------------------------------------------------------ owners
@@ -276,8 +274,8 @@ TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
     "owners": (["matrices of", "4 processes", *map(str, PROCESSES[1:])], owner_rows),
     "state": (["", *PRECISIONS], lambda: state_rows(SHORT)),
     "plan": (
-        ["model", "GPUs", "shards x copies", "`adamw`, master weights", "`adamw`, Kahan", "`adamw`, 8 bits", "`muon`, master weights",
-         "MB that `muon` sends", "TFLOP of the busiest owner"], plan_rows,
+        ["model", "GPUs", "shards x copies", "GB: `adamw`, master weights", "`adamw`, Kahan", "`adamw`, 8 bits",
+         "`muon`, master weights", "MB that `muon` sends", "TFLOP of the busiest owner"], plan_rows,
     ),
     "messages": (["transforms", "messages in a step", "bytes that each process sends"], message_rows),
     "all states": (["", *PRECISIONS], lambda: state_rows(ALGORITHMS)),

@@ -168,8 +168,7 @@ def apart(found: Any, expected: Any, whose: str, spread: Spread) -> float:
     found, expected = found.detach(), expected.detach()
     size = expected.abs().max().double().clamp_min(1e-3) if expected.numel() else 1.0
     if hasattr(found, "full_tensor"):
-        if found.shape == spread.params[whose].shape:
-            assert found.placements == spread.params[whose].placements
+        if found.shape == spread.params[whose].shape and found.placements == spread.params[whose].placements:
             found, expected = found.to_local(), spread.part(whose, expected)
         else:
             found = found.full_tensor()
@@ -185,8 +184,12 @@ def of_case(case: Case, alone: Alone, spreads: dict[str, Spread], grads: dict[st
     found = {}
     for layout, spread in spreads.items():
         spread.reset(alone.values)
-        found[layout] = answer(lambda: apart(train(case, spread.params, grads[layout]), expected, "", spread))
+        found[layout] = answer(distance, case, spread, grads[layout], expected)
     return found
+
+
+def distance(case: Case, spread: Spread, grads: list[Any], expected: Any) -> float:
+    return apart(train(case, spread.params, grads), expected, "", spread)
 
 
 def compared(layouts: dict[torch.dtype, Collection[str]]) -> dict[Any, Any]:

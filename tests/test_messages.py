@@ -31,7 +31,7 @@ SIZES: dict[torch.dtype | str, int] = {"float": 4, "double": 8, "unsigned char":
 """Of a number, by torch's name for it in a profile."""
 
 FEW: dict[str, tuple[int, ...]] = {"a": (8, 4), "b": (8, 4), "wide": (4, 8), "vector": (8,)}
-MORE: dict[str, tuple[int, ...]] = {**{f"a{k}": (8, 4) for k in range(5)}, "wide": (4, 8), "tall": (12, 8), "v": (8,), "w": (8,)}
+MORE = {**{f"a{k}": (8, 4) for k in range(5)}, "wide": (4, 8), "tall": (12, 8), "v": (8,), "w": (8,)}
 STEPS = 4  # what comes every other step comes as often as it does
 
 

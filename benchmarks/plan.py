@@ -257,14 +257,17 @@ def plan_rows() -> list[list[str]]:
     for model, gpus, copies in PLANS:
         shapes, shards = MODELS[model], gpus // copies
         states = [state_bytes(t, p, shapes) for t, p in PLANNED]
-        sent = bytes_sent("muon", matrices(shapes), gpus, copies, each=2) / gpus
+        sent = bytes_sent("muon", matrices(shapes), gpus, copies, each=4) / gpus  # a momentum beside master weights is float32
         busiest = max(loads(matrices(shapes), gpus, flops))
         rows.append(
             [model, str(gpus), f"{shards} x {copies}", *[f"{(x or 0) / shards / 1e9:.2f}" for x in states],
-             f"{sent / 1e6:,.0f}", f"{busiest / 1e12:.1f}"]
+             f"{sent / 1e6:,.0f} ({sent / LINK * 1e3:.0f})", f"{busiest / 1e12:.1f} ({busiest / SPEED * 1e3:.0f})"]
         )  # fmt: skip
     return rows
 
+
+LINK, SPEED = 50e9, 400e12
+"""Bytes that a GPU sends in a second, and what it computes in bfloat16: about those of an H100 with a 400 Gb/s card."""
 
 PLANNED = (("adamw", "and master weights"), ("adamw", "and Kahan"), ("adamw", "and 8 bits"), ("muon", "and master weights"))
 
@@ -275,7 +278,7 @@ TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
     "state": (["", *PRECISIONS], lambda: state_rows(SHORT)),
     "plan": (
         ["model", "GPUs", "shards x copies", "GB: `adamw`, master weights", "`adamw`, Kahan", "`adamw`, 8 bits",
-         "`muon`, master weights", "MB that `muon` sends", "TFLOP of the busiest owner"], plan_rows,
+         "`muon`, master weights", "MB that it sends (ms)", "TFLOP of its busiest owner (ms)"], plan_rows,
     ),
     "messages": (["transforms", "messages in a step", "bytes that each process sends"], message_rows),
     "all states": (["", *PRECISIONS], lambda: state_rows(ALGORITHMS)),

@@ -27,12 +27,16 @@ from tests.cases_methods import Given
 from tests.test_distributed import answer
 
 BY_NAME = {case.name: case for case in CASES}
-SIZES: dict[torch.dtype | str, int] = {"float": 4, "double": 8, "unsigned char": 1, "long int": 8}
+SIZES = {"float": 4, "double": 8, "unsigned char": 1, "long int": 8, "c10::BFloat16": 2}
 """Of a number, by torch's name for it in a profile."""
 
 FEW: dict[str, tuple[int, ...]] = {"a": (8, 4), "b": (8, 4), "wide": (4, 8), "vector": (8,)}
 MORE = {**{f"a{k}": (8, 4) for k in range(5)}, "wide": (4, 8), "tall": (12, 8), "v": (8,), "w": (8,)}
 STEPS = 4  # what comes every other step comes as often as it does
+
+
+MASTER = Case("master_weights(muon)", lambda: ps.master_weights(ps.muon(0.1)), ({},), treats=lambda p: p.dim() == 2)
+"""With bfloat16 parameters; the plan has its bytes."""
 
 
 @contextmanager
@@ -55,7 +59,8 @@ def steps(case: Case, mesh: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str
     from torch.distributed.tensor import Shard, distribute_tensor
 
     torch.manual_seed(0)
-    whole = {k: x for k, s in shapes.items() if case.treats(x := torch.randn(s))}
+    dtype = torch.bfloat16 if case is MASTER else torch.float32
+    whole = {k: x for k, s in shapes.items() if case.treats(x := torch.randn(s).to(dtype))}
     params, grads = ({k: distribute_tensor(f(x), mesh, [Shard(0)]) for k, x in whole.items()} for f in (torch.clone, torch.sin))
     t = case.transform()
     needs = t.children[0].plan.extras if isinstance(t, Given) else ()
@@ -76,7 +81,8 @@ def everything(rank: int, size: int) -> dict[Any, Any]:
 
     mesh = init_device_mesh("cpu", (size,))
     return {
-        (case.name, len(shapes)): answer(steps, case, mesh, shapes) for case, shapes in itertools.product(CASES, (FEW, MORE))
+        (case.name, len(shapes)): answer(steps, case, mesh, shapes)
+        for case, shapes in itertools.product([*CASES, MASTER], (FEW, MORE))
     }
 
 
@@ -119,6 +125,13 @@ def wrong(counted: list[dict[Any, Any]], names: list[str]) -> list[Any]:
 
 def test_messages_and_bytes(counted: list[dict[Any, Any]]) -> None:
     assert not wrong(counted, [name for name in BY_NAME if not owned(name)])
+
+
+def test_master_weights_are_sent_in_float32(counted: list[dict[Any, Any]]) -> None:
+    matrices = Counter([s for s in FEW.values() if len(s) == 2])
+    sent = sum(x[MASTER.name, len(FEW)]["all_to_all bytes"] for x in counted)
+    headers = 2 * len(counted) ** 2 * 8 * 4  # as in `wrong`
+    assert 0 <= sent - plan.bytes_sent("muon", matrices, len(counted), each=4) <= headers
 
 
 @pytest.mark.skipif(not hasattr(dealt, "dealt_rows"), reason="what must see whole tensors is gathered in every process yet")

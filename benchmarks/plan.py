@@ -146,21 +146,24 @@ class Sends(NamedTuple):
     """What a transform sends in a step: for each mesh, and beside its neighbours in a chain."""
 
     reduces: int = 0
-    """All-reduces, of one float64 for each parameter."""
+    """All-reduces, of a float64 for each parameter."""
     stacks: bool = False
     """Two all-to-alls for each shape of matrices, of a matrix each."""
+    numbers: int = 1
+    """Instead of a float64 for each parameter, so many."""
     rows: bool = False
     """Two all-to-alls for each shape of parameters: with their gradients and states there, and without the gradients back."""
 
 
 SENDS: dict[str, Sends] = {
     **dict.fromkeys(
-        ("clip_by_global_norm", "normalize", "skip_if_nonfinite", "zero_nans", "monitor", "polyak_sgd", "scale_by_polyak",
+        ("clip_by_global_norm", "normalize", "skip_if_nonfinite", "zero_nans", "polyak_sgd", "scale_by_polyak",
          "sam", "reduce_on_plateau", "scale_by_backtracking_linesearch", "chain", "named_chain", "freeze"), Sends(reduces=1),
     ),
     **dict.fromkeys(("prodigy", "scale_by_prodigy", "dadapt_adamw", "scale_by_dadapt_adam"), Sends(reduces=2)),
     **dict.fromkeys(("dog", "scale_by_dog"), Sends(reduces=3)),
     "mechanic": Sends(reduces=4),
+    "monitor": Sends(reduces=1, numbers=2),
     **dict.fromkeys(("muon", "scale_by_muon", "as_matrices"), Sends(stacks=True)),
     **dict.fromkeys(
         ("clip_by_norm", "clip_by_block_rms", "adaptive_grad_clip", "normalize_by_block", "centralize", "scale_by_trust_ratio",
@@ -193,7 +196,7 @@ def bytes_sent(name: str, shapes: Shapes, processes: int, copies: int = 1, each:
     """
     sends = SENDS.get(name, Sends())
     if sends.reduces:
-        return float(8 * sends.reduces * sum(shapes.values()) * processes)
+        return float(8 * sends.reduces * sends.numbers * sum(shapes.values()) * processes)
     if sends.stacks:
         return float(size(shapes) * each * (1 + copies))
     total = 0.0
@@ -214,7 +217,10 @@ def message_rows() -> list[list[str]]:
 def in_words(sends: Sends) -> tuple[str, str]:
     """The messages of a step, and their bytes."""
     if sends.reduces:
-        return f"{sends.reduces} all-reduce{'s' * (sends.reduces > 1)} for each mesh", f"${8 * sends.reduces} P$"
+        return (
+            f"{sends.reduces} all-reduce{'s' * (sends.reduces > 1)} for each mesh",
+            f"${8 * sends.reduces * sends.numbers} P$",
+        )
     return "2 all-to-alls for each shape", "$(1 + c) B / n$" if sends.stacks else "$(B + (1 + c) (B + S)) / n$"
 
 

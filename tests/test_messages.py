@@ -107,7 +107,7 @@ def expected(name: str, shapes: dict[str, tuple[int, ...]]) -> plan.Shapes:
 def wrong(counted: list[dict[Any, Any]], names: list[str]) -> list[Any]:
     """Where messages or bytes are not what the formulas say."""
     found: list[Any] = []
-    for name, shapes in [(name, shapes) for name in names for shapes in sets(name)]:
+    for name, shapes in [(k, shapes) for k in names for shapes in sets(k)]:
         each = [x[name, len(shapes)] for x in counted]
         if any(isinstance(x, str) for x in each):
             found.append((name, each))

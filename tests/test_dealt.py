@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import purestep as ps
 from purestep import optim
-from purestep._core import dealt
+from purestep._core import dealt, exchange
 from tests import processes
 from tests.problems import difference
 from tests.test_distributed import answer, apart, gathered
@@ -32,6 +32,16 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], str]] = {
     "columns twice": ((2, 2), "11"), "one way": ((4, 1), "01"), "copies twice": ((2, 2), "rr"),
 }  # fmt: skip
 """The shape of the mesh, and for each of its dimensions that of the matrix which it cuts, or "r"."""
+
+BY_OWNERS: dict[str, Callable[[], ps.Transform]] = {
+    "shampoo": lambda: ps.shampoo(0.1, 0.9), "soap": lambda: ps.soap(0.1, precondition_frequency=2),
+    "galore": lambda: ps.galore(0.1, rank=2, update_proj_gap=2), "adafactor": lambda: ps.adafactor(0.1),
+    "novograd": lambda: ps.novograd(0.1), "8 bits": lambda: ps.quantize_state(ps.adamw(0.1), min_size=1),
+    "scheduled": lambda: ps.chain(ps.clip_by_global_norm(0.5), ps.shampoo(ps.schedules.linear(0.1, 0.0, total_steps=10))),
+}  # fmt: skip
+"""What must see a whole parameter with all of its state."""
+
+DECOMPOSITIONS = ("eigh", "qr", "svd")
 
 MADE_OF_MATRICES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "experts": ({}, (8, 3, 5)), "uneven experts": ({}, (5, 3, 4)), "kernels": ({"flatten": True}, (6, 3, 2, 2)),
@@ -151,6 +161,119 @@ def of_stacks(name: str, layout: str) -> Any:
     return max(difference(gathered(parts), whole), difference(gathered(held), state)), counted.messages
 
 
+@contextmanager
+def decompositions() -> Iterator[list[str]]:
+    """The names of the decompositions that this process computes, while a ``with`` lasts."""
+    found: list[str] = []
+    originals = {name: getattr(torch.linalg, name) for name in DECOMPOSITIONS}
+
+    def noting(name: str) -> Callable[..., Any]:
+        def decompose(*args: Any, **kwargs: Any) -> Any:
+            found.append(name)
+            return originals[name](*args, **kwargs)
+
+        return decompose
+
+    for name in DECOMPOSITIONS:
+        setattr(torch.linalg, name, noting(name))
+    try:
+        yield found
+    finally:
+        for name, original in originals.items():
+            setattr(torch.linalg, name, original)
+
+
+def of_rows(name: str, layout: str, mode: str) -> Any:
+    """Four steps of what owners compute: the distance, and how many decompositions whole and sharded parameters took."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    sizes, text = LAYOUTS[layout]
+    mesh, opt, whole = init_device_mesh("cpu", sizes), BY_OWNERS[name](), values(0)
+    if mode == "wrapper":
+        return *of_wrapper(opt, whole, spread(whole, mesh, text), mesh, text)[:1], 0, 0
+    parts = spread(whole, mesh, text)
+    state, held = opt.init_state(whole), opt.init_state(parts)
+    first = [x for x in ps.state_dict(held).values() if x.dim() and x.numel()]
+    assert "r" in text or all(x.to_local().numel() < x.numel() for x in first if x.shape[0] > 1), "a state is not spread"
+    counts = [0, 0]
+    for step in range(4):
+        g = values(100 + step)
+        sharded, before = spread(g, mesh, text), gathered(parts)
+        with decompositions() as found:
+            whole, state = opt.step(g, state, whole)
+        counts[0] += len(found)
+        with decompositions() as found, counting() as counted:
+            after, held = opt.step(sharded, held, parts, donate=mode == "donate")
+        counts[1] += len(found)
+        assert difference(gathered(sharded), g) == 0, "a gradient was written to"
+        assert mode == "donate" or difference(gathered(parts), before) == 0, "a parameter was written to"
+        assert mode != "donate" or all(after[k] is parts[k] for k in parts)
+        assert counted.messages == 2 * len(set(SHAPES.values()))
+        parts = after
+    return max(difference(gathered(parts), whole), difference(gathered(held), state)), *counts
+
+
+class Fails(Exception):
+    pass
+
+
+@ps.operation
+def brittle(u: Tensor) -> Tensor:
+    if u.shape == SHAPES["wide"]:
+        raise Fails("it is too wide")
+    return u.flip(0)
+
+
+@ps.leafwise()
+def brittle_flip(u: Tensor, p: Tensor) -> Tensor:
+    return brittle(u)
+
+
+class LongState(NamedTuple):
+    history: Annotated[Tensor, "one more row at each step"]
+
+    @classmethod
+    def init(cls, p: Tensor) -> LongState:
+        return cls(torch.zeros(1, 2, dtype=p.dtype))
+
+
+@ps.operation
+def longer(history: Tensor, g: Tensor) -> Tensor:
+    return torch.cat([history, g.new_ones(1, 2)])
+
+
+@ps.leafwise(LongState)
+def with_history(g: Tensor, s: LongState, p: Tensor) -> tuple[Tensor, LongState]:
+    return g, LongState(longer(s.history, g))
+
+
+def of_failures() -> dict[str, Any]:
+    """What each process says where the owner of one parameter fails; and whether the next step is right."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh, found = init_device_mesh("cpu", (4,)), {}
+    for name, opt in (("fails", ps.chain(ps.trace(0.9), brittle_flip())), ("grows", with_history())):
+        parts = spread(values(0), mesh, "0")
+        held = opt.init_state(parts)
+        before = gathered([parts, held])
+        for donate in (False, True):
+            try:
+                opt.step(spread(values(1), mesh, "0"), held, parts, donate=donate)
+            except Exception as error:
+                found[f"{name} {donate}"] = f"{type(error).__name__}: {error}"
+            assert difference(gathered([parts, held]), before) == 0, "something was written"
+    without = {k: x for k, x in values(0).items() if k != "wide"}
+    opt = ps.chain(ps.trace(0.9), brittle_flip())
+    p, _ = opt.step({k: values(1)[k] for k in without}, opt.init_state(without), without)
+    parts = spread(without, mesh, "0")
+    q, _ = opt.step(spread({k: values(1)[k] for k in without}, mesh, "0"), opt.init_state(parts), parts)
+    found["next"] = difference(gathered(q), p)
+    state = with_history().init_state(parts)
+    _, state = with_history().step(spread(without, mesh, "0"), state, parts, executor="leaf")
+    found["leaf"] = tuple(state.history["a"].shape)
+    return found
+
+
 @ps.operation(like=True, stacks=True)
 def unit(x: Tensor, k: Any = 1.0) -> Tensor:
     return k * x / torch.linalg.vector_norm(x, dim=(-2, -1) if x.ndim > 1 else -1, keepdim=True)
@@ -223,7 +346,7 @@ def under_fsdp2(kind: str) -> float:
     assert counted.messages > 0, "no matrix was dealt out"
     # part by part: to gather parameters that are uneven and strided is a fault of torch's in 2.9
     parts = [
-        dealt.part(p.detach(), dealt.layout_of(q).blocks[dealt_place(q)])
+        exchange.part(p.detach(), exchange.layout_of(q).blocks[dealt_place(q)])
         for p, q in zip(single.parameters(), model.parameters())
     ]
     return difference([q.to_local().detach() for q in model.parameters()], parts)
@@ -231,8 +354,8 @@ def under_fsdp2(kind: str) -> float:
 
 def dealt_like(x: Tensor, like: Any) -> Any:
     """A tensor, spread as another: the part of it that the layout says, which is what torch has in its own."""
-    block = dealt.layout_of(like).blocks[dealt_place(like)]
-    part = dealt.part(x, block).clone()
+    block = exchange.layout_of(like).blocks[dealt_place(like)]
+    part = exchange.part(x, block).clone()
     assert part.shape == like.to_local().shape, f"{like.placements} of {tuple(like.shape)}: {block}"
     return type(like).from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
@@ -252,7 +375,7 @@ def layouts_are_torchs() -> str:
         for rows, columns in itertools.product((1, 2, 3, 5, 8, 9), repeat=2):
             x = torch.arange(rows * columns, dtype=torch.float64).view(rows, columns)
             y = spread({"x": x}, mesh, text)["x"]
-            mine = dealt.part(x, dealt.layout_of(y).blocks[dealt_place(y)])
+            mine = exchange.part(x, exchange.layout_of(y).blocks[dealt_place(y)])
             assert torch.equal(mine, y.to_local()), (text, rows, columns)
     return "right"
 
@@ -299,7 +422,10 @@ def everything(rank: int, size: int) -> dict[str, Any]:
         found[f"fsdp2 {kind}"] = answer(under_fsdp2, kind)
     for name, layout in itertools.product(MADE_OF_MATRICES, ("rows", "columns", "copies of rows", "blocks")):
         found[f"{name}, {layout}"] = answer(of_stacks, name, layout)
-    for function in (layouts_are_torchs, on_some_processes, a_derivative, of_operations):
+    for name, layout in itertools.product(BY_OWNERS, ("rows", "columns", "copies of rows", "blocks")):
+        for mode in ("pure", "donate", "wrapper"):
+            found[f"owners of {layout}, {name}, {mode}"] = answer(of_rows, name, layout, mode)
+    for function in (of_failures, layouts_are_torchs, on_some_processes, a_derivative, of_operations):
         found[function.__name__] = answer(function)
     return found
 
@@ -332,13 +458,17 @@ def test_two_messages_for_each_shape(answers: list[dict[str, Any]]) -> None:
 
 
 def test_bytes_that_are_sent(answers: list[dict[str, Any]]) -> None:
-    """A step brings each matrix to its owner, and from there to each copy: twice its bytes where there is one copy."""
+    """A step brings each matrix to its owner, and from there to each copy: twice its bytes where there is one copy.
+
+    And each owner tells each process, once for each shape, that it has not failed.
+    """
     matrices = 8 * sum(map(math.prod, SHAPES.values()))
+    answers_of_owners = 8 * SIZE**2 * len(set(SHAPES.values()))
     for name, each in runs(answers).items():
         layout = name.split(":")[0]
         sizes, text = LAYOUTS[layout]
         copies = math.prod(n for n, kind in zip(sizes, text) if kind == "r")
-        assert sum(x[2] for x in each) == 3 * matrices * (1 + copies), name
+        assert sum(x[2] for x in each) == 3 * (matrices * (1 + copies) + answers_of_owners), name
 
 
 @pytest.mark.parametrize("kind", ["rows", "copies", "tensor"])
@@ -358,6 +488,33 @@ def test_stacks_of_matrices(answers: list[dict[str, Any]], name: str) -> None:
             assert x[0] < 1e-12, layout
             if "experts" in name:  # those that are sharded by expert are computed where they are
                 assert (x[1] == 0) is (layout == "rows"), layout
+
+
+@pytest.mark.parametrize("name", BY_OWNERS)
+def test_each_parameter_is_computed_by_its_owner(answers: list[dict[str, Any]], name: str) -> None:
+    for key in [k for k in answers[0] if k.startswith("owners of ") and k.split(", ")[1] == name]:
+        each = [found[key] for found in answers]
+        assert not any(isinstance(x, str) for x in each), each
+        assert max(x[0] for x in each) <= 1e-12, key
+        assert sum(x[2] for x in each) == each[0][1], key  # decompositions, over all processes: as many as in one
+        if name in ("shampoo", "soap", "galore") and "wrapper" not in key:
+            assert max(x[2] for x in each) < each[0][1]
+
+
+def test_a_failure_of_one_owner_ends_all(answers: list[dict[str, Any]]) -> None:
+    found = [x["of_failures"] for x in answers]
+    assert all(isinstance(x, dict) for x in found), found
+    for donate in (False, True):
+        said = [x[f"fails {donate}"] for x in found]
+        (owner,) = [k for k, text in enumerate(said) if text == "Fails: it is too wide"]
+        assert all(f"RuntimeError: Process {owner} could not compute" in text for k, text in enumerate(said) if k != owner), (
+            said
+        )
+        assert all("keep shapes and dtypes" in x[f"grows {donate}"] or "could not" in x[f"grows {donate}"] for x in found), (
+            found
+        )
+    assert [x["next"] for x in found] == [0.0] * SIZE
+    assert {x["leaf"] for x in found} == {(2, 2)}
 
 
 def test_layouts(answers: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -243,6 +243,138 @@ def many_small(mesh: Any) -> float:
             train(b, parts)
             assert all(b.state[p][k] is x for p, old in zip(parts, before) for k, x in old.items()), "a state has moved"
             worst = max(worst, apart(parts, whole))
+    return worst
+
+
+# ----------------------------------------------------------------------------------------------------- the step cache
+
+REMEMBERED: dict[str, Callable[..., Any]] = {
+    "AdamW": lambda ps_: optim.AdamW(ps_, lr=0.1), "SGD": lambda ps_: optim.SGD(ps_, lr=0.1, momentum=0.9),
+    "NAdam": lambda ps_: optim.NAdam(ps_, lr=0.1),
+    "chain": lambda ps_: optim.Optimizer(ps_, ps.chain(ps.trace(0.9), ps.lion(0.1))),
+}  # fmt: skip
+
+
+def finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(12345.0)
+
+
+def remembered(name: str, count: int, mesh: Any) -> dict[str, Any]:
+    """Steps like the last one, and each time one thing that the step cache takes for granted is no longer so."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    shapes = {str(k): (5, 3) for k in range(count)}
+    whole, parts = pair(mesh, shapes)
+    a, b = REMEMBERED[name](whole), REMEMBERED[name](parts)
+    found: dict[str, Any] = {}
+
+    def step(what: str, change: Callable[[], Any] = lambda: None, places: list[Any] | None = None, grad: Any = None) -> None:
+        for k, (p, q) in enumerate(zip(whole, parts)):
+            g = bowl(p.detach()) if grad is None or k else grad(p)
+            p.grad, q.grad = g, None if g is None else spread(g, mesh)
+            if places is not None and g is not None:
+                q.grad = q.grad.redistribute(placements=places)
+        change()
+        a.step()
+        b.step()
+        states = [[x for x in o.state[p].values() if isinstance(x, Tensor)] for o, ps_ in ((b, parts), (a, whole)) for p in ps_]
+        pairs = [(list(map(finite, gathered(x))), list(map(finite, y))) for x, y in zip(states[:count], states[count:])]
+        pairs += [([finite(gathered(q.detach()))], [finite(p.detach())]) for q, p in zip(parts, whole)]
+        found[what] = max(difference(x, y) for x, y in pairs)
+
+    def terms() -> None:
+        x = parts[0].grad.full_tensor()
+        parts[0].grad = DTensor.from_local(x / 2, mesh, [Partial()], run_check=False)
+
+    def other_state() -> None:
+        state = b.state[parts[0]]
+        for key, x in state.items():
+            state[key] = x.clone() if isinstance(x, Tensor) else x
+
+    def other_memory() -> None:
+        parts[1]._local_tensor = parts[1]._local_tensor.clone()
+
+    def rate() -> None:
+        for o in (a, b):
+            o.param_groups[0]["lr"] = 0.05
+
+    for k in range(4):
+        step(f"like the last, {k}")
+    found["cached"] = b.explain().cached
+    versions = [p._version for p in parts]
+    step("again")
+    assert all(p._version > v for p, v in zip(parts, versions)), "a version was not counted"
+    step("replicated gradients", places=[Replicate()])
+    step("gradients by columns", places=[Shard(1)])
+    step("terms of a gradient", terms)
+    step("another state", other_state)
+    step("other memory", other_memory)
+    step("another rate", rate)
+    step("a missing gradient", grad=lambda p: None)
+    step("all gradients again")
+    step("not a number", grad=lambda p: torch.full_like(p, float("nan")))
+    whole[0].data.fill_(1.0), parts[0].data.fill_(1.0)
+    for optimizer, p in ((a, whole[0]), (b, parts[0])):
+        for x in optimizer.state[p].values():
+            if x.dim():
+                x.zero_()
+    step("numbers again")
+    for key, made in (
+        ("a plain gradient", lambda q: q.grad.full_tensor()),
+        ("a plain state", lambda q: q.grad),
+    ):
+        step("before " + key)
+        for p, q in zip(whole, parts):
+            q.grad = spread(bowl(p.detach()), mesh)
+        parts[0].grad = made(parts[0])
+        if key == "a plain state":
+            state = b.state[parts[0]]
+            name_ = next(n for n, x in state.items() if x.dim())
+            state[name_] = state[name_].full_tensor()
+        before = gathered([p.detach() for p in parts])
+        found[key] = refusal(b.step)
+        assert difference(gathered([p.detach() for p in parts]), before) == 0.0
+    return found
+
+
+for _name in REMEMBERED:
+    for _count in (3, 20):
+        FOUND[f"remembered {_name}, {_count}"] = partial(remembered, _name, _count)
+
+
+class Swapped(NamedTuple):
+    last: Tensor
+    before: Tensor
+
+    @classmethod
+    def init(cls, p: Tensor) -> Swapped:
+        return cls(torch.zeros_like(p), torch.ones_like(p))
+
+
+@ps.leafwise(Swapped)
+def swap_fields(g: Tensor, s: Swapped, p: Tensor) -> tuple[Tensor, Swapped]:
+    return g + s.before, Swapped(s.before, s.last)
+
+
+@ps.leafwise(Swapped)
+def move_fields(g: Tensor, s: Swapped, p: Tensor) -> tuple[Tensor, Swapped]:
+    return g + s.before, Swapped(2 * s.before + g, s.last)
+
+
+@case
+def fields_that_change_places(mesh: Any) -> float:
+    """A new field is the memory of another old one, which was given away, too."""
+    worst = 0.0
+    for t in (swap_fields(), move_fields(), ps.chain(move_fields(), swap_fields(), ps.trace(0.5))):
+        generator = torch.Generator().manual_seed(2)
+        whole: Any = {str(k): torch.randn(5, 3, generator=generator, dtype=torch.float64) for k in range(2)}
+        parts = spread_tree(whole, mesh, "rows")
+        state, held = t.init_state(whole), t.init_state(parts)
+        for k in range(5):
+            g = {name: torch.full_like(x, 0.1 * k) for name, x in whole.items()}
+            whole, state = t.step(g, state, whole)
+            parts, held = t.step(spread_tree(g, mesh, "rows"), held, parts, donate=True)
+            worst = max(worst, difference(gathered(parts), whole), difference(gathered(held), state))
     return worst
 
 
@@ -547,7 +679,7 @@ def alone(rank: int, size: int) -> Found:
     return {name: answer(function, mesh) for name, function in FOUND.items() if name in ALONE}
 
 
-ALONE = (*CLASSES, "many_small", "fsdp2_adamw", "fsdp2_rmsprop", "fsdp2_clipped", "refused")
+ALONE = (*CLASSES, "many_small", "fields_that_change_places", "fsdp2_adamw", "fsdp2_rmsprop", "fsdp2_clipped", "refused")
 
 
 @pytest.fixture(scope="module")
@@ -561,7 +693,7 @@ def near(found: Found, names: Iterable[str], most: float) -> None:
 
 def test_every_transform_is_right(answers: list[Found]) -> None:
     """On the rows of two processes, which are uneven, and mixed with columns and with plain tensors."""
-    near(answers[0], [name for name in answers[0] if " " in name], 1e-11)
+    near(answers[0], [name for name in answers[0] if " " in name and not name.startswith("remembered")], 1e-11)
 
 
 def test_every_class_is_torchs(answers: list[Found]) -> None:
@@ -572,6 +704,25 @@ def test_every_class_is_torchs(answers: list[Found]) -> None:
 
 def test_many_small_ones(answers: list[Found]) -> None:
     near(answers[0], ["many_small"], EXACT)
+
+
+@pytest.mark.parametrize("count", [3, 20])
+@pytest.mark.parametrize("name", REMEMBERED)
+def test_remembered_steps(answers: list[Found], name: str, count: int) -> None:
+    """What the step cache takes for granted about sharded tensors is looked at in every step."""
+    for each in answers:
+        found = each[f"remembered {name}, {count}"]
+        assert isinstance(found, dict), found
+        assert found["cached"]
+        assert re.match("TypeError: The gradient of '0' is a Tensor, but the parameter is a DTensor", found["a plain gradient"])
+        assert re.match("TypeError: The state of '0' is a Tensor, but the parameter is a DTensor", found["a plain state"])
+        numbers = {what: x for what, x in found.items() if what not in ("cached", "a plain gradient", "a plain state")}
+        assert len(numbers) == 17
+        near(numbers, numbers, EXACT)
+
+
+def test_fields_that_change_places(answers: list[Found]) -> None:
+    near(answers[0], ["fields_that_change_places"], EXACT)
 
 
 def test_fsdp2(answers: list[Found]) -> None:

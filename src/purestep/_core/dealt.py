@@ -1,27 +1,23 @@
-"""Functions of whole matrices that are spread over processes: each matrix is computed once, by the process that owns it.
+"""What must see whole tensors, of sharded ones: each is computed once, by the process that owns it.
 
 Matrices of one shape are dealt out to all processes of their mesh. One all-to-all message brings the parts of each matrix to
-its owner, the owner computes its matrices as a stack, and another message brings the parts of the results back. Owners are
-chosen by the shapes alone, so every process knows them without asking. The messages of all shapes are on their way while the
-first matrices are computed.
+its owner, the owner computes its matrices as a stack, and another message brings the parts of the results back (`Exchange`).
+Owners are chosen by the shapes alone, so every process knows them without asking. The messages of all shapes are on their way
+while the first matrices are computed. So it is with rows of tensors: a gradient with its parameter and its state.
 
 What is in the way of that is asked beforehand (`can_deal`), and gets the same answer in every process.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, distributed
 
+from purestep._core.exchange import Exchange, Item, layout_of
 from purestep._core.lists import in_stacks, pick
-
-Block: TypeAlias = tuple[tuple[int, int], ...]
-"""The part of a tensor that a process has: along each dimension from where to where."""
 
 
 def can_deal(x: Any) -> bool:
@@ -37,39 +33,6 @@ def can_deal(x: Any) -> bool:
     return all([kind in ("Shard", "Replicate", "_StridedShard") for kind in kinds])
 
 
-class Layout:
-    """Where the parts of a tensor are: the processes of a mesh, by their place in it, and the part that each has."""
-
-    def __init__(self, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> None:
-        sizes = tuple(mesh.mesh.shape)
-        coordinates = list(itertools.product(*map(range, sizes)))
-        self.blocks = [block_at(c, sizes, placements, shape) for c in coordinates]
-        self.counts = [math.prod([stop - start for start, stop in b]) for b in self.blocks]
-        copies = [k for k, p in enumerate(placements) if p.is_replicate()]
-        self.copy = [tuple([c[k] for k in copies]) for c in coordinates]  # which of several copies a process belongs to
-
-    def sources(self, owner: int) -> list[int]:
-        """The places of the processes from which the owner gets one copy of all parts."""
-        return [k for k, copy in enumerate(self.copy) if copy == self.copy[owner]]
-
-
-def block_at(coordinate: Sequence[int], sizes: Sequence[int], placements: Sequence[Any], shape: Sequence[int]) -> Block:
-    """The part of a tensor that the process at a coordinate of the mesh has; chunks as `torch.chunk` makes them.
-
-    Dimensions of the mesh cut a tensor one after the other; those with a ``_StridedShard``, as FSDP2 has beside tensor
-    parallelism, cut what the ones behind them have left.
-    """
-    block = [(0, n) for n in shape]
-    cuts = [k for k, p in enumerate(placements) if not p.is_replicate()]
-    strided = [k for k in cuts if type(placements[k]).__name__ == "_StridedShard"]
-    for k in [*[k for k in cuts if k not in strided], *reversed(strided)]:
-        start, stop = block[placements[k].dim]
-        chunk = -(-(stop - start) // sizes[k])
-        first = min(start + coordinate[k] * chunk, stop)
-        block[placements[k].dim] = first, min(first + chunk, stop)
-    return tuple(block)
-
-
 def owners(costs: Sequence[float], processes: int) -> list[int]:
     """The owner of each of some tasks, so that all have about as much to do: the largest first, to who has least."""
     loads = [0.0] * processes
@@ -82,83 +45,10 @@ def owners(costs: Sequence[float], processes: int) -> list[int]:
 
 def cost(shape: Sequence[int]) -> float:
     """What a matrix function costs, up to a factor: the products of a matrix, or of a stack of them, with itself."""
+    if len(shape) < 2:
+        return float(math.prod(shape))
     *stack, rows, columns = shape
     return float(math.prod(stack) * rows * columns * min(rows, columns))
-
-
-class Exchange:
-    """The matrices of one shape and one layout: their parts go to their owners, and the parts of the results come back."""
-
-    def __init__(self, homes: Sequence[Any], places: Sequence[int], xs: Sequence[Tensor]) -> None:
-        """`homes` are the sharded tensors, `places` those of their owners in the mesh, and `xs` the parts of this process."""
-        mesh, self.xs, self.places = homes[0].device_mesh, xs, places
-        self.shape, self.layout = homes[0].shape, layout_of(homes[0])
-        group: Any = mesh.get_group() if mesh.ndim == 1 else distributed.group.WORLD
-        self.group = group
-        ranks = mesh.mesh.flatten().tolist()
-        self.me = ranks.index(distributed.get_rank())
-        order = [distributed.get_group_rank(group, rank) for rank in ranks]
-        self.order = sorted(range(len(ranks)), key=order.__getitem__)  # places in the mesh, as the group counts them
-        self.owned = [k for k, place in enumerate(places) if place == self.me]
-        self.buffer = xs[0].new_empty(0)
-        self.work: Any = None
-
-    def _send(self, pieces: list[list[Tensor]], counts: list[int]) -> None:
-        """Send some tensors to each place, and begin to receive so many numbers from each; both in the group's order."""
-        flat = [x.reshape(-1) for each in pieces for x in each]
-        sent = torch.cat(flat) if flat else self.xs[0].new_empty(0)
-        self.buffer = sent.new_empty(sum(counts))
-        sizes = [sum([x.numel() for x in each]) for each in pieces]
-        self.work = distributed.all_to_all_single(self.buffer, sent, counts, sizes, group=self.group, async_op=True)
-
-    def _received(self) -> Tensor:
-        """What has come."""
-        self.work.wait()
-        return self.buffer
-
-    def gather(self) -> None:
-        """Send the parts that this process has to the owners of their matrices."""
-        sends = [self.me in self.layout.sources(place) for place in range(len(self.order))]
-        pieces = [[x for x, owner in zip(self.xs, self.places) if owner == place and sends[place]] for place in self.order]
-        sources = set(self.layout.sources(self.me))
-        self._send(pieces, [len(self.owned) * self.layout.counts[place] * (place in sources) for place in self.order])
-
-    def compute(self, function: Callable[..., Any], rest: Sequence[Any]) -> None:
-        """Put the matrices together that this process owns, compute, and send each process its parts of the results."""
-        flat, blocks, counts = self._received(), self.layout.blocks, self.layout.counts
-        whole = [flat.new_empty(self.shape) for _ in self.owned]
-        sources, start = set(self.layout.sources(self.me)), 0
-        for place in self.order:
-            for x in whole if place in sources else ():
-                part(x, blocks[place]).copy_(flat[start : start + counts[place]].view(lengths(blocks[place])))
-                start += counts[place]
-        made = in_stacks(function, whole, *rest) if whole else []
-        pieces = [[part(x, blocks[place]) for x in made] for place in self.order]
-        self._send(pieces, [self.places.count(place) * counts[self.me] for place in self.order])
-
-    def results(self) -> list[Tensor]:
-        """The parts of the results that this process has, in the order of the matrices."""
-        pieces = iter(torch.split(self._received(), self.layout.counts[self.me]) if self.layout.counts[self.me] else ())
-        found: list[Any] = [None] * len(self.xs)
-        for place in self.order:
-            for k in [k for k, owner in enumerate(self.places) if owner == place]:
-                found[k] = next(pieces).view(self.xs[k].shape) if self.layout.counts[self.me] else self.xs[k].clone()
-        return found
-
-
-def layout_of(x: Any) -> Layout:
-    """The layout of a sharded tensor."""
-    return Layout(x.device_mesh, x.placements, x.shape)
-
-
-def part(x: Tensor, block: Block) -> Tensor:
-    """A part of a tensor, as a view of it."""
-    return x[tuple([slice(*ends) for ends in block])]
-
-
-def lengths(block: Block) -> list[int]:
-    """The shape of a part."""
-    return [stop - start for start, stop in block]
 
 
 def by_itself(function: Any, home: Any) -> bool:
@@ -194,25 +84,110 @@ def dealt(function: Callable[..., Any], homes: list[Any], xs: list[Tensor], *res
     alone = [k for k, home in enumerate(homes) if by_itself(function, home)]
     for k, x in zip(alone, in_stacks(function, pick(xs, alone), *rest)):
         found[k] = x
-    exchanges: list[tuple[list[int], Exchange]] = []
+    others = [k for k in range(len(xs)) if found[k] is None]
+    costs = [cost(shape_of(function, homes[k])) for k in others]
+
+    def several(rows: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[Any]]:
+        return [[x] for x in in_stacks(function, [x for (x,) in rows], *rest)], []
+
+    made, _ = dealt_rows(several, [[homes[k]] for k in others], [[xs[k]] for k in others], costs)
+    for k, (x,) in zip(others, made):
+        found[k] = x
+    return found
+
+
+def dealt_rows(
+    function: Callable[[list[list[Tensor]]], tuple[list[list[Tensor]], list[Any]]],
+    homes: Sequence[Sequence[Any]],
+    rows: Sequence[Sequence[Tensor]],
+    costs: Sequence[float],
+    numbers: int = 0,
+    given: int = 0,
+) -> tuple[list[list[Tensor]], list[Any]]:
+    """Apply a function to rows of tensors, each in the process that owns it, where each process has parts.
+
+    Args:
+        function: makes of some rows of whole tensors, which it may overwrite, rows of new ones, and some numbers, which are the
+            same for all rows. Of the last `given` tensors of a row it makes none, of the others one each, of the same shape and
+            dtype.
+        homes: for each row what its tensors are spread like. The first is a sharded one, and the others are sharded on the same
+            mesh, or the same in all processes.
+        rows: the parts that this process has.
+        costs: of each row.
+        numbers: how many numbers the function returns.
+        given: how many tensors of each row are no more than looked at.
+
+    Returns:
+        the parts of the results that this process has, in new tensors, and the numbers. Those of a process that has no part
+        in a mesh are what it has.
+
+    Raises:
+        RuntimeError: the function has failed in another process.
+    """
+    found: list[list[Any]] = [[] for _ in rows]
+    notes: list[Any] = []
     meshes: dict[Any, list[int]] = {}
-    for k, home in enumerate(homes):
-        if found[k] is None:
-            meshes.setdefault(home.device_mesh, []).append(k)
-    for mesh, rows in meshes.items():
+    for k, (home, *_) in enumerate(homes):
+        meshes.setdefault(home.device_mesh, []).append(k)
+    exchanges: list[tuple[list[int], Exchange]] = []
+    for mesh, ks in meshes.items():
         if mesh.get_coordinate() is None:  # this process has no part in it
-            found = [x.clone() if k in rows else y for k, (x, y) in enumerate(zip(xs, found))]
+            for k in ks:
+                found[k] = [x.clone() for x in rows[k][: len(rows[k]) - given]]
             continue
-        places = dict(zip(rows, owners([cost(shape_of(function, homes[k])) for k in rows], mesh.size())))
+        places = dict(zip(ks, owners([costs[k] for k in ks], mesh.size())))
         kinds: dict[Any, list[int]] = {}
-        for k in rows:
-            kinds.setdefault((homes[k].shape, homes[k].placements, xs[k].dtype), []).append(k)
-        exchanges += [(ks, Exchange(pick(homes, ks), [places[k] for k in ks], pick(xs, ks))) for ks in kinds.values()]
+        for k in ks:
+            kind = tuple([(h.shape, getattr(h, "placements", None), x.dtype) for h, x in zip(homes[k], rows[k])])
+            kinds.setdefault(kind, []).append(k)
+        for alike in kinds.values():
+            n = len(homes[alike[0]]) - given
+            items = [
+                Item(home, x, places[k], layout_of(home, mesh), m < n)
+                for k in alike
+                for m, (home, x) in enumerate(zip(homes[k], rows[k]))
+            ]
+            exchanges.append((alike, Exchange(mesh, items, numbers)))
     for _, exchange in exchanges:
         exchange.gather()
-    for _, exchange in exchanges:
-        exchange.compute(function, rest)
+    error: Exception | None = None
     for ks, exchange in exchanges:
-        for k, x in zip(ks, exchange.results()):
-            found[k] = x
-    return found
+        error = computed(function, exchange, len(ks), error)
+    if error is not None:
+        for _, exchange in exchanges:
+            exchange.work.wait()
+        raise error
+    for ks, exchange in exchanges:
+        parts = iter(exchange.parts())
+        for k in ks:
+            found[k] = [next(parts) for _ in rows[k][: len(rows[k]) - given]]
+        notes = exchange.notes
+    return found, notes
+
+
+def computed(function: Callable[..., Any], exchange: Exchange, rows: int, error: Exception | None) -> Exception | None:
+    """Compute what this process owns of so many rows, and send it; after an error, which is returned, say so to the others."""
+    width = len(exchange.items) // rows
+    whole = exchange.whole()
+    made: list[Tensor] | None = []
+    notes: list[Any] = []
+    if whole and error is None:
+        try:
+            new, notes = function([whole[k : k + width] for k in range(0, len(whole), width)])
+            made = [x for row in new for x in row]
+            check_made(made, [exchange.items[k] for k in exchange.made])
+        except Exception as failed:  # the others wait for an answer
+            error = failed
+    exchange.scatter(None if error is not None else made, notes)
+    return error
+
+
+def check_made(made: list[Tensor], items: list[Item]) -> None:
+    """Refuse results that no process but this one expects."""
+    for x, item in zip(made, items):
+        if x.shape != item.home.shape or x.dtype != item.home.dtype:
+            raise TypeError(
+                "The update of a sharded parameter must keep shapes and dtypes, but a tensor of shape "
+                f"{tuple(item.home.shape)}, {item.home.dtype}, became one of {tuple(x.shape)}, {x.dtype}. Under "
+                "executor='leaf' every process computes all, and may change them."
+            )

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from purestep._core import maths
+from purestep._core import maths, sharded
 from purestep._core.cache import DECLARATIONS
 from purestep._core.hyper import Hyper
 from purestep._core.maths import Encoded, Scalar
@@ -302,8 +302,11 @@ def fresh_state(value: Primitive, p: Tensor) -> tuple[Any, ...]:
     p = as_begun(d, p)
     if d.state is None:
         return ScheduleState(maths.counter(p)) if scheduled(value) else EmptyState()
-    state: tuple[Any, ...] = d.state.init(p, **asked_for(value))
-    return state
+    state: Any = d.state.init(p, **asked_for(value))
+    if not sharded.is_sharded(p):
+        return state
+    fields = zip(state, d.fields.specs)
+    return type(state)(*[sharded.spread_by_rows(x, p) if spec.kind == "other" else x for x, spec in fields])
 
 
 def asked_for(value: Primitive) -> dict[str, Any]:

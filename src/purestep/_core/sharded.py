@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep._core.exchange import block_at, part
 from purestep._core.plain import bare
 
 
@@ -61,6 +62,24 @@ def wrapped(x: Tensor, like: Any) -> Any:
     return type(like).from_local(
         x, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )  # fmt: skip
+
+
+def spread_by_rows(x: Any, like: Any) -> Any:
+    """A tensor of another shape than a parameter's, which every process has, spread over the processes that share this one.
+
+    So what belongs to a parameter, such as a matrix for its rows, takes no more memory than its share. Numbers, empty tensors
+    and what is spread already stay as they are.
+    """
+    if not isinstance(x, Tensor) or not x.dim() or not x.numel() or not any([p.is_shard() for p in like.placements]):
+        return x
+    given: Any = x
+    if is_sharded(x) and any([p.is_shard() for p in given.placements]):
+        return x
+    distributed: Any = torch.distributed.tensor
+    placements = [distributed.Shard(0) if p.is_shard() else distributed.Replicate() for p in like.placements]
+    block = block_at(like.device_mesh.get_coordinate() or [0] * len(placements), like.device_mesh.shape, placements, x.shape)
+    mine = part(local(x), block).clone()
+    return type(like).from_local(mine, like.device_mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
 
 
 def summed(values: Sequence[Tensor], of: Sequence[Any]) -> list[Tensor]:

@@ -190,6 +190,7 @@ ATTRIBUTES = {
     "_cdata": "UntypedStorage: the address of the storage, which views of one memory share",
     "_current_level": "torch.autograd.forward_ad, where it changes: the level of forward-mode differentiation, -1 for none",
     "_spec": "DTensor: its mesh and placements, in one object",
+    "_local_tensor": "DTensor: the part of it that this process has, perhaps still on its way",
     "_sequence_nr": "a node of autograd's graph: its number in the order in which they were made",
     "_optimizer_step_pre_hooks": "torch.optim.Optimizer: a dict of its own",
     "_optimizer_step_post_hooks": "torch.optim.Optimizer: a dict of its own",

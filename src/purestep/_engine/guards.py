@@ -6,17 +6,22 @@ asks the same of its arguments at every call, in C++, and these are its guards.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from purestep._core.sharded import partial, spread_alike
 from purestep._core.torch_api import TensorGuards
 from purestep._engine.counters import ordinary, spans
 
 MISSES = 4
 """To install a guard costs as much as to check the tensors, so after this many misses in a row none is installed any more."""
+
+spec, local = operator.attrgetter("_spec"), operator.attrgetter("_local_tensor")  # of a `DTensor`
 
 
 class Guard(NamedTuple):
@@ -42,12 +47,32 @@ class Guard(NamedTuple):
 class GuardCache:
     """The guard of the tensors of the last call."""
 
-    __slots__ = ("last", "misses", "spans")
+    __slots__ = ("last", "misses", "spans", "specs")
 
     def __init__(self) -> None:
         self.last: Guard | None = None
         self.misses = 0
         self.spans: dict[int, tuple[list[int], Tensor]] = {}
+        self.specs: list[Any] = []  # how sharded tensors were spread: torch's descriptions, which hold no tensor
+
+    def parts(self, lists: Sequence[list[Any]]) -> list[list[Any]] | None:
+        """The parts of sharded tensors that this process has; None if some are not spread as the parameters are.
+
+        Args:
+            lists: the parameters, and lists of what is spread as they are.
+        """
+        everything = [*itertools.chain.from_iterable(lists)]
+        try:
+            specs, parts = list(map(spec, everything)), list(map(local, everything))
+        except AttributeError:  # some are not sharded
+            return None
+        if len(specs) != len(self.specs) or not all(map(operator.is_, specs, self.specs)):
+            params = lists[0]
+            if any(map(partial, params)) or not all([all(map(spread_alike, xs, params)) for xs in lists]):
+                return None
+            self.specs = specs
+        n = len(lists[0])
+        return [parts[k : k + n] for k in range(0, len(parts), n)]
 
     def span(self, k: int, counters: Sequence[Any]) -> Tensor | None:
         """The `k`-th list of counters as one vector, if they follow each other in memory; remembered by their addresses."""

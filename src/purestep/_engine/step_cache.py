@@ -13,6 +13,12 @@ What it assumes, and where that is checked:
 * a counter is where it was: its address is compared at every step (`GuardCache.span`);
 * the chain is the one that was decided about: `FusedChain.structure` and the recipe are part of the key;
 * nothing records or traces: `choose`.
+
+Of sharded tensors it takes the parts that are here, which are plain tensors. What that assumes beside:
+
+* gradients and states are spread as their parameters are, and no parameter is a sum of terms: `GuardCache.parts`, which
+  compares all of them again as soon as the description of one is another object;
+* the chain is elementwise: `RepeatedStep.elementwise`.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ from purestep._engine.plan import Plan
 from purestep._engine.run import choose, one
 from purestep._executors.chains import FusedChain, Kernel, details
 from purestep._executors.task import Env, ExecutorName, Ownership, Task, decided, execute
+from purestep._trace.program import program
 
 PRIVATE = Ownership(given=True, private=True)
 """An optimizer's own step: the state is its own, and it writes the counters itself."""
@@ -102,6 +109,13 @@ class RepeatedStep(NamedTuple):
                 counters.append([s[key] for s in states])
         except KeyError:
             return False
+        homes = params
+        if hasattr(params[0], "full_tensor"):
+            parts = guards.parts([params, grads, *columns]) if self.elementwise() else None
+            if parts is None:
+                return False
+            params, grads, *columns = parts
+            executor = None if executor == "compiled" else executor  # a part that is empty here may not be so elsewhere
         everything = [*params, *grads, *flat.from_iterable(columns)]
         guard = guards.check(everything)
         if guard is None:
@@ -126,14 +140,23 @@ class RepeatedStep(NamedTuple):
             self.run((params, grads, columns), counts[0] if counts else 0, counters[0][0] if counters else ZERO, facts)
         else:
             self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), facts)
+        if homes is not params:
+            torch.autograd.graph.increment_version(homes)
         return True
+
+    def elementwise(self) -> bool:
+        """Whether each element of a parameter is updated by itself, so that a part of a parameter can be updated alone."""
+        chain = self.chain
+        return not chain.arrays and program(self.recipe, False, False, False, *chain.declarations, form="single").elementwise
 
     def hits(self, guards: GuardCache, grads: list[Any], params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
         """Whether `again` would find the tensors of the last step."""
         if not all([key in s for s in states for key in self.keys]):
             return False
-        everything = [*params, *grads, *[s[key] for key in self.keys for s in states]]
-        return guards.last is not None and guards.last.matches(everything)
+        lists: list[list[Any]] = [params, grads, *[[s[key] for s in states] for key in self.keys]]
+        if hasattr(params[0], "full_tensor"):
+            lists = guards.parts(lists) or []
+        return guards.last is not None and guards.last.matches([*flat.from_iterable(lists)])
 
     def numbers(self, executor: ExecutorName | None, counters: list[list[Tensor]], counts: list[Any]) -> Numbers:
         """What numbers the step takes: the counters have been read."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from purestep._core import maths, sharded
-from purestep._core.dealt import can_deal
+from purestep._core.dealt import can_deal, cost, dealt_rows
 from purestep._core.lists import overwrite
-from purestep._core.plain import plain
+from purestep._core.plain import PLAIN, plain
 from purestep._executors.foreach import collected
 from purestep._executors.one_by_one import OneByOne, written
 from purestep._executors.task import LEAF_BY_LEAF, Base, Result, Task, run_plain
@@ -27,8 +27,8 @@ class ByParts(Base):
     when = "sharded parameters (`DTensor`)"
     how = (
         "elementwise transforms: the part that each process holds, with one of the executors below; functions of whole "
-        "matrices that take stacks of them (Muon's): each matrix by one process, its owner; other transforms: the gathered "
-        "tensor, in every process"
+        "matrices that take stacks of them (Muon's): each matrix by one process, its owner; other transforms: each parameter "
+        "with its gradient and state by its owner; derivatives: the gathered tensors, in every process"
     )
 
     def declines(self, task: Task) -> str | None:
@@ -50,6 +50,8 @@ class ByParts(Base):
                 return in_part(task, any_of)
             if traceable and not followed and in_matrices(task):
                 return in_part(task, lambda inner: run_sharded(inner, task.params))
+            if env.mode == "program" and not followed and in_rows(task):
+                return by_owners(task)
             return in_full(task)
         finally:
             env.wanted = wanted
@@ -95,6 +97,62 @@ def in_part(task: Task, run: Callable[[Task], Result]) -> Result:
         written_to = [*(task.params if task.applies else ()), *[x for c in task.columns for x in c if sharded.is_sharded(x)]]
         torch.autograd.graph.increment_version(written_to)
     return Result(updates, news)
+
+
+def in_rows(task: Task) -> bool:
+    """Whether each parameter can be brought together with its gradient and its state, and all of it spread again."""
+    for p, *row in zip(task.params, task.grads, *task.columns):
+        if not can_deal(p) or p.device_mesh.size() == 1:
+            return False
+        for x in row:
+            if sharded.is_sharded(x):
+                if x.device_mesh != p.device_mesh or not can_deal(x):
+                    return False
+            elif x is not None and (type(x) not in PLAIN or x.device != p.device):
+                return False
+    return True
+
+
+def by_owners(task: Task) -> Result:
+    """What must see whole tensors, on each parameter in the process that owns it."""
+    env, items = task.env, task.chain.items
+    places = [(j, f) for j, (_, _, info) in enumerate(items) for f in info.columns if task.fields[j][f][0] is not None]
+    scalars = [(j, f) for j, (_, _, info) in enumerate(items) for f, s in enumerate(info.scalars) if s]
+    scalars = [(j, f) for j, f in scalars if task.fields[j][f][0] is not None]
+    columns = [task.fields[j][f] for j, f in places]
+    homes = [list(row) for row in zip(task.params, *columns, task.grads)]
+    rows = [[sharded.local(x) for x in row] for row in homes]
+
+    def updated(whole: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[Any]]:
+        params, *inside, grads = map(list, zip(*whole))
+        fields = [[c[:1] * len(whole) for c in own] for own in task.fields]
+        for (j, f), column in zip(places, inside):
+            fields[j][f] = column
+        updates, news = any_of(task.on(grads, params, fields))
+        made = [[u, *[news[j][f][k] for j, f in places]] for k, u in enumerate(updates)]
+        return made, [news[j][f] for j, f in scalars]
+
+    with torch.no_grad():
+        costs = [sum([cost(x.shape) for x in row]) for row in homes]
+        made, numbers = dealt_rows(updated, homes, rows, costs, len(scalars), given=1)
+        writes = env.overwrites
+        updates = placed([x[0] for x in made], [x[0] for x in homes], writes and task.applies)
+        news: list[list[Any]] = [[None] * len(own) for own in task.fields]
+        for n, (j, f) in enumerate(places, 1):
+            news[j][f] = placed([x[n] for x in made], [x[n] for x in homes], writes)
+    for (j, f), x in zip(scalars, numbers):
+        news[j][f] = x
+    return Result(updates, news)
+
+
+def placed(parts: list[Tensor], homes: list[Any], writes: bool) -> list[Any]:
+    """New parts as those of tensors like `homes`: in the memory of these, if that was given away."""
+    if not writes:
+        return list(map(sharded.wrapped, parts, homes))
+    for x, home in zip(parts, homes):
+        sharded.local(home).copy_(x)
+    torch.autograd.graph.increment_version([home for home in homes if sharded.is_sharded(home)])
+    return homes
 
 
 def settled(new: list[Any], old: list[Any], olds: list[list[Any]]) -> list[Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from purestep._core import sharded
 from purestep._core.lists import alike
 from purestep._core.plain import plain
 from purestep._core.primitives import Link, fields_of, fresh_state, fresh_whole_state, is_off
@@ -59,11 +60,17 @@ def fill(contents: Contents, params: list[Tensor], transform: Transform) -> None
     for (name, *_), column in counters.items():
         if len(column) > 1:
             put(column, name, together([x for _, x in column]))
-    packs = packed_links(plan) if plain(params) and small(params) else ()
+    parts = list(map(sharded.local, params))
+    packs = packed_links(plan) if plain(parts) and small(parts) else ()
     for (k, name), column in columns.items():
-        xs = [x for _, x in column]
+        xs = [sharded.local(x) for _, x in column]
         if k in packs and packable(xs):
-            put(column, name, apart(joined(xs), [x.shape for x in xs]))
+            pieces = apart(joined(xs), [x.shape for x in xs])
+            if plain(params):
+                put(column, name, pieces)
+            else:  # torch cannot copy a sharded tensor that is made of a piece: its part is moved there instead
+                for x, piece in zip(xs, pieces):
+                    x.set_(piece)
 
 
 def put(column: Column, name: str, xs: Any) -> None:

@@ -226,7 +226,7 @@ class Form:
             return self.plain(*self.own(state))
         found: dict[str, Any] = state._asdict()
         for name in self.means:
-            scale, codes = found.get(f"{name}_scale"), found[f"{name}_{self.bits}bit"]
+            scale, codes = sharded.whole(found.get(f"{name}_scale")), found[f"{name}_{self.bits}bit"]
             if codes is None:
                 continue
             codes, home = sharded.whole(codes), codes

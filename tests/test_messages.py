@@ -18,7 +18,6 @@ import torch
 
 import purestep as ps
 from benchmarks import plan
-from purestep._core import dealt
 from tests import processes
 from tests.case import Case
 from tests.cases import CASES
@@ -137,7 +136,6 @@ def test_master_weights_are_sent_in_float32(counted: list[dict[Any, Any]]) -> No
     assert 0 <= sent - plan.bytes_sent("muon", matrices, len(counted), each=4) <= headers
 
 
-@pytest.mark.skipif(not hasattr(dealt, "dealt_rows"), reason="what must see whole tensors is gathered in every process yet")
 def test_messages_and_bytes_of_whole_tensors(counted: list[dict[Any, Any]]) -> None:
     assert not wrong(counted, [name for name in BY_NAME if owned(name)])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from purestep._core import tree
 from purestep._core.maths import Scalar, counter, root, where
 from purestep.declare import whole
-from purestep.transforms.norms import norm
+from purestep.transforms.norms import each_norm, norm
 
 
 class MonitorState(NamedTuple):
@@ -72,7 +72,8 @@ def monitor(us: list[Tensor], s: MonitorState, ps: list[Tensor]) -> tuple[Any, M
     >>> updates.ratio, updates.global_param_norm
     ({'a': tensor(0.0600), 'b': tensor(0.0333)}, tensor(13.))
     """
-    norms, sizes = [norm(u) for u in us], [norm(p) for p in ps]
+    found = each_norm([*us, *ps])
+    norms, sizes = found[: len(us)], found[len(us) :]
     all_norms, all_sizes = together(norms, s.global_norm), together(sizes, s.global_norm)
     ratios = [relative(x, y) for x, y in zip(norms, sizes)]
     return us, MonitorState(s.step + 1, norms, sizes, ratios, all_norms, all_sizes, relative(all_norms, all_sizes))

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from purestep._core.hyper import NonNegative, Positive
-from purestep._core.maths import global_norm, maximum, norms, operation, readable, recorded, root, where
+from purestep._core.lists import pick
+from purestep._core.maths import global_norm, maximum, norms, operation, readable, recorded, root, squares, where, wide
 from purestep._core.primitives import EmptyState
 from purestep._core.sharded import Measured, is_sharded
 from purestep.declare import leafwise, whole
@@ -23,10 +24,19 @@ def norm(x: Tensor | Measured) -> Tensor:
     x = torch.view_as_real(x) if x.is_complex() else x
     if is_sharded(x):
         return norms([x])[0]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide(x)
     if recorded([x]):
-        return root((x.to(wide) ** 2).sum())
-    return vector_norm(x) if x.dtype == wide else vector_norm(x, dtype=wide)
+        return root((x.to(dtype) ** 2).sum())
+    return vector_norm(x) if x.dtype == dtype else vector_norm(x, dtype=dtype)
+
+
+def each_norm(xs: list[Tensor]) -> list[Tensor]:
+    """`norm` of each tensor; of all sharded ones of a mesh with one message."""
+    if not any(map(is_sharded, xs)):
+        return [norm(x) for x in xs]
+    rows = [k for k, x in enumerate(xs) if is_sharded(x)]
+    found = dict(zip(rows, squares(pick(xs, rows))))
+    return [root(found[k]).to(wide(x)) if k in found else norm(x) for k, x in enumerate(xs)]
 
 
 def size(x: Tensor | Measured) -> Any:

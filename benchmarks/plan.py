@@ -171,8 +171,9 @@ SENDS: dict[str, Sends] = {
     "monitor": Sends(reduces=1, numbers=2),
     **dict.fromkeys(("muon", "scale_by_muon", "as_matrices"), Sends(stacks=True)),
     **dict.fromkeys(
-        ("adaptive_grad_clip", "centralize", "novograd", "scale_by_novograd", "ldog", "scale_by_ldog", "adafactor", "scale_by_adafactor", "sm3", "scale_by_sm3", "galore", "scale_by_galore",
-         "shampoo", "scale_by_shampoo", "soap", "scale_by_soap", "quantize_state"), Sends(rows=True),
+        ("adaptive_grad_clip", "centralize", "novograd", "scale_by_novograd", "ldog", "scale_by_ldog", "adafactor",
+         "scale_by_adafactor", "sm3", "scale_by_sm3", "galore", "scale_by_galore", "shampoo", "scale_by_shampoo", "soap",
+         "scale_by_soap", "quantize_state"), Sends(rows=True),
     ),
 }  # fmt: skip
 """By the name of a case of the tests' registry, with the options of that case. What is not here sends nothing.

@@ -57,6 +57,7 @@ from purestep._optimizer.checkpoint import (
     cleaned,
     keep_precision,
     lay_out,
+    refuse_incomplete,
     with_labels,
 )
 from purestep._optimizer.closures import closure_inputs, keep_progress, value_and_grad
@@ -787,6 +788,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the groups or the shapes in it are not this optimizer's; nothing is changed then.
+            KeyError: it has no ``"state"`` or no ``"param_groups"``.
         """
         if self._options.routing.lazy:
             self._decide()
@@ -794,12 +796,12 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = state_dict.copy()
         for hook in before.values():
             state_dict = hook(self, state_dict) or state_dict
-        state_dict["state"] = cleaned(state_dict.get("state", {}))
+        refuse_incomplete(state_dict)
+        state_dict["state"] = cleaned(state_dict["state"])
         shared = self._place.take(state_dict["state"])
-        if "param_groups" in state_dict:
-            saved = with_labels(state_dict["param_groups"], self._contents)
-            state_dict["param_groups"] = by_name(saved, self._contents)
-            check_order(saved, state_dict["param_groups"], shared, self._contents.params)
+        saved = with_labels(state_dict["param_groups"], self._contents)
+        state_dict["param_groups"] = by_name(saved, self._contents)
+        check_order(saved, state_dict["param_groups"], shared, self._contents.params)
         check_loaded(state_dict, self._contents, self._options, type(self).__name__, self._options.fallback(self._before))
         self._check_shared(shared)
         everything = dict(self.__dict__)  # what is loaded replaces it, and writes on none of it

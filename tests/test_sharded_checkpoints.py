@@ -57,6 +57,14 @@ SUBJECTS: dict[str, Callable[[nn.Module], Any]] = {
 HALF = ("master weights", "kahan")
 """Those that train bfloat16."""
 
+EXACT, NEAR = 1e-12, 1e-6
+
+
+def most(name: str) -> float:
+    """How far a run may be off: copies in float32 are rounded in the order in which an executor computes."""
+    return NEAR if name.startswith("master weights") else EXACT
+
+
 SWAPPED = ("class", "partition", "chain")
 """Those whose parameters are also exchanged for sharded ones before the first step, as accelerate does."""
 
@@ -357,7 +365,7 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(stages: dict[str, li
     }.items():
         for found, key in itertools.product(stages[name], keys):
             assert found[key].keys() == names
-            assert not {run: x for run, x in found[key].items() if not x <= 1e-12}, (name, key)
+            assert not {run: x for run, x in found[key].items() if not x <= most(run)}, (name, key)
 
 
 def test_every_option_that_torchs_class_takes(stages: dict[str, list[Any]]) -> None:
@@ -368,7 +376,7 @@ def test_every_option_that_torchs_class_takes(stages: dict[str, list[Any]]) -> N
             assert failed == (set(FAILS) if name in ("torch", "class") else set()), name
             for on, each in results.items():
                 assert len(each) == (1 if name == "class" and on in FAILS else len(every_combination()) / 2 ** len(FIELDS))
-                assert on in FAILS or max(each) <= 1e-12, (name, on)
+                assert on in FAILS or max(each) <= most(name), (name, on)
                 assert on not in FAILS or all(isinstance(x, str) for x in each), (name, on)
 
 

@@ -127,6 +127,16 @@ def contents(net: nn.Sequential, optimizer: Any) -> Any:
     return gathered([states, {name: p.detach() for name, p in net.named_parameters()}])
 
 
+def part_of(net: nn.Sequential, optimizer: Any) -> Any:
+    """The same, of what this process has."""
+    states = {name: dict(sorted(optimizer.state.get(p, {}).items())) for name, p in net.named_parameters()}
+    return in_parts([states, {name: p.detach() for name, p in net.named_parameters()}])
+
+
+def in_parts(tree: Any) -> Any:
+    return copy.deepcopy(pytree.tree_map(lambda x: x.to_local() if hasattr(x, "to_local") else x, tree))
+
+
 def uninterrupted(name: str, steps: int) -> Any:
     net, optimizer = begin(name, None)
     train(net, optimizer, range(steps))
@@ -248,7 +258,7 @@ def attempt(source: Any, target: Any, options: Any, expected: Any) -> Any:
     if any(errors):
         return "; ".join(sorted(set(errors)))
     train(other, second, range(2, 4))
-    return difference(contents(other, second), expected)
+    return difference(part_of(other, second), expected)
 
 
 def started(name: str, make: Any, mesh: Any) -> tuple[nn.Sequential, Any]:
@@ -266,10 +276,9 @@ def every_option(rank: int, size: int) -> dict[str, dict[tuple[str, ...], list[A
     mesh, found = init_device_mesh("cpu", (size,)), {}
     theirs = {"torch": lambda model: torch.optim.AdamW(model.named_parameters(), lr=0.05)}
     for name, make in {**theirs, **SUBJECTS}.items():
-        whole = network(dtype_of(name))
-        alone = make(whole)
-        train(whole, alone, range(4))
-        expected = contents(whole, alone)
+        straight = started(name, make, mesh)
+        train(*straight, range(4))
+        expected = part_of(*straight)
         source = started(name, make, mesh)
         train(*source, range(2))
         found[name] = results = {}
@@ -311,8 +320,7 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
 
 def local(optimizer: Any) -> Any:
     """What this process has of a state, and the groups."""
-    saved = optimizer.state_dict()
-    return copy.deepcopy(pytree.tree_map(lambda x: x.to_local() if hasattr(x, "to_local") else x, saved))
+    return in_parts(optimizer.state_dict())
 
 
 def refusals(rank: int, size: int) -> dict[str, tuple[str, bool]]:

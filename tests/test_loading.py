@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import purestep as ps
 from purestep import optim
@@ -384,3 +385,67 @@ def test_a_vector_over_all_parameters_is_refused_in_another_order() -> None:
         second.load_state_dict(first.state_dict())
     assert second.state_dict() == before
     optim.LBFGS([("p", p), ("q", q)], max_iter=2).load_state_dict(first.state_dict())
+
+
+# ------------------------------------------------------------------------------------------ torch's distributed checkpoints
+
+
+class Layers(nn.Module):
+    """Parameters of one shape, so that nothing but their names tells them apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for k in range(4):
+            self.register_parameter("abcd"[k], nn.Parameter(torch.full((2, 3), 1.0 + k)))
+
+
+def stepped(model: nn.Module, optimizer: Any, steps: int = 2) -> Any:
+    for _ in range(steps):
+        for k, p in enumerate(model.parameters()):
+            p.grad = torch.full_like(p, 0.1 * (k + 1))
+        optimizer.step()
+    return optimizer
+
+
+def split(first: str) -> Any:
+    return ps.partition({"first": ps.adamw(0.1), "rest": ps.adamw(0.2)}, ps.by_path({f"[{first}]": "first"}, default="rest"))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("transform", [ps.adamw(0.1), split("ab")], ids=["adamw", "partition"])
+def test_each_parameter_has_its_own_state_in_another_order(transform: Any, flat: bool) -> None:
+    """`set_optimizer_state_dict` puts the parameters in their places, but leaves their names in the order of the checkpoint."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, other = Layers(), Layers()
+    optimizer = stepped(model, optim.Optimizer(model.named_parameters(), transform))
+    turned = optim.Optimizer(list(other.named_parameters())[::-1], transform)
+    set_optimizer_state_dict(other, turned, get_optimizer_state_dict(model, optimizer, options=options), options=options)
+    for name, p in model.named_parameters():
+        assert torch.equal(turned.state[other.get_parameter(name)]["exp_avg"], optimizer.state[p]["exp_avg"])
+    names = [name for group in turned.param_groups for name in group["param_names"]]
+    assert [other.get_parameter(name) for name in names] == [p for group in turned.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize(("saved", "here"), [("ab", "a"), ("a", "ab"), ("ab", "ac"), ("abc", "d"), ("ab", "cd")])
+def test_parameters_in_other_groups_are_refused(saved: str, here: str, flat: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, other = Layers(), Layers()
+    first = stepped(model, optim.Optimizer(model.named_parameters(), split(saved)))
+    second = stepped(other, optim.Optimizer(other.named_parameters(), split(here)))
+    checkpoint, everything = get_optimizer_state_dict(model, first, options=options), Everything(second)
+    with pytest.raises(
+        ValueError, match=r"in another group|under the label|for group \d of '[abcd]'|Group \d of .* has the label"
+    ):
+        set_optimizer_state_dict(other, second, checkpoint, options=options)
+    everything.check()
+
+
+@pytest.mark.parametrize("name", ["state", "param_groups"])
+def test_half_a_state_dict_is_refused(name: str) -> None:
+    _, optimizer = begin(MAKERS["AdamW"])
+    everything = Everything(optimizer)
+    half = {k: x for k, x in optimizer.state_dict().items() if k != name}
+    with pytest.raises(KeyError, match=f"has no '{name}'"):
+        optimizer.load_state_dict(half)
+    everything.check()

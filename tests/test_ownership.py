@@ -414,13 +414,16 @@ def test_a_closure_that_gives_no_gradient_leaves_the_state_as_it_was() -> None:
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD", "clip", "masked", "accumulate", "dog"])
 def test_parameters_that_are_exchanged_before_the_first_step(kind: str) -> None:
-    """As accelerate does for FSDP2."""
+    """As accelerate does for FSDP2. What is saved then is complete, also of the parameter that has what is shared."""
     old = parameters(3)
     optimizer = made(kind, old, {})
+    fields = [set(state) for state in optimizer.state_dict()["state"].values()]
     new = parameters(3)
     optimizer.param_groups[0]["params"] = new
     alive = [weakref.ref(p) for p in old]
-    assert len(optimizer.state_dict()["param_groups"][0]["params"]) == 3
+    saved = optimizer.state_dict()
+    assert [set(state) for state in saved["state"].values()] == fields
+    assert len(saved["param_groups"][0]["params"]) == 3
     give_gradients(new, 0)
     optimizer.step()
     twin_params = parameters(3)

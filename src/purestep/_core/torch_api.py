@@ -126,6 +126,7 @@ DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass  # a contex
 BelowAutograd = torch._C._AutoDispatchBelowAutograd  # a context manager: autograd is skipped; versions are counted all the same
 BelowInplaceOrView = torch._C._AutoDispatchBelowADInplaceOrView  # the same, and nothing counts versions or remembers views
 set_grad_mode = torch._C._set_grad_enabled  # `torch.set_grad_enabled` without its object
+graph_task = torch._C._current_graph_task_id  # pyright: ignore[reportAttributeAccessIssue] # of the backward pass that runs, or -1
 sequence_number = torch._C._autograd._get_sequence_nr  # pyright: ignore[reportAttributeAccessIssue] # of autograd's next node
 
 FakeTensor = fake_tensor.FakeTensor  # stands for a plain tensor while something is traced, without its numbers

@@ -22,6 +22,20 @@ from purestep._optimizer.selection import Contents
 from purestep.transform import Transform
 
 
+def refuse_incomplete(state_dict: Mapping[str, Any]) -> None:
+    """Refuse what is no state dict of an optimizer: torch's distributed checkpoints may hand over flat names.
+
+    Raises:
+        KeyError: as torch does.
+    """
+    for name in ("state", "param_groups"):
+        if name not in state_dict:
+            raise KeyError(
+                f"A state dict of an optimizer has 'state' and 'param_groups', but this one has no {name!r}: its names are "
+                f"{listed([str(k) for k in state_dict])}."
+            )
+
+
 def cleaned(states: Mapping[Any, Any]) -> dict[Any, Any]:
     """The states of a state dict without the empty dicts that `torch.distributed.checkpoint` leaves for fields it lacks."""
     return {
@@ -51,6 +65,7 @@ def by_name(saved: list[dict[str, Any]], contents: Contents) -> list[dict[str, A
         return saved
     if contents.selection.partitioned:
         saved = by_label(saved, own)
+    saved = by_place(saved, own)
     ids = {name: k for g in saved for name, k in zip(g["param_names"], g["params"])}
     known = ids.keys() & {name for g in own for name in g["param_names"]}
     if not known or len(ids) != sum([len(g["params"]) for g in saved]):
@@ -91,6 +106,32 @@ def by_label(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dic
                     f"{g['label']!r}. Label the parameters as they were labelled when the state was saved."
                 )
     return [labels[g["label"]] for g in own]
+
+
+def by_place(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups that `set_optimizer_state_dict` has made, with the names that its parameters have here.
+
+    It puts the parameters in their places here, each under its name in the model, but leaves their `param_names` in the order
+    in which they were saved.
+
+    Raises:
+        ValueError: a parameter was in another group.
+    """
+    placed = [isinstance(k, str) for g in saved for k in g["params"]]
+    if not placed or not all(placed) or all([g["params"] == g["param_names"] for g in saved]):
+        return saved
+    if [len(g["params"]) for g in saved] != [len(g["params"]) for g in own]:
+        return saved  # refused by torch
+    home = {name: i for i, g in enumerate(saved) for name in g["param_names"]}
+    for i, (g, here) in enumerate(zip(saved, own)):
+        complete = len(g["param_names"]) == len(g["params"])
+        for name in here["param_names"]:
+            if home.get(name, i if complete else None) != i:
+                raise ValueError(
+                    f"The loaded state has the parameter {name!r} in another group than here, where it is in {i}. Give the "
+                    "optimizer its parameters in the groups that they were in when the state was saved."
+                )
+    return [{**g, "param_names": list(here["param_names"])} for g, here in zip(saved, own)]
 
 
 def by_members(saved: list[dict[str, Any]], own: list[dict[str, Any]], known: AbstractSet[str]) -> list[dict[str, Any]]:
@@ -151,7 +192,11 @@ def check_groups(
             )
         for name in options.names(group):
             if name not in group and name not in fallback:
-                raise ValueError(f"The loaded state has no option {name!r}, which {owner} needs: it is another's.")
+                names = own.get("param_names", [])
+                raise ValueError(
+                    f"The loaded state has no option {name!r}, which {owner} needs for group {i}"
+                    f"{f' of {listed(names)}' if names else ''}: it is another's, or its groups had other parameters."
+                )
 
 
 def check_states(

@@ -77,11 +77,11 @@ class FirstSteps:
         gone = [p for p in self.untouched if p not in there]
         if not gone:
             return
+        new = {p for p in there if p not in contents.state}  # before one of them gets what is shared
         contents.place.move(contents.state, contents.groups)
         for p in gone:
             del self.untouched[p]
             contents.state.pop(p, None)
-        new = {p for p in there if p not in contents.state}
         for group in contents.groups:
             params = [p for p in group["params"] if p in new]
             if params:

@@ -30,10 +30,12 @@ from purestep._core.lists import clones, overwrite
 from purestep._core.masks import refuse_unmatched
 from purestep._core.maths import eager, readable
 from purestep._core.plain import plain
+from purestep._core.primitives import is_off
 from purestep._core.torch_api import (
     STEP_POST_HOOKS,
     STEP_PRE_HOOKS,
     check_fused_device_and_dtype,
+    graph_task,
     profiling,
     set_grad_mode,
     tree_leaves,
@@ -58,6 +60,7 @@ from purestep._optimizer.checkpoint import (
     cleaned,
     keep_precision,
     lay_out,
+    refuse_incomplete,
     with_labels,
 )
 from purestep._optimizer.closures import closure_inputs, keep_progress, value_and_grad
@@ -485,6 +488,8 @@ class Optimizer(torch.optim.Optimizer):
         try:
             groups = list(zip(self.param_groups, self._options.transforms(self.param_groups)))
             if groups[0][1].plan.whole:
+                if not torch.compiler.is_compiling() and graph_task() != -1:
+                    refuse_alone(self._contents, groups[0][1])
                 self._advance(groups, closure_inputs(groups[0][1].plan, closure, loss), loss)
             else:
                 if len(groups) > 1:
@@ -795,6 +800,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the groups or the shapes in it are not this optimizer's; nothing is changed then.
+            KeyError: it has no ``"state"`` or no ``"param_groups"``.
         """
         if self._options.routing.lazy:
             self._decide()
@@ -802,12 +808,12 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = state_dict.copy()
         for hook in before.values():
             state_dict = hook(self, state_dict) or state_dict
-        state_dict["state"] = cleaned(state_dict.get("state", {}))
+        refuse_incomplete(state_dict)
+        state_dict["state"] = cleaned(state_dict["state"])
         shared = self._place.take(state_dict["state"])
-        if "param_groups" in state_dict:
-            saved = with_labels(state_dict["param_groups"], self._contents)
-            state_dict["param_groups"] = by_name(saved, self._contents)
-            check_order(saved, state_dict["param_groups"], shared, self._contents.params)
+        saved = with_labels(state_dict["param_groups"], self._contents)
+        state_dict["param_groups"] = by_name(saved, self._contents)
+        check_order(saved, state_dict["param_groups"], shared, self._contents.params)
         check_loaded(state_dict, self._contents, self._options, type(self).__name__, self._options.fallback(self._before))
         self._check_shared(shared)
         everything = dict(self.__dict__)  # what is loaded replaces it, and writes on none of it
@@ -913,6 +919,21 @@ def write_params(params: list[Tensor], new: list[Tensor]) -> None:
                 p.copy_(x)
     elif not all(map(operator.is_, new, params)):
         overwrite(params, new)
+
+
+def refuse_alone(contents: Contents, transform: Transform) -> None:
+    """Refuse a step of one parameter within a backward pass if the transform must see all: the others have no gradients yet."""
+    if len(contents.params) > 1:
+        return
+    for link in transform.links:
+        d = link.transform.declaration
+        if d.whole and not d.elementwise and not is_off(link.transform):
+            (path,) = contents.selection.paths(contents.groups).values()
+            raise RuntimeError(
+                f"{d.name} must see all parameters, but this optimizer has one, {quote(path)}, and makes a step within "
+                "backward(), before all gradients are there. Give one optimizer all parameters and call step() after "
+                "backward(), or use a transform that treats each parameter by itself, such as clip_by_norm."
+            )
 
 
 @whole()

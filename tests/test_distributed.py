@@ -7,6 +7,7 @@ sharded run is from the one on whole tensors, which each process makes for itsel
 from __future__ import annotations
 
 import copy
+import io
 import math
 import re
 import traceback
@@ -340,6 +341,71 @@ def remembered(name: str, count: int, mesh: Any) -> dict[str, Any]:
 for _name in REMEMBERED:
     for _count in (3, 20):
         FOUND[f"remembered {_name}, {_count}"] = partial(remembered, _name, _count)
+
+
+def remembered_steps(name: str, count: int, mesh: Any) -> dict[str, Any]:
+    """The same for `step` with ``donate=True``: of functions, not of an optimizer."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    t = {"adamw": ps.adamw(0.1), "lion": ps.lion(0.1), "nadam": ps.nadam(0.1)}[name]
+    whole_, parts_ = pair(mesh, {str(k): (5, 3) for k in range(count)})
+    whole, parts = [p.detach() for p in whole_], [p.detach() for p in parts_]
+    state, held = t.init_state(whole), t.init_state(parts)
+    found: dict[str, Any] = {}
+
+    def step(what: str, change: Callable[[list[Any]], Any] = lambda grads: None, **kwargs: Any) -> None:
+        nonlocal whole, parts, state, held
+        g = [bowl(p) for p in whole]
+        sharded = [spread(x, mesh) for x in g]
+        change(sharded)
+        whole, state = t.step(g, state, whole)
+        parts, held = t.step(sharded, held, parts, **{"donate": True, **kwargs})
+        found[what] = max(difference(gathered(parts), whole), difference(gathered(held), state))
+
+    def terms(grads: list[Any]) -> None:
+        grads[0] = DTensor.from_local(grads[0].full_tensor() / 2, mesh, [Partial()], run_check=False)
+
+    def replicated(grads: list[Any]) -> None:
+        grads[1] = grads[1].redistribute(placements=[Replicate()])
+
+    for k in range(4):
+        step(f"like the last, {k}")
+    found["cached"] = t.explain([spread(bowl(p), mesh) for p in whole], held, parts, donate=True).cached
+    before = [(x, x._version) for x in pytree.tree_leaves([parts, held]) if isinstance(x, Tensor) and x.dim()]
+    step("again")
+    assert all(x._version > version for x, version in before), "a version was not counted"
+    step("terms of a gradient", terms)
+    step("a replicated gradient", replicated)
+    step("leaf by leaf", executor="leaf")
+    step("again once more")
+    held = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, held)
+    step("another state")
+    step("pure", donate=False)
+    for copied in (copy.deepcopy([parts, held]), loaded([parts, held])):
+        assert difference(gathered(copied), gathered([parts, held])) == 0.0, "a copy is not right"
+    step("after it")
+    rest = [spread(bowl(p), mesh) for p in whole]
+    for key, first in (
+        ("a plain gradient", rest[0].full_tensor()),
+        ("another shape", spread(torch.zeros(6, 3, dtype=torch.float64), mesh)),
+    ):
+        values = gathered([parts, held])
+        found[key] = refusal(lambda first=first: t.step([first, *rest[1:]], held, parts, donate=True))  # type: ignore[misc]
+        assert difference(gathered([parts, held]), values) == 0.0
+    return found
+
+
+def loaded(tree: Any) -> Any:
+    """What is left after it was saved and loaded."""
+    file = io.BytesIO()
+    torch.save(tree, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+for _name in ("adamw", "lion", "nadam"):
+    for _count in (3, 20):
+        FOUND[f"remembered steps {_name}, {_count}"] = partial(remembered_steps, _name, _count)
 
 
 class Swapped(NamedTuple):
@@ -718,6 +784,20 @@ def test_remembered_steps(answers: list[Found], name: str, count: int) -> None:
         assert re.match("TypeError: The state of '0' is a Tensor, but the parameter is a DTensor", found["a plain state"])
         numbers = {what: x for what, x in found.items() if what not in ("cached", "a plain gradient", "a plain state")}
         assert len(numbers) == 17
+        near(numbers, numbers, EXACT)
+
+
+@pytest.mark.parametrize("count", [3, 20])
+@pytest.mark.parametrize("name", ["adamw", "lion", "nadam"])
+def test_remembered_steps_of_functions(answers: list[Found], name: str, count: int) -> None:
+    for each in answers:
+        found = each[f"remembered steps {name}, {count}"]
+        assert isinstance(found, dict), found
+        assert found["cached"]
+        assert re.match("TypeError: The gradient of '0' is a Tensor, but the parameter is", found["a plain gradient"])
+        assert re.match(r"ValueError: The gradient of '0' has shape \(6, 3\), but the parameter has shape \(5, 3\)", found["another shape"]), found["another shape"]
+        numbers = {what: x for what, x in found.items() if isinstance(x, float)}
+        assert len(numbers) == 12
         near(numbers, numbers, EXACT)
 
 

@@ -59,6 +59,7 @@ from purestep._engine.plan import ParamSlice, Plan, Structure, structure_of
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import SparseRows
 from purestep._engine.step_cache import repeatable
+from purestep._engine.step_on_parts import on_parts, parts_of, remember
 from purestep._executors.chains import detail
 from purestep._executors.task import LEAF_BY_LEAF, WATCH, Env, ExecutorName, Ownership
 from purestep._trace.program import program
@@ -272,8 +273,13 @@ class Transform:
         leaves, spec = tree.flatten(params)
         columns = columns_of(self.plan, self._split(state), spec)
         everything = [*leaves, *tree.flatten_like(grads, spec, "grads"), *distinct(self.plan, columns)]
-        last = self.plan.guards_for(len(leaves), len(everything)).last
-        cached = last is not None and not maths.transforming() and last.matches(everything)
+        guards = self.plan.guards_for(len(leaves), len(everything))
+        if leaves and hasattr(leaves[0], "full_tensor"):
+            repeated = repeatable(self.plan) if donate else None
+            lists = everything[len(leaves) : 2 * len(leaves)], leaves
+            parts = None if repeated is None else parts_of(repeated, lists, columns, guards)
+            everything = [x for xs in parts or () for x in xs]
+        cached = guards.last is not None and not maths.transforming() and guards.last.matches(everything)
         return watched(lambda g, s, p: self._advance(g, s, p, True, donate, wanted, extras), (grads, state, params), cached)
 
     def _advance(
@@ -303,6 +309,10 @@ class Transform:
         if known is not None and apply and donate and WATCH.decided is None:
             repeated = repeatable(plan)
             if repeated is not None and repeated.at_once((gradients, leaves), states, known.facts, executor):
+                return params, state
+        if guards is not None and apply and donate and leaves and hasattr(leaves[0], "full_tensor"):
+            repeated = repeatable(plan)
+            if repeated is not None and on_parts(repeated, (gradients, leaves), states, guards, executor):
                 return params, state
         rows = None
         if known is None:
@@ -355,6 +365,10 @@ class Transform:
             out, news = touched.scatter(out, news, apply, env.own.given)
         elif guards is not None and known is None and usual and env.mode == "program" and only_tensors(everything):
             guards.install(everything)
+        elif guards is not None and apply and donate and rows is None and hasattr(leaves[0], "full_tensor"):
+            repeated = repeatable(plan)
+            if repeated is not None and env.mode == "program":
+                remember(repeated, (gradients, leaves), before, guards)
         if rows is not None:
             out = put(leaves if apply else [None] * len(leaves), rows, out)
             for olds, new, info in zip(states, news, plan.fields):

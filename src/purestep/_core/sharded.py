@@ -59,6 +59,11 @@ def wrapped(x: Tensor, like: Any) -> Any:
     """`local` undone: a part as that of a tensor that is spread as this one is."""
     if not is_sharded(like):
         return x
+    if not (x.requires_grad or torch.compiler.is_compiling()):
+        if x.storage_offset():  # torch can neither save nor copy a sharded tensor whose part begins behind others
+            x = x.clone()
+        if x.dtype == like.dtype:
+            return type(like)(x, like._spec, requires_grad=False)  # in a tenth of the time
     return type(like).from_local(
         x, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )  # fmt: skip

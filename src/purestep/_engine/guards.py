@@ -21,6 +21,12 @@ from purestep._engine.counters import ordinary, spans
 MISSES = 4
 """To install a guard costs as much as to check the tensors, so after this many misses in a row none is installed any more."""
 
+
+def alike(x: Any, p: Any) -> bool:
+    """Whether a sharded tensor is of the shape of a parameter, and spread as it is."""
+    return x.shape == p.shape and spread_alike(x, p)
+
+
 spec, local = operator.attrgetter("_spec"), operator.attrgetter("_local_tensor")  # of a `DTensor`
 
 
@@ -68,7 +74,7 @@ class GuardCache:
             return None
         if len(specs) != len(self.specs) or not all(map(operator.is_, specs, self.specs)):
             params = lists[0]
-            if any(map(partial, params)) or not all([all(map(spread_alike, xs, params)) for xs in lists]):
+            if any(map(partial, params)) or not all([all(map(alike, xs, params)) for xs in lists]):
                 return None
             self.specs = specs
         n = len(lists[0])

@@ -396,8 +396,8 @@ class Optimizer(torch.optim.Optimizer):
         if self._evaluating:
             raise RuntimeError("use_eval_params is inside another one: the parameters are the averages already.")
         averages = averages_in(self._contents, self._options.transforms(self.param_groups))
-        self._evaluating = True
         try:
+            self._evaluating = True
             with in_place_of_params(averages):
                 yield
         finally:
@@ -432,8 +432,8 @@ class Optimizer(torch.optim.Optimizer):
         def begin(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if not self._first_steps.untouched or self._first_steps.aside or torch.compiler.is_compiling():
                 return step(self, *args, **kwargs)
-            self._first_steps.set_aside(self._contents, self._options, bool(args or kwargs))
             try:
+                self._first_steps.set_aside(self._contents, self._options, bool(args or kwargs))
                 return step(self, *args, **kwargs)
             finally:
                 self._first_steps.put_back(self._contents)
@@ -479,8 +479,8 @@ class Optimizer(torch.optim.Optimizer):
                         check_fused_device_and_dtype(p)
             self._check_fused = False
         grad = torch.is_grad_enabled()
-        set_grad_mode(bool(self.defaults.get("differentiable")))
         try:
+            set_grad_mode(bool(self.defaults.get("differentiable")))
             groups = list(zip(self.param_groups, self._options.transforms(self.param_groups)))
             if groups[0][1].plan.whole:
                 self._advance(groups, closure_inputs(groups[0][1].plan, closure, loss), loss)

@@ -64,7 +64,11 @@ def after_calls(code: CodeType) -> frozenset[int]:
     found = []
     instructions = [i for i in dis.get_instructions(code) if i.opname != "CACHE"]
     for one, two in zip(instructions, instructions[1:]):
-        if one.opname.startswith("CALL") and not one.opname.startswith("CALL_INTRINSIC") and handler(one.offset) == handler(two.offset):
+        if (
+            one.opname.startswith("CALL")
+            and not one.opname.startswith("CALL_INTRINSIC")
+            and handler(one.offset) == handler(two.offset)
+        ):
             found.append(two.offset)
     return frozenset(found)
 

@@ -65,7 +65,9 @@ class Inner:
 
     def _run(self, gs: Any, state: Any, params: Any, apply: bool, donate: bool) -> tuple[list[Tensor], Any]:
         states = [list(s) for s in state]
-        result: tuple[list[Tensor], Any] = self._around.nested(self, (list(gs), list(params), states), apply, donate and self._gives)
+        result: tuple[list[Tensor], Any] = self._around.nested(
+            self, (list(gs), list(params), states), apply, donate and self._gives
+        )
         return result
 
     def when(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from purestep._core import maths
-from purestep._core.primitives import Primitive, evaluated, users, single
+from purestep._core.primitives import Primitive, evaluated, single, users
 from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count
 from purestep._core.values import Schedule
 from purestep._executors.chains import FusedChain
@@ -119,7 +119,7 @@ class Numbers:
                 self.lower(value.arguments[name], count)
 
     def rehearse(self, value: Primitive, counters: Sequence[Any]) -> None:
-        """Call the schedules of a user's among a transform's hyperparameters, before anything is overwritten: they may raise."""
+        """Call the schedules of a user's among a transform's hyperparameters, before anything is overwritten."""
         self.keeps = True
         for count in {id(x): x for x in counters if x is not None}.values():
             for name in value.declaration.intervals:

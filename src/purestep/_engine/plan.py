@@ -20,7 +20,6 @@ from purestep._core.primitives import (
     Fields,
     Kinds,
     Link,
-    LinkDeclaration,
     Primitive,
     fields_of,
     is_off,
@@ -70,6 +69,7 @@ class Structure:
         self.trees = frozenset([name for d in declarations for name in d.trees])
         self.off: tuple[bool, ...] = tuple([is_off(link.transform) for link in links])
         self.fields: tuple[Fields, ...] = tuple([fields_of(link.transform) for link in links])
+        self.scheduled = any([scheduled(link.transform) for link in links])
         self.numeric = all([numeric(kinds_of(link.transform)) for link in links])
         self.foreign = tuple([i for i, d in enumerate(declarations) if not d.whole and not d.arrays and not d.ours])
         stages = [self.stage(links, *run) for run in runs(links)]
@@ -165,9 +165,9 @@ class Plan:
             calls = [n for n, stage in enumerate(self.stages) if any(map(calls_back, links[stage.start : stage.stop]))]
             self.last_call = max(calls, default=-1)
         self.scheduled: tuple[int, ...] = ()  # the links that follow schedules of a user's
-        if not structure.numeric:
+        if structure.scheduled:
             self.scheduled = tuple([i for i, link in enumerate(links) if follows_users(link.transform)])
-        self.rehearses = bool(self.scheduled or structure.late)  # see `Run.rehearse`
+        self.rehearses = bool(self.scheduled or structure.late)  # see `purestep._engine.rehearsal`
         self.rehearsed = False  # the leaf functions
         self.repeated: Any = ...  # what `purestep._engine.step_cache` makes of it, at the first use
         self.guards: dict[tuple[int, int], GuardCache] = {}  # of all tensors of a call, by the number of parameters and of all

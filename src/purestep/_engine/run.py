@@ -22,18 +22,18 @@ from torch import Tensor
 from purestep._core import maths, sharded
 from purestep._core.lists import alike, first_places, overwrite, pick, put
 from purestep._core.plain import plain
-from purestep._core.primitives import EmptyState, Link, Primitive, as_begun, fresh_state
+from purestep._core.primitives import EmptyState, Link, as_begun, fresh_state
 from purestep._core.torch_api import dispatch_mode_count
 from purestep._engine.counters import CounterWrite, commit
 from purestep._engine.nesting import Inner, check_nested, reused
 from purestep._engine.numbers import Numbers
 from purestep._engine.plan import ParamSlice, Plan, Stage
+from purestep._engine.rehearsal import rehearse
 from purestep._executors import registry as registry  # importing it registers the executors
-from purestep._executors.chains import FUSED_DTYPES, FusedChain, detail
+from purestep._executors.chains import FUSED_DTYPES, FusedChain
 from purestep._executors.flat_buffer import COUNT, SIZE
 from purestep._executors.leaf_function import requires_grad
 from purestep._executors.task import LEAF_BY_LEAF, WATCH, Decided, Env, ExecutorName, Mode, Ownership, Task, execute, run_plain
-from purestep._trace.program import program
 
 Mask = Callable[[tuple[Any, ...]], "list[bool]"]
 Layout = Callable[[tuple[Any, ...]], "list[tuple[int, bool]]"]
@@ -74,7 +74,7 @@ class Inputs:
         self.layout: Layout | None = None
         self.plain = False  # whether all tensors are known to be plain
         self.facts: dict[Any, Any] | None = None  # what is known of them: see `Task.facts`
-        self.rehearsed = False  # whether `Run.rehearse` of a transform around this one has called what a user may have given
+        self.rehearsed = False  # whether a run around this one has called what a user has given: see `rehearse`
         self.widened = False  # whether a transform around this one has changed the parameters' dtypes
 
     def selected(self, link: Link) -> list[bool] | None:
@@ -120,9 +120,9 @@ class Run:
         """Run all stages: the new parameters (or the updates), and the new states."""
         last, env, called = len(self.plan.stages) - 1, self.env, -1
         given = env.own, env.writes, env.mode
-        if env.overwrites:
+        if env.own.given and env.overwrites:
             if self.plan.rehearses or self.plan.structure.masked:
-                self.rehearse()
+                rehearse(self.groups, self.inputs, self.states, self.numbers)
             called = self.plan.last_call
             if called > 0:  # functions of a user's may raise: until the last has returned nothing is overwritten
                 env.own, env.writes = env.own._replace(given=False), False
@@ -141,38 +141,6 @@ class Run:
             own = self.env.own
             commit(self.writes, self.states, self.plan.fields, own.given and own.counters)
         return self.grads, self.states
-
-    def rehearse(self) -> None:
-        """Call what a user has given, and ask masks, before anything is overwritten: it may raise.
-
-        Schedules are called at every step, leaf functions that run after something else once.
-        """
-        inputs = self.inputs
-        if not self.env.own.private and self.plan.structure.masked:  # an optimizer has asked them when it got its parameters
-            for link in self.plan.links:
-                inputs.selected(link)
-        if inputs.rehearsed or torch.compiler.is_compiling():
-            return
-        for plan, rows in self.groups:
-            if not plan.rehearses:
-                continue
-            for i in plan.scheduled:
-                self.numbers.rehearse(plan.links[i].transform, self.counters(i, rows))
-            for i in () if plan.rehearsed else plan.structure.late:
-                if rehearse(plan.links[i].transform, self.env.mode):
-                    stage = next(n for n, stage in enumerate(plan.stages) if stage.start <= i < stage.stop)
-                    self.plan.last_call = max(self.plan.last_call, stage)
-            plan.rehearsed = True
-
-    def counters(self, i: int, rows: range) -> list[Any]:
-        """The counters of the `i`-th link, of these parameters that it acts on."""
-        info, own = self.plan.fields[i], self.states[i]
-        if info.step < 0:
-            return []
-        if not info.leaves[info.step]:
-            return [own[info.step]]
-        on = self.inputs.selected(self.plan.links[i])
-        return [own[info.step][k] for k in rows if on is None or on[k]]
 
     def copy_back(self, whole: Stage) -> None:
         """Write what the last transform, a whole one, has moved to the parameters, if they were given away."""
@@ -483,25 +451,3 @@ def one(values: list[Any], mode: Mode) -> bool:
     if mode == "traced":
         return all([x is values[0] for x in values])
     return len(set(map(id, values))) == 1
-
-
-def rehearse(value: Primitive, mode: Mode) -> bool:
-    """Trace a leaf function of a user's, before anything is overwritten: it may raise.
-
-    In the mode ``leaf`` it need not be one that can be traced.
-
-    Returns:
-        whether it may raise later, on tensors.
-    """
-    d = value.declaration
-    try:
-        absent = tuple([x is None for x in fresh_state(value, torch.empty(64, 64, device="meta"))])
-    except Exception:  # the first state may look at values
-        return True
-    try:
-        found = program((detail(value, absent),), False, False, False, d, form="single")
-    except TypeError:
-        if mode == "program":
-            raise
-        return True
-    return mode == "leaf" or found.fails

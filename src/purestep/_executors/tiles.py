@@ -62,9 +62,7 @@ def calculate(variant: Variant, given: tuple[list[Tensor], list[Tensor], list[An
     return tuple([list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*made)])
 
 
-def overwritten(
-    variant: Variant, given: tuple[list[Tensor], list[Tensor], list[Any]], numbers: list[Any]
-) -> tuple[Any, ...]:
+def overwritten(variant: Variant, given: tuple[list[Tensor], list[Tensor], list[Any]], numbers: list[Any]) -> tuple[Any, ...]:
     """What a program returns that may raise on its way: it writes into the memory that was given away at its end alone."""
     grads, params, columns = given
     updates, *results = variant.program(False).run(grads, params, *columns, *numbers)

@@ -11,6 +11,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import purestep
+from purestep._core import torch_api
+from purestep._trace.program import _programs
 
 OURS = str(Path(purestep.__file__).parent)
 
@@ -63,7 +66,7 @@ def after_calls(code: CodeType) -> frozenset[int]:
 
     found = []
     instructions = [i for i in dis.get_instructions(code) if i.opname != "CACHE"]
-    for one, two in zip(instructions, instructions[1:]):
+    for one, two in itertools.pairwise(instructions):
         if (
             one.opname.startswith("CALL")
             and not one.opname.startswith("CALL_INTRINSIC")
@@ -148,3 +151,54 @@ def at_interrupt(at: int | None = None, error: Callable[[], BaseException] = Int
 
     with traced(trace):
         yield places
+
+
+class AtOperation(TorchDispatchMode):
+    """Raises at the `at`-th operation that returns new memory. A step under a dispatch mode is one that something traces."""
+
+    def __init__(self, at: int | None = None) -> None:
+        super().__init__()
+        self.places = Places(at, OutOfMemory)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if not name.endswith("_") and func._schema.returns:
+            self.places.pass_by(lambda: name)
+        return func(*args, **(kwargs or {}))
+
+
+CALLED = {
+    id(f): f
+    for f in (
+        *torch_api.FOREACH.values(), torch_api.fused_adam_, torch_api.fused_adamw_, torch_api.fused_sgd_, torch_api.fused_adagrad_,
+        torch_api.flatten_dense,
+    )
+}  # fmt: skip
+"""The functions through which executors write and allocate; those of torch that allocate are exchanged in torch itself."""
+ALLOCATES = ("empty_like", "full", "stack", "cat", "zeros_like", "where", "lerp")
+
+
+@contextlib.contextmanager
+def at_call(at: int | None = None) -> Iterator[Places]:
+    """Raise before the `at`-th call of a function that writes to tensors or allocates one, in the path that is taken anyway."""
+    places = Places(at, OutOfMemory)
+
+    def failing(f: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            places.pass_by(lambda: str(getattr(f, "__name__", f)))
+            return f(*args, **kwargs)
+
+        return call
+
+    spaces = [vars(m) for name, m in sys.modules.items() if name.startswith("purestep.") and m is not torch_api]
+    spaces += [made.run.__globals__ for made in _programs.entries.values()]
+    changed = [(space, name, f) for space in spaces for name, f in list(space.items()) if id(f) in CALLED]
+    changed += [(vars(torch), name, getattr(torch, name)) for name in ALLOCATES]
+    wrapped: dict[int, Any] = {}
+    try:
+        for space, name, f in changed:
+            space[name] = wrapped.setdefault(id(f), failing(f))
+        yield places
+    finally:
+        for space, name, f in changed:
+            space[name] = f

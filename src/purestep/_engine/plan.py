@@ -267,7 +267,7 @@ def calls_back(link: Link) -> bool:
     value, d = link.transform, link.transform.declaration
     if not d.whole:
         return bool(d.arrays) and not d.ours
-    return not d.ours or bool(d.extras) or any([users(value.arguments[n]) for n in d.switches])
+    return not d.ours or bool(d.extras) or any([users(x) for n, x in value.arguments.items() if n not in d.intervals])
 
 
 def follows_users(value: Primitive) -> bool:

@@ -32,7 +32,7 @@ class Interrupt(KeyboardInterrupt):
     """What `Ctrl-C` raises, told apart from a real one."""
 
 
-class OutOfMemory(RuntimeError):  # noqa: N818  (as torch.OutOfMemoryError)
+class OutOfMemory(RuntimeError):
     """An allocation that fails."""
 
 

@@ -51,6 +51,7 @@ from purestep._executors.task import LEAF_BY_LEAF, Env, ExecutorName, Ownership
 from purestep._optimizer.averages import averages_in, in_place_of_params
 from purestep._optimizer.checkpoint import (
     by_name,
+    check_form,
     check_loaded,
     check_order,
     check_shared,
@@ -791,9 +792,10 @@ class Optimizer(torch.optim.Optimizer):
         if self._options.routing.lazy:
             self._decide()
         before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
-        state_dict = state_dict.copy()
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
         for hook in before.values():
             state_dict = hook(self, state_dict) or state_dict
+        check_form(state_dict, self._contents.params)
         state_dict["state"] = cleaned(state_dict.get("state", {}))
         shared = self._place.take(state_dict["state"])
         if "param_groups" in state_dict:

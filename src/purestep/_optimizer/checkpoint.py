@@ -24,7 +24,6 @@ from purestep._optimizer.options import Options
 from purestep._optimizer.selection import Contents
 from purestep.transform import Transform
 
-
 LONGEST, DEEPEST = 1000, 50
 """How long a string among the options may be, and how deep what is loaded may be nested."""
 

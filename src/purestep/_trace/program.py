@@ -109,7 +109,7 @@ def compile(recipe: Recipe) -> Program:
     declarations = [part.declaration for part in recipe.parts]
     parts = tuple([d.name for d in declarations])
     name = f"program_{next(_serial)}"
-    file = f"<purestep {name}: {'+'.join(parts)}>"
+    file = f"<purestep {name}: {'+'.join([''.join(filter(str.isprintable, part)) for part in parts])}>"
     load(code, file)
     made = Program(
         parts=parts,

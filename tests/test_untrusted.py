@@ -417,7 +417,7 @@ def test_a_name_that_is_no_name_is_refused(text: str, texts: list[tuple[str, str
 
     @ps.leafwise()
     def keyword(g: Tensor, p: Tensor) -> Tensor:
-        return torch.add(g, g, **{text: 1})
+        return g.add(g, **{text: 1})
 
     params = [torch.ones(2)]
     for opt in (method(), keyword()):

@@ -28,7 +28,7 @@ LONGEST, DEEPEST = 1000, 50
 """How long a string among the options may be, and how deep what is loaded may be nested."""
 
 
-def check_form(loaded: Any, params: list[Tensor]) -> None:
+def check_form(loaded: Any) -> None:
     """Refuse what is no state dict: another form, or something that contains itself."""
     if not isinstance(loaded, Mapping):
         raise TypeError(f"load_state_dict takes a dict, as state_dict returns it, but got {shown(loaded)}.")
@@ -51,7 +51,7 @@ def check_form(loaded: Any, params: list[Tensor]) -> None:
             raise ValueError(f"Group {i} of the loaded state must have a name for each parameter under 'param_names'.")
         for name, x in group.items():
             check_option(x, name, i)
-    refuse_strange(dict(loaded), (), (), any([p.is_meta for p in params]))
+    refuse_strange(dict(loaded), meta=True)
 
 
 def check_option(x: Any, name: str, i: int) -> None:
@@ -68,7 +68,7 @@ def check_option(x: Any, name: str, i: int) -> None:
         raise ValueError(f"Group {i} of the loaded state has an integer for {name!r} that no float can hold.")
 
 
-def refuse_strange(x: Any, around: tuple[int, ...], path: tuple[Any, ...], meta: bool) -> None:
+def refuse_strange(x: Any, *, meta: bool, around: tuple[int, ...] = (), path: tuple[Any, ...] = ()) -> None:
     """Refuse tensors without values, unless parameters have none (`meta`), and containers inside of themselves or of too many.
 
     `around` are the containers that `x` is in, and `path` are the keys that lead to it.
@@ -82,7 +82,7 @@ def refuse_strange(x: Any, around: tuple[int, ...], path: tuple[Any, ...], meta:
             f"The loaded state dict has a {type(x).__name__} that contains itself, or too much, under {shown(path)}."
         )
     for key, y in x.items() if isinstance(x, dict) else enumerate(x):
-        refuse_strange(y, (*around, id(x)), (*path, key), meta)
+        refuse_strange(y, meta=meta, around=(*around, id(x)), path=(*path, key))
 
 
 def cleaned(states: Mapping[Any, Any]) -> dict[Any, Any]:

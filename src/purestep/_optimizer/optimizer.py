@@ -58,6 +58,7 @@ from purestep._optimizer.checkpoint import (
     cleaned,
     keep_precision,
     lay_out,
+    refuse_strange,
     with_labels,
 )
 from purestep._optimizer.closures import closure_inputs, keep_progress, value_and_grad
@@ -795,7 +796,7 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
         for hook in before.values():
             state_dict = hook(self, state_dict) or state_dict
-        check_form(state_dict, self._contents.params)
+        check_form(state_dict)
         state_dict["state"] = cleaned(state_dict.get("state", {}))
         shared = self._place.take(state_dict["state"])
         if "param_groups" in state_dict:
@@ -804,6 +805,7 @@ class Optimizer(torch.optim.Optimizer):
             check_order(saved, state_dict["param_groups"], shared, self._contents.params)
         check_loaded(state_dict, self._contents, self._options, type(self).__name__, self._options.fallback(self._before))
         self._check_shared(shared)
+        refuse_strange([state_dict["state"], shared], meta=any([p.is_meta for p in self._contents.params]))
         everything = dict(self.__dict__)  # what is loaded replaces it, and writes on none of it
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run

@@ -57,7 +57,7 @@ def from_torch(transform: Transform, params: PyTree, optimizer: torch.optim.Opti
     """
     bridge = Bridge.over(transform, params)
     saved = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-    check_form(saved, bridge.optimizer.param_groups[0]["params"])
+    check_form(saved)
     states = [saved["state"].get(k, {}) for k in bridge.ids(saved["param_groups"])]
     made = bridge.state(states)
     bridge.check_fields(states)

@@ -554,3 +554,44 @@ def test_an_optimizer_goes_on_after_a_fault(name: str, count: int, fault: str) -
             optimizer.load_state_dict(copy.deepcopy(saved))
             optimizer.step()
             close(everything(optimizer), after)
+
+
+KERNELS: dict[str, Callable[[list[Any]], Any]] = {
+    "AdamW": lambda params: optim.AdamW(params, lr=0.1),
+    "Adagrad": lambda params: optim.Adagrad(params, lr=0.1),
+    "SGD": lambda params: optim.SGD(params, lr=0.1, momentum=0.9),
+    "clip": lambda params: optim.Optimizer(params, ps.chain(ps.clip_by_global_norm(1.0), ps.adamw(0.1))),
+}
+
+
+@pytest.mark.skipif(not MODERN, reason="an interrupt may come at any instruction")
+@pytest.mark.parametrize("name", KERNELS)
+def test_under_a_kernel_parameters_and_moments_move_together(name: str) -> None:
+    """Wherever the interrupt comes, also between the call for large tensors and that for small ones; counters are apart."""
+    shapes = [(80, 80), (3,), (70, 70), (2, 2), (5,), (6,), (7,)]
+
+    def begun(warm: int) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        params: list[Any] = [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+        optimizer = KERNELS[name](params)
+        for _ in range(warm + 1):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            if _ < warm:
+                optimizer.step()
+        return optimizer
+
+    def moments(optimizer: Any) -> list[Any]:
+        return [(p, {n: x for n, x in s.items() if x.dim()}) for p, s in everything(optimizer)]
+
+    for warm in (1, 5):
+        before = moments(begun(warm))
+        optimizer = begun(warm)
+        with at_interrupt() as made:
+            optimizer.step()
+        after = moments(optimizer)
+        for at in some(made.count, 25, f"{name} kernel {warm}"):
+            optimizer = begun(warm)
+            with contextlib.suppress(Interrupt), at_interrupt(at) as made:
+                optimizer.step()
+            assert all(equal(x, a) or equal(x, b) for x, a, b in zip(moments(optimizer), before, after)), made.raised

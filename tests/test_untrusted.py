@@ -143,7 +143,10 @@ class Corruption(NamedTuple):
         for key in way:
             inside = inside[key]
         if self.kind == "put":
-            inside[last] = STRANGE[self.value]
+            value = STRANGE[self.value]
+            inside[last] = (
+                value.clone() if isinstance(value, Tensor) and self.value not in ("sparse", "expanded") else value
+            )  # it is written to
         elif self.kind == "remove":
             del inside[last]
         elif isinstance(inside[last], dict):

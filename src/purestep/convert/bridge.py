@@ -61,6 +61,9 @@ class Bridge(NamedTuple):
 
     def state(self, states: Sequence[Mapping[str, Any]]) -> Any:
         """The pure state that is made of those of the parameters, in order, as `torch.optim` names their fields."""
+        for k, own in zip(self.rows, states):
+            if not isinstance(own, Mapping):
+                raise ValueError(f"The state of {self.spec.paths()[k]!r} must be a dict of its fields by name, but is {shown(own)}.")
         saved = self.optimizer.state_dict()
         saved["state"] = dict(enumerate(tree_map_only(Tensor, copied, list(map(dict, states)))))
         self.optimizer.load_state_dict(saved)
@@ -79,7 +82,9 @@ class Bridge(NamedTuple):
     def check_fields(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Refuse states with fields that the transform does not have: they are another algorithm's."""
         prefix, known = self.optimizer._place.prefix, UNSAID.union(*self.transform.plan.keys)
-        surplus = sorted({n for own in states for n, x in own.items() if x is not None and n.removeprefix(prefix) not in known})
+        surplus = sorted(
+            {str(n) for own in states for n, x in own.items() if x is not None and str(n).removeprefix(prefix) not in known}
+        )
         if surplus:
             names = ", ".join(map(repr, surplus))
             raise ValueError(f"The optimizer's state has {names}, which {self.transform!r} does not have: it is another's.")

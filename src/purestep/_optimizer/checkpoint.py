@@ -198,6 +198,7 @@ def check_loaded(
         return
     check_groups(saved, options, contents, owner, fallback)
     for old, group in zip(saved, contents.groups):
+        options.check({**group, **fallback, **old}, contents.groups)
         transform = options.transform({**fallback, **old}, contents.groups)
         check_states(state_dict["state"], old["params"], group, transform, contents)
 

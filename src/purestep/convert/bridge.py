@@ -63,7 +63,9 @@ class Bridge(NamedTuple):
         """The pure state that is made of those of the parameters, in order, as `torch.optim` names their fields."""
         for k, own in zip(self.rows, states):
             if not isinstance(own, Mapping):
-                raise ValueError(f"The state of {self.spec.paths()[k]!r} must be a dict of its fields by name, but is {shown(own)}.")
+                raise ValueError(
+                    f"The state of {self.spec.paths()[k]!r} must be a dict of its fields by name, but is {shown(own)}."
+                )
         saved = self.optimizer.state_dict()
         saved["state"] = dict(enumerate(tree_map_only(Tensor, copied, list(map(dict, states)))))
         self.optimizer.load_state_dict(saved)

@@ -47,7 +47,9 @@ def check_form(loaded: Any) -> None:
             wanted: Any = str if name == "param_names" else (int, str)
             if not isinstance(own, (list, tuple)) or not all([isinstance(x, wanted) for x in own]):
                 raise ValueError(f"Group {i} of the loaded state must have a list under {name!r}, but has {shown(own)}.")
-        if "param_names" in group and len(group["param_names"]) != len(group.get("params", ())):
+        params = group.get("params", ())
+        placed = bool(params) and all([isinstance(k, str) for k in params])  # by torch, which may leave other names: `by_place`
+        if "param_names" in group and len(group["param_names"]) != len(params) and not placed:
             raise ValueError(f"Group {i} of the loaded state must have a name for each parameter under 'param_names'.")
         for name, x in group.items():
             check_option(x, name, i)

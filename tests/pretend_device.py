@@ -118,7 +118,7 @@ class Device:
             made.view(-1)[:count] = twin(args[0]).reshape(-1)[:count]
             return args[0].set_(self.wrapped(made))
         flat, spec = pytree.tree_flatten((args, kwargs))
-        self.account(op, name, flat, args)
+        self.account(name, flat, args, kwargs)
         own = {id(x): x for x in flat if isinstance(x, Tensor) and x.device.type == NAME}
         twins = {k: twin(x) if x.numel() else torch.empty_like(x, device="cpu") for k, x in own.items()}
         flat = [twins.get(id(x), x) if isinstance(x, Tensor) else "cpu" if isinstance(x, torch.device) else x for x in flat]
@@ -134,7 +134,7 @@ class Device:
                 x.set_(self.wrapped(twins[k]))
         return self.returned(op, found, args, kwargs)
 
-    def account(self, op: Any, name: str, flat: list[Any], args: Any) -> None:
+    def account(self, name: str, flat: list[Any], args: Any, kwargs: Any) -> None:
         """Count what is launched, and see what is waited for."""
         tensors = [x for x in flat if isinstance(x, Tensor)]
         hosts = [x for x in tensors if x.device.type != NAME]
@@ -151,6 +151,11 @@ class Device:
                 self.wait(name, "a mask is an index, so the size of the result depends on values")
             if any(isinstance(x, Tensor) and x.device.type != NAME for x in args[1]):
                 self.wait(name, "an index of the CPU is copied to the device")
+        if base.startswith("aten::_fused_"):
+            numbers = [x for x in tensors if not x.dim() and x.device.type == NAME]
+            steps = args[-1] if base != "aten::_fused_sgd_" else []
+            if any(x.dtype != torch.float32 for x in numbers if x is kwargs.get("lr") or any(x is y for y in steps)):
+                raise RuntimeError(f"{name} reads learning rates and counters as float32")
         if any(x.dim() for x in hosts) and name != "aten::_copy_from" and name not in HOST_NUMBERS:
             raise RuntimeError(f"{name}: tensors are expected on one device, but some are on the CPU")
         lists = [x for x in args if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)]

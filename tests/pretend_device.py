@@ -4,6 +4,7 @@
 `torch.Tensor` with a storage and an address, so that the library takes the same ways with them as with those of a GPU; for what
 asks ``x.is_cuda`` they say yes. A boxed kernel in Python takes every operation that reaches the backend. It counts a launch, runs
 the operation on the CPU in the same memory, and raises `Synchronized` inside of `watched` where a GPU would be waited for.
+`Graph` records these operations with their addresses and host numbers, and runs them again, as a CUDA graph does.
 
 What it does not show: streams and races, numbers of kernels that round otherwise, memory that CUDA's allocator takes, kernels of
 Inductor and Triton, and whether a real kernel waits without saying so; `WAITS` lists those that are known to.
@@ -15,9 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -94,8 +97,9 @@ class Device:
     def __init__(self) -> None:
         self.launches: Counter[str] = Counter()
         self.waits: list[str] = []
-        self.bytes = 0  # that operations have taken for their results
+        self.live = self.peak = 0  # bytes
         self.strict = False
+        self.recorded: list[Any] | None = None  # operations, while a graph captures them
 
     def wait(self, name: str, reason: str) -> None:
         self.waits.append(f"{name}: {reason}")
@@ -109,9 +113,7 @@ class Device:
             return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         if name in MAKES:
             kwargs.pop("pin_memory", None)
-            made = _on(op(*args, **{**kwargs, "device": "cpu"}), EXTENSION)
-            self.bytes += made.untyped_storage().nbytes()
-            return made
+            return self.wrapped(op(*args, **{**kwargs, "device": "cpu"}))
         if name == "aten::resize_":
             made = torch.empty(args[1], dtype=args[0].dtype)
             count = min(made.numel(), args[0].numel())
@@ -123,12 +125,14 @@ class Device:
         twins = {k: twin(x) if x.numel() else torch.empty_like(x, device="cpu") for k, x in own.items()}
         flat = [twins.get(id(x), x) if isinstance(x, Tensor) else "cpu" if isinstance(x, torch.device) else x for x in flat]
         cpu_args, cpu_kwargs = pytree.tree_unflatten(flat, spec)
+        kernel = op
         if name == "aten::_copy_from":
-            found = cpu_args[1].copy_(cpu_args[0])
+            kernel, cpu_args = torch.ops.aten.copy_.default, (cpu_args[1], cpu_args[0])
         elif any(type(x) in (int, float, bool) and isinstance(a.type, torch.TensorType) for x, a in zip(args, op._schema.arguments)):
-            found = op.overloadpacket(*cpu_args, **cpu_kwargs)  # a number that was a tensor: the variant for numbers takes it
-        else:
-            found = op(*cpu_args, **cpu_kwargs)
+            kernel = op.overloadpacket  # a number that was a tensor: the variant for numbers takes it
+        found = kernel(*cpu_args, **cpu_kwargs)
+        if self.recorded is not None:
+            self.recorded.append((kernel, cpu_args, cpu_kwargs, found))
         for k, x in own.items():
             if twins[k].shape != x.shape:  # an empty one, which was to be made larger
                 x.set_(self.wrapped(twins[k]))
@@ -179,9 +183,16 @@ class Device:
         return (tuple(made) if many else made[0]) if op._schema.returns else None
 
     def wrapped(self, x: Tensor) -> Tensor:
-        """A result."""
-        self.bytes += x.untyped_storage().nbytes()
-        return _on(x, EXTENSION)
+        """A tensor on the device in memory that is new, and is counted for as long as something is in it."""
+        made = _on(x, EXTENSION)
+        storage = made.untyped_storage()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.freed, storage.nbytes())
+        return made
+
+    def freed(self, count: int) -> None:
+        self.live -= count
 
 
 def at_once(lists: list[list[Tensor]]) -> bool:
@@ -241,12 +252,23 @@ def install() -> None:
 
 def put(tree: Any) -> Any:
     """The same tree with copies of its tensors on the device."""
-    return pytree.tree_map_only(Tensor, lambda x: _on(x.detach().clone(), EXTENSION), tree)
+    return pytree.tree_map_only(Tensor, lambda x: device.wrapped(x.detach().clone()), tree)
 
 
 def taken(tree: Any) -> Any:
     """The same tree with copies of its tensors on the CPU, without a wait."""
-    return pytree.tree_map_only(Tensor, lambda x: twin(x).clone() if x.device.type == NAME else x.clone(), tree)
+    return pytree.tree_map_only(Tensor, lambda x: (twin(x) if x.device.type == NAME else x.detach()).clone(), tree)
+
+
+def fill(tree: Any, values: Any) -> None:
+    """Write other values into tensors of the device, as a backward pass does, where they are."""
+    for x, y in zip(pytree.tree_leaves(tree), pytree.tree_leaves(values)):
+        twin(x).copy_(y)
+
+
+def addresses(tree: Any) -> list[int]:
+    """Where the tensors of a tree are."""
+    return [x.data_ptr() for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 @contextlib.contextmanager
@@ -257,3 +279,29 @@ def watched() -> Iterator[Counter[str]]:
         yield device.launches
     finally:
         device.launches, device.strict = before, False
+
+
+class Graph:
+    """What `torch.cuda.CUDAGraph` is: the operations of a block, which run again with the same numbers in the same memory."""
+
+    def __init__(self) -> None:
+        self.operations: list[Any] = []
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Record this block. It is run, too, which a CUDA graph would not do."""
+        flags = {"is_available": lambda: True, "is_current_stream_capturing": lambda: True}
+        with watched(), mock.patch.multiple(torch.cuda, **flags):
+            device.recorded = self.operations
+            try:
+                yield
+            finally:
+                device.recorded = None
+
+    def replay(self) -> None:
+        """Run again what was recorded, and nothing of what Python did."""
+        for kernel, args, kwargs, before in self.operations:
+            now = kernel(*args, **kwargs)
+            for x, y in zip(pytree.tree_leaves(before), pytree.tree_leaves(now)):
+                if isinstance(x, Tensor) and x.data_ptr() != y.data_ptr():
+                    x.copy_(y)

@@ -1,0 +1,259 @@
+"""Every transform on a device that is none (`tests.pretend_device`), where whatever waits for the device raises.
+
+The checks run in a process of their own, because torch has one place for a device that is not its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import purestep as ps
+from purestep import optim
+from tests import pretend_device
+from tests.cases import ALL, CASES, Case, Options, each, each_options
+from tests.cases_methods import value_and_grad
+from tests.problems import clone, difference, grads
+
+WARM = 2
+"""Steps after which nothing may wait or move any more."""
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[Callable[..., Any]]:
+    """Runs a function of this module in the process that has the device, and gives what it returns or raises."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=started) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result(timeout=120)
+
+
+def started() -> None:
+    torch.set_num_threads(1)
+    pretend_device.install()
+
+
+class Problem:
+    """The parameters of a case on the CPU, where every gradient is computed, and the gradients at given parameters."""
+
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
+        self.rest, self.loss = case.problem()
+        self.dtype = dtype
+        self.params = {k: p.to(dtype) for k, p in self.rest.items() if case.treats(p)}
+
+    def grads(self, params: Any) -> Any:
+        found = grads(self.loss, {**self.rest, **{k: p.detach().double() for k, p in params.items()}})
+        return {k: found[k].to(self.dtype) for k in params}
+
+
+def place(case: Case, options: Options) -> int:
+    """What tells a case and its options in the other process: a function cannot be sent."""
+    return next(k for k, (c, o) in enumerate(ALL) if c is case and o is options)
+
+
+def on_the_device(tree: Any) -> bool:
+    return all(x.device.type == pretend_device.NAME for x in pytree.tree_leaves(tree) if isinstance(x, Tensor))
+
+
+# --------------------------------------------------------------------------------------------------------------- pure steps
+
+
+def check_pure(k: int, there: Callable[[ps.Transform], ps.Transform] = lambda t: t, tolerance: float = 1e-9) -> int:
+    """Donated steps, then a graph of one; `there` makes the transform for the device. The launches of a step."""
+    case, options = ALL[k]
+    t = case.transform(options)
+    problem, here = Problem(case), t
+    t = there(t)
+    params = clone(problem.params)
+    state = here.init_state(params)
+    moved = pretend_device.put(params)
+    theirs = t.init_state(moved)
+    assert on_the_device(theirs), "state is on the CPU"
+    buffers, launches, places, graph = pretend_device.put(problem.grads(params)), 0, [], pretend_device.Graph()
+    for step in range(7):
+        g = problem.grads(params)
+        params, state = here.step(g, state, params)
+        pretend_device.fill(buffers, g)
+        if step < WARM:
+            moved, theirs = t.step(buffers, theirs, moved, donate=True)
+        elif step < 4:
+            with pretend_device.watched() as found:
+                moved, theirs = t.step(buffers, theirs, moved, donate=True)
+            launches = sum(found.values())
+        elif step == 4:
+            with graph.capture():
+                moved, theirs = t.step(buffers, theirs, moved, donate=True)
+        else:
+            graph.replay()
+        found_places = pretend_device.addresses((moved, theirs))
+        assert step < WARM or places == found_places, f"step {step} moves {places} to {found_places}"
+        places = found_places
+        apart = difference(pretend_device.taken((moved, theirs)), (params, state))
+        assert apart <= tolerance, f"step {step} is {apart} from the CPU's"
+    assert on_the_device((moved, theirs)), "something is on the CPU"
+    return launches
+
+
+@each_options(capability="unread")
+def test_donated_steps_wait_for_nothing(case: Case, options: Options, elsewhere: Callable[..., Any]) -> None:
+    """Nor do they move anything, and a graph of one goes on as the steps would have."""
+    assert elsewhere(check_pure, place(case, options)) > 0
+
+
+def check_hypers_there(k: int) -> None:
+    check_pure(k, lambda t: ps.tensors(t, device=pretend_device.NAME))
+
+
+def check_schedules_there(k: int) -> None:
+    """Every number as a schedule, which is called with a counter on the device."""
+
+    def scheduled(t: ps.Transform) -> ps.Transform:
+        made = {n: follow(x) for n, x in t.hyperparams.items() if type(x) is float and n.split(".")[-1] not in ("seed", "every")}
+        return t.replace(**made)
+
+    check_pure(k, scheduled)
+
+
+def follow(x: float) -> Callable[[Any], Any]:
+    return lambda step: x * (1 + 0.0 * step)
+
+
+@each("unread")
+@pytest.mark.parametrize("check", [check_hypers_there, check_schedules_there])
+def test_numbers_on_the_device_are_not_read(case: Case, check: Callable[[int], None], elsewhere: Callable[..., Any]) -> None:
+    elsewhere(check, place(case, case.options[0]))
+
+
+# -------------------------------------------------------------------------------------------------------------- the optimizer
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The tensors of the state, parameter by parameter."""
+    return [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def closure_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The loss of `tests.cases_methods`, whose gradient is a formula."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def closure() -> Any:
+        with torch.no_grad():
+            value, found = value_and_grad([p.detach() for p in params])
+            for p, g in zip(params, found):
+                if p.grad is None:
+                    p.grad = g
+                else:
+                    p.grad.copy_(g)
+        return value
+
+    return closure
+
+
+def trained(pairs: list[torch.optim.Optimizer], problem: Problem, step: int, run: Callable[[Any, Any], Any]) -> None:
+    """Put the gradients at the CPU's parameters into both optimizers, step on the CPU, and run `run` for the device."""
+    here, there = pairs
+    (mine,), (theirs,) = [[group["params"] for group in o.param_groups] for o in pairs]
+    found = problem.grads(dict(zip(problem.params, mine)))
+    for g, p, q in zip(found.values(), mine, theirs):
+        p.grad = g
+        if q.grad is None:
+            q.grad = pretend_device.put(g)
+        else:
+            pretend_device.fill(q.grad, g)
+    closures = [closure_of(o) if getattr(o, "asks", False) else None for o in pairs]
+    here.step(closures[0])
+    run(there, closures[1])
+
+
+def check_optimizer(make: Callable[[Any], Any], problem: Problem, tolerance: float, rates: tuple[float, ...] = ()) -> int:
+    """Steps on the device, then a graph of one whose replays follow the learning rates; the launches of a step."""
+    mine = [nn.Parameter(p.clone()) for p in problem.params.values()]
+    theirs = [nn.Parameter(pretend_device.put(p)) for p in problem.params.values()]
+    pair = [make(mine), make(theirs)]
+    there, graph, places, launches = pair[1], pretend_device.Graph(), [], 0
+
+    def captured(optimizer: Any, closure: Any) -> None:
+        with graph.capture():
+            optimizer.step(closure)
+
+    def replayed(optimizer: Any, closure: Any) -> None:
+        with pretend_device.watched():
+            if rates:
+                optimizer.refresh()
+        graph.replay()
+
+    def watched(optimizer: Any, closure: Any) -> None:
+        nonlocal launches
+        with pretend_device.watched() as found:
+            optimizer.step(closure)
+        launches = sum(found.values())
+
+    def usual(optimizer: Any, closure: Any) -> None:
+        optimizer.step(closure)
+
+    for step in range(7):
+        if rates and step > 1:
+            for optimizer in pair:
+                optimizer.param_groups[0]["lr"] = rates[step % len(rates)]
+        trained(pair, problem, step, usual if step < WARM else watched if step < 4 else captured if step == 4 else replayed)
+        found = pretend_device.addresses((theirs, state_of(there)))
+        assert step < WARM or found == places, f"step {step} moves {places} to {found}"
+        places = found
+        apart = max(
+            difference(pretend_device.taken(theirs), [p.detach() for p in mine]),
+            difference(pretend_device.taken(state_of(there)), pretend_device.taken(state_of(pair[0]))),
+        )
+        assert apart <= tolerance, f"step {step} is {apart} from the CPU's"
+    assert on_the_device(state_of(there)), "state is on the CPU"
+    return launches
+
+
+def check_wrapped(k: int) -> int | None:
+    case, options = ALL[k]
+    t = case.transform(options)
+    inner = t.children[0] if type(t).__name__ == "Given" else t
+    if "hessian" in inner.plan.extras:
+        return None
+
+    def make(params: Any) -> Any:
+        optimizer = optim.Optimizer(params, inner)
+        optimizer.asks = bool(inner.plan.extras)
+        return optimizer
+
+    return check_optimizer(make, Problem(case), 1e-9)
+
+
+@each_options(capability="unread")
+def test_an_optimizers_steps_wait_for_nothing(case: Case, options: Options, elsewhere: Callable[..., Any]) -> None:
+    if elsewhere(check_wrapped, place(case, options)) is None:
+        pytest.skip("a closure gives no Hessian")
+
+
+CAPTURABLE = [c for c in CASES if c.twin is not None and hasattr(optim, c.twin.__name__) and "unread" not in c.lacks]
+
+
+def check_refresh(name: str, i: int, dtype: torch.dtype) -> None:
+    """In float64 the kernels cannot take a float32 learning rate without an error; in float32 they are called."""
+    case = next(c for c in CASES if c.name == name)
+    options = {k: x for k, x in case.options[i].items() if k != "lr"}
+    cls = getattr(optim, case.twin.__name__)
+    flags = {"capturable": True} if "capturable" in cls.__init__.__wrapped__.__code__.co_varnames else {}
+
+    def make(params: Any) -> Any:
+        optimizer = cls(params, lr=0.5, **options, **flags)
+        optimizer.param_groups[0].setdefault("capturable", True)
+        return optimizer
+
+    check_optimizer(make, Problem(case, dtype), 1e-6 if dtype == torch.float64 else 1e-4, rates=(0.5, 0.25, 0.125))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CAPTURABLE, ids=str)
+def test_a_graph_follows_the_learning_rate(case: Case, dtype: torch.dtype, elsewhere: Callable[..., Any]) -> None:
+    elsewhere(check_refresh, case.name, 0, dtype)

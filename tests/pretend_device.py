@@ -71,7 +71,7 @@ class Synchronized(RuntimeError):
 class Managed(ctypes.Structure):
     """The beginning of a DLManagedTensor: where the numbers are, and on which device."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]  # noqa: RUF012
+    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
 
 
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -119,16 +119,17 @@ class Device:
             count = min(made.numel(), args[0].numel())
             made.view(-1)[:count] = twin(args[0]).reshape(-1)[:count]
             return args[0].set_(self.wrapped(made))
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        self.account(name, flat, args, kwargs)
-        own = {id(x): x for x in flat if isinstance(x, Tensor) and x.device.type == NAME}
+        tensors = tensors_in([*args, *kwargs.values()])
+        self.account(name, tensors, args, kwargs)
+        own = {id(x): x for x in tensors if x.device.type == NAME}
         twins = {k: twin(x) if x.numel() else torch.empty_like(x, device="cpu") for k, x in own.items()}
-        flat = [twins.get(id(x), x) if isinstance(x, Tensor) else "cpu" if isinstance(x, torch.device) else x for x in flat]
-        cpu_args, cpu_kwargs = pytree.tree_unflatten(flat, spec)
+        cpu_args, cpu_kwargs = on_cpu(args, twins), {k: on_cpu(x, twins) for k, x in kwargs.items()}
         kernel = op
         if name == "aten::_copy_from":
             kernel, cpu_args = torch.ops.aten.copy_.default, (cpu_args[1], cpu_args[0])
-        elif any(type(x) in (int, float, bool) and isinstance(a.type, torch.TensorType) for x, a in zip(args, op._schema.arguments)):
+        elif any(
+            type(x) in (int, float, bool) and isinstance(a.type, torch.TensorType) for x, a in zip(args, op._schema.arguments)
+        ):
             kernel = op.overloadpacket  # a number that was a tensor: the variant for numbers takes it
         found = kernel(*cpu_args, **cpu_kwargs)
         if self.recorded is not None:
@@ -138,9 +139,8 @@ class Device:
                 x.set_(self.wrapped(twins[k]))
         return self.returned(op, found, args, kwargs)
 
-    def account(self, name: str, flat: list[Any], args: Any, kwargs: Any) -> None:
+    def account(self, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
         """Count what is launched, and see what is waited for."""
-        tensors = [x for x in flat if isinstance(x, Tensor)]
         hosts = [x for x in tensors if x.device.type != NAME]
         base = name.split(".")[0]
         if name == "aten::_copy_from":
@@ -179,7 +179,10 @@ class Device:
                     if a.alias_info is not None and a.alias_info.before_set == alias.before_set
                 ))  # fmt: skip
                 continue
-            made.append(pytree.tree_map_only(Tensor, self.wrapped, x))
+            if isinstance(x, (list, tuple)):
+                made.append([*map(self.wrapped, x)])
+            else:
+                made.append(self.wrapped(x) if isinstance(x, Tensor) else x)
         return (tuple(made) if many else made[0]) if op._schema.returns else None
 
     def wrapped(self, x: Tensor) -> Tensor:
@@ -198,7 +201,23 @@ class Device:
 def at_once(lists: list[list[Tensor]]) -> bool:
     """Whether a foreach kernel of CUDA takes these lists at once: one dtype and device, and each row in one layout."""
     same = {(x.dtype, x.device) for xs in lists for x in xs}
-    return len(same) == 1 and all(len({(x.shape, x.stride()) for x in row if x.dim()}) < 2 for row in zip(*lists))
+    return len(same) == 1 and all(len({(x.shape, x.stride()) for x in row}) < 2 for row in zip(*lists))
+
+
+def tensors_in(x: Any) -> list[Tensor]:
+    """The tensors in arguments: an argument is one, or a list of some."""
+    if isinstance(x, (list, tuple)):
+        return [z for y in x for z in tensors_in(y)]
+    return [x] if isinstance(x, Tensor) else []
+
+
+def on_cpu(x: Any, twins: dict[int, Tensor]) -> Any:
+    """An argument for the kernel of the CPU."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([on_cpu(y, twins) for y in x])
+    if isinstance(x, Tensor):
+        return twins.get(id(x), x)
+    return "cpu" if isinstance(x, torch.device) else x
 
 
 device = Device()
@@ -272,9 +291,10 @@ def addresses(tree: Any) -> list[int]:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Counter[str]]:
-    """In this block what waits for the device raises. Gives what is launched meanwhile."""
-    before, device.launches, device.strict = device.launches, Counter(), True
+def watched(strict: bool = True) -> Iterator[Counter[str]]:
+    """In this block what waits for the device raises, if this is `strict`. Gives what is launched meanwhile."""
+    before, device.launches, device.strict, device.waits = device.launches, Counter(), strict, []
+    device.peak = device.live
     try:
         yield device.launches
     finally:

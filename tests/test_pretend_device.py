@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import purestep as ps
+from benchmarks import launches
 from purestep import optim
 from tests import pretend_device
 from tests.cases import ALL, CASES, Case, Options, each, each_options
@@ -102,6 +103,30 @@ def check_pure(k: int, change: Callable[[ps.Transform], ps.Transform] = lambda t
         assert apart <= 1e-9, f"step {step} is {apart} from the CPU's"
     assert on_the_device((moved, theirs)), "something is on the CPU"
     return launches
+
+
+def check_waiting(k: int) -> None:
+    """Donated steps that may wait."""
+    case, options = ALL[k]
+    t, problem = case.transform(options), Problem(case)
+    params, moved = clone(problem.params), pretend_device.put(problem.params)
+    state, theirs = t.init_state(params), t.init_state(moved)
+    for step in range(4):
+        g = problem.grads(params)
+        params, state = t.step(g, state, params)
+        places = pretend_device.addresses((moved, theirs))
+        with pretend_device.watched(strict=False):
+            moved, theirs = t.step(pretend_device.put(g), theirs, moved, donate=True)
+        assert step < WARM or places == pretend_device.addresses((moved, theirs))
+        assert difference(pretend_device.taken((moved, theirs)), (params, state)) <= 1e-6
+    assert on_the_device((moved, theirs))
+    assert pretend_device.device.waits, "it does not wait any more: its case need not say so"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "unread" in c.lacks], ids=str)
+def test_what_waits_by_design_computes_the_same(case: Case, elsewhere: Callable[..., Any]) -> None:
+    """`Case.lacks` has the reason under "unread"."""
+    elsewhere(check_waiting, place(case, case.options[0]))
 
 
 @each_options(capability="unread")
@@ -271,3 +296,121 @@ def check_refresh(name: str, i: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CAPTURABLE, ids=str)
 def test_a_graph_follows_the_learning_rate(case: Case, dtype: torch.dtype, elsewhere: Callable[..., Any]) -> None:
     elsewhere(check_refresh, case.name, 0, dtype)
+
+
+def check_variations(name: str, scaled: bool, empty: bool) -> None:
+    """Two groups; a gradient scaler's tensors; a parameter that is sometimes without a gradient."""
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    values = [torch.linspace(-1, 1, n) for n in (3, 4, 5)]
+    mine, theirs = [nn.Parameter(x.clone()) for x in values], [nn.Parameter(pretend_device.put(x)) for x in values]
+    pair = [getattr(optim, name)([{"params": p[:2], "lr": 0.1}, {"params": p[2:]}], lr=0.2, **options) for p in (mine, theirs)]
+    for step in range(5):
+        for k, (p, q) in enumerate(zip(mine, theirs)):
+            p.grad = torch.cos(p.detach() + k + step)
+            q.grad = pretend_device.put(p.grad)
+            if empty and k == 1 and step % 2:
+                p.grad = q.grad = None
+        for k, optimizer in enumerate(pair):
+            if scaled:
+                numbers = torch.tensor(4.0), torch.tensor(float(step == 3))
+                optimizer.grad_scale, optimizer.found_inf = pretend_device.put(numbers) if k else numbers
+            with pretend_device.watched(strict=step > 2 * WARM - 2):
+                optimizer.step()
+    apart = difference(pretend_device.taken(theirs), [p.detach() for p in mine])
+    assert apart <= 1e-5, f"{apart} from the CPU's"
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam", "Adagrad"])
+def test_groups_scalers_and_missing_gradients(name: str, scaled: bool, empty: bool, elsewhere: Callable[..., Any]) -> None:
+    elsewhere(check_variations, name, scaled, empty)
+
+
+# ------------------------------------------------------------------------------------------------------------------- launches
+
+
+def rows(names: list[str]) -> list[str]:
+    return [" | ".join(launches.row(next(c for c in CASES if c.name == name))) for name in names]
+
+
+def test_the_table_of_launches(elsewhere: Callable[..., Any]) -> None:
+    """Some rows of it: `python -m benchmarks.launches --write` has been run since a step has changed."""
+    page = launches.PAGE.read_text()
+    for found in elsewhere(rows, ["sgd", "adamw", "nadam", "adagrad", "muon", "clip_by_global_norm", "scheduled"]):
+        assert f"| {found} |" in page
+
+
+def check_counters() -> int:
+    params = [nn.Parameter(pretend_device.put(torch.ones(3))) for _ in range(50)]
+    for p in params:
+        p.grad = pretend_device.put(torch.ones(3))
+    optimizer = optim.AdamW(params)
+    for _ in range(3):
+        optimizer.step()
+    with pretend_device.watched() as found:
+        optimizer.step()
+    return sum(found.values())
+
+
+def test_counters_are_written_by_one_launch(elsewhere: Callable[..., Any]) -> None:
+    assert elsewhere(check_counters) < 10
+
+
+# ------------------------------------------------------------------------------------------------------- the device itself
+
+
+def check_waits() -> list[str]:
+    """What waits for the device raises."""
+    x = pretend_device.put(torch.arange(6.0).view(2, 3))
+    missed = []
+    for name, wait in {
+        "item": lambda: x.sum().item(),
+        "float": lambda: float(x.sum()),
+        "bool": lambda: bool(x.sum() > 0),
+        "tolist": x.tolist,
+        "cpu": x.cpu,
+        "a mask as index": lambda: x[x > 0],
+        "nonzero": x.nonzero,
+        "equal": lambda: torch.equal(x, x),
+        "a number from the CPU": lambda: torch.tensor(1.0, device=x.device),
+        "a list of the CPU as index": lambda: x[[0, 1]],
+        "eigh": lambda: torch.linalg.eigh(x[:, :2]),
+    }.items():
+        try:
+            with pretend_device.watched():
+                wait()
+            missed.append(name)
+        except pretend_device.Synchronized:
+            pass
+    return missed
+
+
+def test_every_wait_raises(elsewhere: Callable[..., Any]) -> None:
+    assert elsewhere(check_waits) == []
+
+
+def check_tensors() -> None:
+    """They are true tensors, and views share their storage."""
+    x = pretend_device.put(torch.arange(6.0).view(2, 3))
+    with pretend_device.watched() as found:
+        y = (x * 2).t()[1:]
+        z = y.detach().reshape(2, 2)
+        y.mul_(10.0)
+        torch._foreach_add_([x, x], 1.0)
+    assert type(y) is Tensor
+    assert y.is_cuda
+    assert not y.is_cpu
+    assert y.untyped_storage()._cdata != x.untyped_storage()._cdata
+    assert y._base is not None
+    assert pretend_device.taken(y).tolist() == [[20.0, 80.0], [40.0, 100.0]]
+    assert pretend_device.taken(x).tolist() == [[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]]
+    assert pretend_device.taken(z).shape == (2, 2)
+    assert found["aten::_foreach_add_.Scalar"] == 1
+    live = pretend_device.device.live
+    del y, z
+    assert pretend_device.device.live < live
+
+
+def test_its_tensors_are_tensors(elsewhere: Callable[..., Any]) -> None:
+    elsewhere(check_tensors)

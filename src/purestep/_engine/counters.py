@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from purestep._core.lists import first_places, put
+from purestep._core.plain import plain
 from purestep._core.primitives import Fields
-from purestep._core.torch_api import dispatch_mode_count
+from purestep._core.torch_api import dispatch_mode_count, foreach_copy_
 from purestep._executors.flat_buffer import apart
 from purestep._executors.leaf_function import stored
 
@@ -106,8 +107,11 @@ class Counters:
             for x in spans(olds):
                 x.fill_(values[0])
             return
-        for x, y in zip(olds, values):
-            x.copy_(y)
+        if len(olds) > 1 and not olds[0].is_cpu and not traced() and plain(olds, values):
+            foreach_copy_(olds, values)  # one launch, where a loop is one for each parameter
+        else:
+            for x, y in zip(olds, values):
+                x.copy_(y)
         if not traced() and not ordinary(olds):
             self._written(olds, [id(y) for _, y in changed])
 

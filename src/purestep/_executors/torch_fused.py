@@ -111,9 +111,9 @@ def bound_kernel(task: Task, n: int) -> tuple[Bound, dict[str, list[Tensor]], li
         if info.step >= 0:
             count = own[info.step][0]
             number = numbers.number(count)
-            new[info.step] = number + 1
+            new[info.step] = after = number + 1
             if value.declaration.state is not None:
-                before, step["step"] = number, functools.cache(functools.partial(stored, count, number + 1))
+                before, step["step"] = number, functools.cache(functools.partial(stored, count, after))
         news.append(new)
     if tail.numbers is None:
         hypers = dict(hypers)

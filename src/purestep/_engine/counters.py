@@ -117,6 +117,18 @@ class Counters:
 
     # -- on a device
 
+    def known(self) -> tuple[list[Tensor], list[Any]]:
+        """The counters on a device that have been read or written, and what tells them apart now."""
+        counters: list[Tensor] = [] if traced() else list(self._known.keys())
+        return counters, self._values(counters)
+
+    def restored(self, before: tuple[list[Tensor], list[Any]], after: tuple[list[Tensor], list[Any]]) -> None:
+        """Remember of counters that one flag for all of them has set back, or not: equal are those that were equal both times."""
+        serial, now = object(), dict(zip(map(id, after[0]), after[1]))
+        counters = [x for x in before[0] if id(x) in now]
+        olds = dict(zip(map(id, before[0]), before[1]))
+        self._remember(counters, [(serial, olds[id(x)], now[id(x)]) for x in counters])
+
     def _values(self, counters: list[Tensor]) -> list[Any]:
         """What tells these counters apart. The device is waited for only where something else has written to them."""
         found: list[Any] = []

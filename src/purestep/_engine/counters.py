@@ -123,7 +123,7 @@ class Counters:
         return counters, self._values(counters)
 
     def restored(self, before: tuple[list[Tensor], list[Any]], after: tuple[list[Tensor], list[Any]]) -> None:
-        """Remember of counters that one flag for all of them has set back, or not: equal are those that were equal both times."""
+        """One flag for all counters has set them back, or not: remember that those are equal that were equal both times."""
         serial, now = object(), dict(zip(map(id, after[0]), after[1]))
         counters = [x for x in before[0] if id(x) in now]
         olds = dict(zip(map(id, before[0]), before[1]))

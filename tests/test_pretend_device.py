@@ -6,6 +6,7 @@ The checks run in a process of their own, because torch has one place for a devi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ class Problem:
 
 def place(case: Case, options: Options) -> int:
     """What tells a case and its options in the other process: a function cannot be sent."""
-    return next(k for k, (c, o) in enumerate(ALL) if c is case and o is options)
+    return next(k for k, (c, o) in enumerate(ALL) if c.name == case.name and o is options)
 
 
 def on_the_device(tree: Any) -> bool:
@@ -268,7 +269,7 @@ def check_wrapped(k: int) -> int | None:
     return check_optimizer(make, Problem(case), 1e-9)
 
 
-@each_options(capability="unread")
+@each_options([dataclasses.replace(c, options=c.options[:2]) for c in CASES], "unread")  # all of them take a minute
 def test_an_optimizers_steps_wait_for_nothing(case: Case, options: Options, elsewhere: Callable[..., Any]) -> None:
     if elsewhere(check_wrapped, place(case, options)) is None:
         pytest.skip("a closure gives no Hessian")

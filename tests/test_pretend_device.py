@@ -328,6 +328,35 @@ def test_groups_scalers_and_missing_gradients(name: str, scaled: bool, empty: bo
     elsewhere(check_variations, name, scaled, empty)
 
 
+def check_lbfgs(search: str | None) -> tuple[int, int]:
+    """How often our L-BFGS and torch's wait in a step; ours goes where it goes on the CPU."""
+    start, waits, ends = torch.linspace(-1, 1, 5), [], []
+    for cls, there in ((optim.LBFGS, False), (optim.LBFGS, True), (torch.optim.LBFGS, True)):
+        p = nn.Parameter(pretend_device.put(start) if there else start.clone())
+        optimizer = cls([p], lr=0.1, line_search_fn=search, max_iter=4)
+
+        def closure(p: Any = p, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = ((p - 0.3) ** 2).sum() + (p**4).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            with pretend_device.watched(strict=False):
+                optimizer.step(closure)
+        waits.append(len(pretend_device.device.waits))
+        ends.append(pretend_device.taken(p.detach()))
+    torch.testing.assert_close(ends[1], ends[0])
+    return waits[1], waits[2]
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_waits_less_than_torchs(search: str | None, elsewhere: Callable[..., Any]) -> None:
+    """It waits by design: whether it goes on, and how far, depends on values."""
+    ours, theirs = elsewhere(check_lbfgs, search)
+    assert 0 < ours < theirs
+
+
 # ------------------------------------------------------------------------------------------------------------------- launches
 
 

@@ -34,6 +34,7 @@ from purestep._core.torch_api import is_batched, left_out_of_graphs, tree_leaves
 from purestep._engine.boundary import (
     columns_of,
     distinct,
+    kept_in_place,
     like_params,
     on_lists,
     pick_leaves,
@@ -378,6 +379,8 @@ class Transform:
         if not donate and (env.mode == "program" or not maths.recorded(given)):
             views = executor in LEAF_BY_LEAF or any(map(Tensor.is_complex, given))
             out, news = unshared(out, news, (leaves, gradients, before), plan, views)
+        elif donate and given and not given[0].is_cpu and env.mode == "program":
+            kept_in_place(out, news, before, plan)
         identities = not torch.compiler.is_compiling()  # which knows none of lists (2.9)
         result = params if identities and out is leaves else tree.unflatten(out, spec)
         if donate and identities and all([all(map(operator.is_, new, old)) for new, old in zip(news, before)]):

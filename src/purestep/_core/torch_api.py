@@ -81,6 +81,9 @@ fused_sgd_ = torch._fused_sgd_
 FUSED_SGD_TAKES_HALF: bool = torch.__version__ >= "2.14"
 """Up to torch 2.13, `fused_sgd_` leaves every full vector of float16 and bfloat16 numbers as it was."""
 
+FUSED_ADAGRAD_ON_CUDA: bool = hasattr(torch.ops.aten._fused_adagrad_, "tensor_lr")
+"""`fused_adagrad_` has a kernel for CUDA since it takes a learning rate in a tensor."""
+
 check_fused_device_and_dtype = optimizer._device_dtype_check_for_fused  # raises what `torch.optim` raises for `fused=True`
 
 # ------------------------------------------------------------------------ what torch.optim's optimizers share: hooks, profiling

@@ -15,7 +15,7 @@ from purestep._core.primitives import (
     Fields,
     Link,
 )
-from purestep._core.torch_api import is_batched
+from purestep._core.torch_api import foreach_copy_, is_batched
 from purestep._engine.checks import check_gradients, check_like, spread_alike
 from purestep._engine.plan import Plan
 
@@ -53,6 +53,34 @@ def tree_of(link: Link, kind: Any, info: Fields, columns: Sequence[Any], spec: t
     for c, leaf in zip(columns, info.leaves):
         own.append(tree.unflatten(c, spec) if leaf else c)
     return kind(*own, None) if link.transform.declaration.inner else kind(*own)
+
+
+def kept_in_place(out: list[Any], news: list[Any], olds: list[Any], plan: Plan) -> None:
+    """Move new states into the memory of the old ones, which was given away: what a graph has captured is to be found there.
+
+    Only memory is written to that no result is in. `news` is changed.
+    """
+    held = set(map(maths.memory, out))
+    pairs: list[tuple[Any, Any]] = []
+    for own, before, info in zip(news, olds, plan.fields):
+        for new, old, leaf in zip(own, before, info.leaves):
+            held.update(map(maths.memory, new if leaf else [new]))
+            pairs += zip(new, old) if leaf else [(new, old)]
+    moved: dict[int, Tensor] = {}
+    sources: list[Tensor] = []
+    for new, old in pairs:
+        if new is old or id(new) in moved or not plain([new, old]) or maths.memory(old) in held:
+            continue
+        if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
+            held.add(maths.memory(old))
+            moved[id(new)] = old
+            sources.append(new)
+    if not moved:
+        return
+    foreach_copy_([*moved.values()], sources)
+    for own, info in zip(news, plan.fields):
+        for f, leaf in enumerate(info.leaves):
+            own[f] = [moved.get(id(x), x) for x in own[f]] if leaf else moved.get(id(own[f]), own[f])
 
 
 def unshared(

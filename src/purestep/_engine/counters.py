@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from purestep._core.lists import first_places, put
+from purestep._core.plain import plain
 from purestep._core.primitives import Fields
-from purestep._core.torch_api import dispatch_mode_count
+from purestep._core.torch_api import dispatch_mode_count, foreach_copy_
 from purestep._executors.flat_buffer import apart
 from purestep._executors.leaf_function import stored
 
@@ -106,12 +107,27 @@ class Counters:
             for x in spans(olds):
                 x.fill_(values[0])
             return
-        for x, y in zip(olds, values):
-            x.copy_(y)
+        if len(olds) > 1 and not olds[0].is_cpu and not traced() and plain(olds, values):
+            foreach_copy_(olds, values)  # one launch, where a loop is one for each parameter
+        else:
+            for x, y in zip(olds, values):
+                x.copy_(y)
         if not traced() and not ordinary(olds):
             self._written(olds, [id(y) for _, y in changed])
 
     # -- on a device
+
+    def known(self) -> tuple[list[Tensor], list[Any]]:
+        """The counters on a device that have been read or written, and what tells them apart now."""
+        counters: list[Tensor] = [] if traced() else list(self._known.keys())
+        return counters, self._values(counters)
+
+    def restored(self, before: tuple[list[Tensor], list[Any]], after: tuple[list[Tensor], list[Any]]) -> None:
+        """One flag for all counters has set them back, or not: remember that those are equal that were equal both times."""
+        serial, now = object(), dict(zip(map(id, after[0]), after[1]))
+        counters = [x for x in before[0] if id(x) in now]
+        olds = dict(zip(map(id, before[0]), before[1]))
+        self._remember(counters, [(serial, olds[id(x)], now[id(x)]) for x in counters])
 
     def _values(self, counters: list[Tensor]) -> list[Any]:
         """What tells these counters apart. The device is waited for only where something else has written to them."""

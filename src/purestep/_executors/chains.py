@@ -10,7 +10,7 @@ from torch import Tensor
 
 from purestep._core import maths
 from purestep._core.primitives import SCALED, LinkDeclaration, Primitive, fields_of
-from purestep._core.torch_api import FUSED_SGD_TAKES_HALF, tree_leaves
+from purestep._core.torch_api import FUSED_ADAGRAD_ON_CUDA, FUSED_SGD_TAKES_HALF, tree_leaves
 from purestep._executors.tiles import SHORT
 from purestep._trace.program import Program, program
 from purestep._trace.recipe import NUMBER, OFF, LeafSpec
@@ -24,10 +24,13 @@ class Kernel(NamedTuple):
     name: str  # torch's name for it, a key of `CPU_DTYPES`
     copies: bool = True  # whether it pays to copy what was not given away, so that the kernel can write on it
     tails: bool = True  # whether it pays as the tail of a longer chain, which would be one program without it
+    later: tuple[str, ...] = ()  # hyperparameters that are 0 in the first update: to know which one it is, the counter is read
 
     def computes(self, p: Tensor) -> bool:
         """Whether the kernel is right for tensors of this dtype on this device."""
-        return p.dtype in CPU_DTYPES[self.name] if p.is_cpu else p.is_cuda and p.dtype in FUSED_DTYPES
+        if p.is_cpu:
+            return p.dtype in CPU_DTYPES[self.name]
+        return p.is_cuda and p.dtype in FUSED_DTYPES and (self.name != "adagrad" or FUSED_ADAGRAD_ON_CUDA)
 
 
 FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from purestep._core.lists import clones
@@ -38,11 +39,33 @@ class TorchFused(Base):
             return "the kernel writes in place, and copies would cost more than it saves"
         if not chain.kernel.computes(task.params[0]):
             return "the kernel is not known to be right for this dtype and device"
+        if not task.params[0].is_cpu and (reason := waits(task)):
+            return reason
         return None if task.fact("in order") else "types, dtypes, shapes or memory layouts differ"
 
     def run(self, task: Task) -> Result:
         with BelowAutograd():  # nothing requires grad; to ask each tensor costs a tenth of a step
             return run_fused(task)
+
+
+def waits(task: Task) -> str | None:
+    """Why a kernel would wait for the device before it ran: it takes a learning rate from there, and no other number."""
+    chain, numbers = task.chain, task.numbers
+    tail = chain.tail
+    later = chain.kernel.later if chain.kernel is not None else ()
+    for (_, value, info), own in zip(tail.items, task.fields[len(chain.items) - len(tail.items) :]):
+        count = own[info.step][0] if info.step >= 0 else None
+        for name in value.declaration.hypers:
+            x = numbers.lower(value.arguments[name], count)
+            for y in x if isinstance(x, tuple) else (x,):
+                if isinstance(y, Tensor):
+                    if name != "lr":
+                        return f"the kernel takes {name} as a number, and it is on the device"
+                    if task.params[0].dtype == torch.float64 and y.dtype != torch.float32:
+                        return "the kernel takes a learning rate on the device as float32, which is too coarse for float64"
+                elif name in later and y:
+                    return f"whether {name} is due is on the device"
+    return None
 
 
 def run_fused(task: Task) -> Result:
@@ -88,9 +111,9 @@ def bound_kernel(task: Task, n: int) -> tuple[Bound, dict[str, list[Tensor]], li
         if info.step >= 0:
             count = own[info.step][0]
             number = numbers.number(count)
-            new[info.step] = number + 1
+            new[info.step] = after = number + 1
             if value.declaration.state is not None:
-                before, step["step"] = number, functools.cache(functools.partial(stored, count, number + 1))
+                before, step["step"] = number, functools.cache(functools.partial(stored, count, after))
         news.append(new)
     if tail.numbers is None:
         hypers = dict(hypers)
@@ -98,6 +121,9 @@ def bound_kernel(task: Task, n: int) -> tuple[Bound, dict[str, list[Tensor]], li
             count = own[info.step][0] if info.step >= 0 else None
             for name in value.declaration.hypers:
                 hypers[name] = numbers.lower(value.arguments[name], count)
+        lr = hypers.get("lr")
+        if isinstance(lr, Tensor):  # CUDA's kernels read it as float32
+            hypers["lr"] = lr.to(torch.float32)
     run = task.chain.kernel.run  # type: ignore[union-attr]
 
     def kernel(params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]) -> None:

@@ -531,9 +531,11 @@ class Optimizer(torch.optim.Optimizer):
                 params = [p for p in group["params"] if p.grad is not None]
                 self._first_steps.touch(self._contents, params, transform)
                 fill(self._contents, params, transform)
-        before = Snapshot(self._contents)
+        before, counters = Snapshot(self._contents), self._counters.known()
         self._step(closure, loss)
+        counted = self._counters.known()
         before.restore(flag)
+        self._counters.restored(counters, counted)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or set them to zero; see `torch.optim.Optimizer.zero_grad`.

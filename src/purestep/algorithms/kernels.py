@@ -33,9 +33,10 @@ def _adam(kernel: Any, amsgrad: bool) -> Any:
 
 @divided
 def _sgd(p: Any, g: Any, s: dict[str, Any], h: dict[str, Any], before: Any) -> None:
+    dampening = h.get("dampening", 0.0)
     fused_sgd_(  # is_first_step=True would overwrite a momentum buffer that was given before the first step
         p, g, s.get("momentum_buffer", []), lr=h["lr"], weight_decay=h.get("weight_decay", 0.0),
-        momentum=h.get("momentum", 0.0), dampening=h.get("dampening", 0.0) if before else 0.0,
+        momentum=h.get("momentum", 0.0), dampening=dampening if dampening and before else 0.0,
         nesterov=h.get("nesterov", False), maximize="maximize" in h, is_first_step=False,
     )  # fmt: skip
 
@@ -60,5 +61,6 @@ def register() -> None:
         KERNELS.append(Kernel(_pattern([maximize], [decay], scale, scale_by_learning_rate), adam, "adam"))
         KERNELS.append(Kernel(_pattern([maximize], scale, decay, scale_by_learning_rate), adamw, "adam"))
     KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_adagrad, scale_by_learning_rate), _adagrad, "adagrad"))
-    KERNELS.append(Kernel(_pattern([maximize], [decay], trace, scale_by_learning_rate), _sgd, "sgd", copies=False, tails=False))
+    momentum = _pattern([maximize], [decay], trace, scale_by_learning_rate)
+    KERNELS.append(Kernel(momentum, _sgd, "sgd", copies=False, tails=False, later=("dampening",)))
     KERNELS.append(Kernel(_pattern([maximize], [decay], scale_by_learning_rate), _sgd, "sgd", copies=False, tails=False))

@@ -7,23 +7,24 @@
     python -m benchmarks.mutants --sample 1000 --seed 0 --only 17 23   # some mutants of that sample, by their numbers
     python -m benchmarks.mutants --sample 1000 --seed 0 --only 17 --tests tests/test_dealt.py     # with whole test files
 
-The mutants are cosmic-ray's: one of its operators (`OPERATORS`), drawn for each position in the source. For each mutant the tests
-that run its line (`benchmarks.mutants_record`) are run until one fails: first the quickest of each test function, then the next.
+The mutants are cosmic-ray's: one of its operators (`OPERATORS`), drawn for each position in the source. For each mutant the
+tests that run its line (`benchmarks.mutants_record`) are run until one fails: first the quickest of each test function.
 
 1. All test files are collected once. For each mutant the process forks; the child gives every function object of that file the
    mutated code, and runs the tests. This costs no import, but misses what happens at import.
-2. A mutant that survives, or that changes no function, is tried again in a child that imports purestep anew with the mutated source,
-   with more tests (`WIDE`).
+2. A mutant that survives, or that changes no function, is tried again in a child that imports purestep anew with the mutated
+   source, with more tests (`WIDE`).
 3. Every test that killed a mutant is run without one, in a child as well: it must pass.
 
-A mutant is killed if a test fails, if the import fails, or if the tests take much longer than without it (it loops). The survivors are
-listed with their lines; `mutants_equivalent.txt` names those that change nothing that can be observed, with the reason.
+A mutant is killed if a test fails, if the import fails, or if the tests take much longer than without it (it loops). The
+survivors are listed with their lines; `mutants_equivalent.txt` names those that change nothing that can be observed, and why.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import functools
 import gc
@@ -41,7 +42,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -66,8 +67,8 @@ KINDS = (
     {"Eq", "NotEq", "Lt", "LtE", "Gt", "GtE"},
     {"Is", "IsNot"},
 )
-"""Operators that replace one another. cosmic-ray has `x is None` -> `x == None`, too, which changes nothing, and `x + y` -> `x << y`,
-which fails for every float."""
+"""Operators that replace one another. cosmic-ray has `x is None` -> `x == None`, too, which changes nothing, and `x + y` ->
+`x << y`, which fails for every float."""
 
 
 def sensible(name: str) -> bool:
@@ -136,7 +137,7 @@ def runs(source: str) -> str:
 
 
 def positions(file: str) -> list[list[tuple[int, str, int]]]:
-    """For each position that an operator applies to: the line, the operator, and how many positions of the operator come before."""
+    """For each position that operators apply to: the line, the operator, and how many positions of the operator come before."""
     found = defaultdict(list)
     nodes = list(ast_nodes(get_ast((ROOT / file).read_text())))
     for name, operator in OPERATORS.items():
@@ -148,10 +149,6 @@ def positions(file: str) -> list[list[tuple[int, str, int]]]:
     return [found[where] for where in sorted(found)]
 
 
-def candidates(files: list[str]) -> list[tuple[str, list[tuple[int, str, int]]]]:
-    return [(file, options) for file in files for options in positions(file)]
-
-
 def is_mutant(mutant: Mutant) -> bool:
     """Whether anything that is run differs."""
     try:
@@ -160,24 +157,21 @@ def is_mutant(mutant: Mutant) -> bool:
         return False
 
 
-def drawn(files: list[str], sample: int | None, seed: int) -> list[Mutant]:
+def drawn(files: list[str], sample: int | None, seed: int) -> Iterator[Mutant]:
     """A mutant of each position, or of `sample` positions: every beginning of the sample is spread evenly over the files."""
-    every = candidates(files)
-    if sample is None:
-        order: Iterator[int] | range = range(len(every))
-    else:
-        offset = random.Random(seed).random()
-        order = iter(dict.fromkeys([int(len(every) * ((offset + k * 0.6180339887498949) % 1)) for k in range(20 * len(every))]))
-    found: list[Mutant] = []
-    for index in order:
+    every = [(file, options) for file in files for options in positions(file)]
+    n = len(every)
+    offset = random.Random(seed).random()
+    golden = [int(n * ((offset + k * 0.6180339887498949) % 1)) for k in range(20 * n)]
+    number = 0
+    for index in dict.fromkeys(range(n) if sample is None else golden):
         file, options = every[index]
-        line, operator, occurrence = random.Random(f"{seed} {file} {index}").choice(options)
-        mutant = Mutant(len(found), file, line, operator, occurrence)
-        if is_mutant(mutant):
-            found.append(mutant)
-        if len(found) == sample:
+        mutant = Mutant(number, file, *random.Random(f"{seed} {file} {index}").choice(options))
+        if number == sample:
             break
-    return found
+        if is_mutant(mutant):
+            yield mutant
+            number += 1
 
 
 # ---------------------------------------------------------------------------------------------------------- which tests
@@ -197,7 +191,7 @@ class Record:
         return {k for line in range(first, last + 1) for k in own.get(str(line), ())}
 
     def chosen(self, mutant: Mutant, seconds: float, most: int) -> list[int]:
-        """The tests that run the line, or the least around it that a test runs: the quickest of each test function come first."""
+        """The tests that run the line, or the least around it that a test runs: the quickest of each function come first."""
         tree = ast.parse((ROOT / mutant.file).read_text())
         around = [
             (node.lineno, node.end_lineno or node.lineno)
@@ -228,7 +222,7 @@ def in_child(work: Callable[[Callable[[str], None]], None], limit: float) -> str
     if child == 0:
         os.setsid()
         os.close(reading)
-        memory = 16 * 2**30
+        memory = 8 * 2**30
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
@@ -247,10 +241,8 @@ def in_child(work: Callable[[Callable[[str], None]], None], limit: float) -> str
     ready, _, _ = select.select([reading], [], [], limit)
     said = os.read(reading, 4000).decode(errors="replace") if ready else "too long"
     os.close(reading)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     os.waitpid(child, 0)
     return said or "died"
 
@@ -266,14 +258,14 @@ def codes(code: CodeType) -> Iterator[CodeType]:
 class Swapper:
     """Step 1: a plugin that collects once, and forks for each mutant."""
 
-    def __init__(self, record: Record, mutants: list[Mutant], report: Callable[[Mutant, str], None]) -> None:
+    def __init__(self, record: Record, mutants: Iterable[Mutant], report: Callable[[Mutant, str], bool]) -> None:
         self.record, self.mutants, self.report = record, mutants, report
 
     def pytest_configure(self) -> None:
         quick_hypothesis()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        wanted = {self.record.tests[k] for mutant in self.mutants for k in self.record.chosen(mutant, *QUICK)}
+        wanted = set(self.record.tests)
         items[:] = [x for x in items if x.nodeid in wanted]
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -288,7 +280,8 @@ class Swapper:
         for mutant in self.mutants:
             said = self.outcome(mutant)
             killers |= {said} & set(self.items)
-            self.report(mutant, said)
+            if not self.report(mutant, said):
+                break
         for name in sorted(killers):  # step 3
             said = in_child(self.running([self.items[name]]), PATIENCE)
             if said != "survived":
@@ -393,7 +386,7 @@ def with_files(mutant: Mutant, tests: list[str]) -> str:
 
 
 def equivalents() -> dict[str, str]:
-    """The mutants that change nothing, by their keys, and the reasons: paragraphs of the file, of which the last line is the reason."""
+    """The mutants that change nothing, by their keys, and the reasons: each paragraph of the file ends with the reason."""
     found = {}
     for block in EQUIVALENT.read_text().split("\n\n") if EQUIVALENT.exists() else ():
         lines = [x for x in block.strip().splitlines() if not x.startswith("#")]
@@ -416,8 +409,8 @@ def table(outcomes: list[tuple[Mutant, str]], rows: Callable[[str], str]) -> str
             counts[row]["mutants"] += 1
     columns = ("mutants", "killed", "equivalent", "survived")
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for row in [*[x for x in counts if x != "all"], "all"]:
-        lines.append(f"| {row} | " + " | ".join([str(counts[row][x]) for x in columns]) + " |")
+    order = [*sorted([x for x in counts if x != "all"]), "all"]
+    lines += [f"| {row} | " + " | ".join([str(counts[row][x]) for x in columns]) + " |" for row in order]
     return "\n".join(lines)
 
 
@@ -439,44 +432,42 @@ def main() -> None:
         for path in sorted([SOURCE / name, *(SOURCE / name).rglob("*.py")])
         if path.is_file()
     ]
-    mutants = drawn(files, arguments.sample, arguments.seed)[arguments.skip :]
-    if arguments.only:
-        mutants = [x for x in mutants if x.number in arguments.only]
+    chosen = (
+        x
+        for x in drawn(files, arguments.sample, arguments.seed)
+        if x.number >= arguments.skip and (not arguments.only or x.number in arguments.only)
+    )
     if arguments.tests:
-        for mutant in mutants:
+        for mutant in chosen:
             text = with_files(mutant, arguments.tests)
             print(f"\n{mutant.number}: {mutant.file}:{mutant.line} {mutant.operator} ({text})\n{mutant.diff()}", flush=True)
         return
     record = Record()
-    said: dict[int, str] = {}
-    results = Path(str(RESULTS).replace(".json", ".tmp"))
-
-    if not arguments.fresh:
+    results = RESULTS.with_suffix(".tmp")
+    if arguments.fresh:
+        found = [(x, "survived") for x in chosen]
+    else:
         child = os.fork()  # which imports purestep; this process does not
         if child == 0:
             with results.open("w") as written:
 
-                def report(mutant: Mutant, text: str) -> None:
-                    print(json.dumps([mutant.number, text]), file=written, flush=True)
-                    if time.monotonic() > end:
-                        os._exit(0)
+                def report(mutant: Mutant, text: str) -> bool:
+                    print(json.dumps([*mutant, text]), file=written, flush=True)
+                    return time.monotonic() < end
 
                 options = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-                code = pytest.main([*options, *ARGUMENTS], plugins=[Swapper(record, mutants, report)])
+                pytest.main([*options, *ARGUMENTS], plugins=[Swapper(record, chosen, report)])
             sys.stdout.flush()
-            os._exit(code)
+            os._exit(0)
         os.waitpid(child, 0)
-        said = dict([json.loads(x) for x in results.read_text().splitlines()])
+        found = [(Mutant(*rest), text) for *rest, text in map(json.loads, results.read_text().splitlines())]
 
-    import torch  # noqa: F401
+    import torch
     import torch._dynamo  # noqa: F401
 
     known, outcomes = equivalents(), []
-    for mutant in mutants:
-        text = said.get(mutant.number, "survived" if arguments.fresh else None)
-        if text is None:
-            continue
-        if text.startswith("survived") and mutant.key() not in known and not (said and time.monotonic() > end + 600):
+    for mutant, text in found:
+        if text.startswith("survived") and mutant.key() not in known:
             text = imported_anew(record, mutant)
             if text.startswith("survived"):
                 print(f"\n{mutant.number}: {mutant.file}:{mutant.line} {mutant.operator} ({text})\n{mutant.diff()}", flush=True)

@@ -2,9 +2,10 @@
 
     python -m benchmarks.mutants_record
 
-runs tests in this process, with coverage's dynamic contexts, and writes `build/mutants.json`. Left out are the files of `LEFT_OUT`, whose
-work is done in other processes or by a compiler, all but `PER_FILE` tests of a file, and tests that take longer than `LONGEST` seconds
-(after two of them the rest of their test function). The order is drawn by a seed, so that `--minutes` leaves an even part.
+runs tests in this process, with coverage's dynamic contexts, and writes `build/mutants.json`. Left out are the files of
+`LEFT_OUT`, whose work is done in other processes or by a compiler, all but `PER_FILE` tests of a file, and tests that take
+longer than `LONGEST` seconds (after two of them the rest of their test function). The order is drawn by a seed, so that
+`--minutes` leaves an even part.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "build" / "mutants.json"
 LEFT_OUT = (
-    "test_distributed.py", "test_dealt.py", "test_replicas.py", "test_sharded_checkpoints.py", "test_layouts.py", "test_plan.py",
-    "test_learned.py", "test_compiled.py", "test_readme.py", "test_guide.py", "test_optax_page.py", "test_house.py",
-    "test_public.py", "test_internals.py", "test_pickles.py",
+    "test_distributed.py", "test_dealt.py", "test_replicas.py", "test_sharded_checkpoints.py", "test_layouts.py",
+    "test_plan.py", "test_learned.py", "test_compiled.py", "test_readme.py", "test_guide.py", "test_optax_page.py",
+    "test_house.py", "test_public.py", "test_internals.py", "test_pickles.py",
 )  # fmt: skip
 PER_FILE, LONGEST, SEED = 500, 1.0, 0
 ARGUMENTS = [

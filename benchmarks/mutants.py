@@ -13,7 +13,7 @@ tests that run its line (`benchmarks.mutants_record`) are run until one fails: f
 1. All test files are collected once. For each mutant the process forks; the child gives every function object of that file the
    mutated code, and runs the tests. This costs no import, but misses what happens at import.
 2. A mutant that survives, or that changes no function, is tried again in a child that imports purestep anew with the mutated
-   source, with more tests (`WIDE`).
+   source, with more tests (`WIDE`), and with other cases of the same test functions.
 3. Every test that killed a mutant is run without one, in a child as well: it must pass.
 
 A mutant is killed if a test fails, if the import fails, or if the tests take much longer than without it (it loops). The
@@ -58,7 +58,7 @@ SOURCE = ROOT / "src" / "purestep"
 PARTS = ("_engine", "_executors", "_trace", "_optimizer", "transform.py", "compose.py", "algorithms")
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
 RESULTS = ROOT / "build" / "mutants_results.json"
-QUICK, WIDE = (5.0, 60), (15.0, 250)  # at most so many seconds, and so many tests, in steps 1 and 2
+QUICK, WIDE = (5.0, 60), (10.0, 250)  # at most so many seconds, and so many tests, in steps 1 and 2
 PATIENCE = 20.0  # seconds beside four times what the tests take without a mutant
 
 KINDS = (
@@ -272,7 +272,7 @@ class Swapper:
         self.items = {x.nodeid: x for x in session.items}
         self.functions = defaultdict(list)
         for x in gc.get_objects():
-            if isinstance(x, FunctionType) and x.__code__.co_filename.startswith(str(SOURCE)):
+            if type(x) is FunctionType and x.__code__.co_filename.startswith(str(SOURCE)):
                 self.functions[x.__code__.co_filename].append(x)
         gc.collect()
         gc.freeze()
@@ -325,8 +325,8 @@ def run(items: list[pytest.Item], say: Callable[[str], None]) -> None:
 class Importer:
     """Step 2: a plugin of a child that imports purestep anew, and takes only the chosen tests."""
 
-    def __init__(self, names: list[str], say: Callable[[str], None]) -> None:
-        self.names, self.say = names, say
+    def __init__(self, names: list[str], word: str, say: Callable[[str], None]) -> None:
+        self.names, self.word, self.say = names, word, say
         self.functions = {x.partition("[")[0].rpartition("::")[2] for x in names}
 
     def pytest_configure(self) -> None:
@@ -343,6 +343,13 @@ class Importer:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         items = {x.nodeid: x for x in session.items}
         run([items[x] for x in self.names if x in items], self.say)
+        rest = [x for x in session.items if x.nodeid not in self.names]  # other cases of the same test functions
+        random.Random(0).shuffle(rest)
+        rest.sort(key=lambda x: self.word not in x.nodeid)  # first those of the algorithm that the file is named after
+        end = time.monotonic() + WIDE[0]
+        for item in rest:
+            if time.monotonic() < end:
+                run([item], self.say)
         return True
 
 
@@ -359,11 +366,17 @@ def imported_anew(record: Record, mutant: Mutant) -> str:
         importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[assignment]
         files = list(dict.fromkeys([x.partition("::")[0] for x in names]))
         options = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        code = pytest.main([*options, *ARGUMENTS[: ARGUMENTS.index("tests")], *files], plugins=[Importer(names, say)])
+        code = pytest.main(
+            [*options, *ARGUMENTS[: ARGUMENTS.index("tests")], *files], plugins=[Importer(names, Path(mutant.file).stem, say)]
+        )
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             say(f"pytest ends with {code!r}")
 
-    return in_child(work, 2 * PATIENCE + 4 * sum([record.seconds[k] for k in chosen])) if names else "survived: no test runs it"
+    return (
+        in_child(work, 2 * PATIENCE + 2 * WIDE[0] + 4 * sum([record.seconds[k] for k in chosen]))
+        if names
+        else "survived: no test runs it"
+    )
 
 
 def with_files(mutant: Mutant, tests: list[str]) -> str:

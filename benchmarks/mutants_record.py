@@ -2,10 +2,9 @@
 
     python -m benchmarks.mutants_record
 
-runs tests in this process, with coverage's dynamic contexts, and writes `build/mutants.json`. Left out are the files of
-`LEFT_OUT`, whose work is done in other processes or by a compiler, all but `PER_FILE` tests of a file, and tests that take
-longer than `LONGEST` seconds (after two of them the rest of their test function). The order of the files is
-drawn by a seed, for `--minutes`.
+runs tests in this process with a trace function, and writes `build/mutants.json`. Left out are the files of `LEFT_OUT`, whose
+work is done in other processes or by a compiler, all but `PER_FUNCTION` cases of a test function, drawn by a seed, and tests
+that take longer than `LONGEST` seconds. First comes one case of every test function, so that `--minutes` leaves something of each.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ import argparse
 import json
 import random
 import signal
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-import coverage
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,9 +30,10 @@ LEFT_OUT = (
     "test_plan.py", "test_learned.py", "test_compiled.py", "test_readme.py", "test_guide.py", "test_optax_page.py",
     "test_house.py", "test_public.py", "test_internals.py", "test_pickles.py",
 )  # fmt: skip
-PER_FILE, LONGEST, SEED = 60, 1.0, 0
+SOURCE = str(ROOT / "src" / "purestep")
+PER_FUNCTION, LONGEST, SEED = 2, 1.0, 0
 ARGUMENTS = [
-    "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", "-q", "-s", "--tb=line", 
+    "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", "-q", "-s", "--tb=line",
     *[f"--ignore=tests/{name}" for name in LEFT_OUT], "--ignore=tests/frameworks", "tests", "src",
 ]  # fmt: skip
 
@@ -55,22 +56,21 @@ class Recorder:
 
     def __init__(self, minutes: float) -> None:
         self.end = time.monotonic() + 60 * minutes
-        self.coverage = coverage.Coverage(data_file=None, source=[str(ROOT / "src" / "purestep")], config_file=False)
-        self.coverage.start()  # before purestep is imported: lines that run at import have the empty context
         self.seconds: dict[str, float] = {}
+        self.lines: defaultdict[str, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         self.slow: Counter[str] = Counter()
 
     def pytest_configure(self) -> None:
         quick_hypothesis()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        files = defaultdict(list)
+        functions = defaultdict(list)
         for item in items:
             if not item.get_closest_marker("skip") and not item.get_closest_marker("gpu"):
-                files[item.path].append(item)
+                functions[item.nodeid.partition("[")[0]].append(item)
         drawn = random.Random(SEED)
-        own = [x if len(x) <= PER_FILE else drawn.sample(x, PER_FILE) for x in files.values()]
-        items[:] = [x for tests in drawn.sample(own, len(own)) for x in tests]  # file by file: fixtures belong to modules
+        own = [drawn.sample(x, min(len(x), PER_FUNCTION)) for x in functions.values()]
+        items[:] = [x[rank] for rank in range(PER_FUNCTION) for x in own if rank < len(x)]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -82,34 +82,35 @@ class Recorder:
 
         if time.monotonic() > self.end:
             item.session.shouldstop = "the minutes are over"
-        if self.slow[function] > 1 or time.monotonic() > self.end:
+        if self.slow[function] > 0 or time.monotonic() > self.end:
             pytest.skip("too long")
-        self.coverage.switch_context(item.nodeid)
+        seen: set[tuple[str, int]] = set()
+
+        def line(frame: FrameType, event: str, argument: object) -> Any:
+            seen.add((frame.f_code.co_filename, frame.f_lineno))
+            return line
+
+        def call(frame: FrameType, event: str, argument: object) -> Any:
+            return line if frame.f_code.co_filename.startswith(SOURCE) else None
+
         signal.signal(signal.SIGALRM, stop)
         if not hasattr(getattr(item, "obj", None), "hypothesis"):  # Hypothesis cannot be interrupted
             signal.setitimer(signal.ITIMER_REAL, LONGEST)
         start = time.perf_counter()
+        sys.settrace(call)
         try:
             result = yield
-            self.seconds[item.nodeid] = round(time.perf_counter() - start, 4)  # a test that fails or takes too long is not kept
-            return result
         finally:
+            sys.settrace(None)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            self.coverage.switch_context("")
+        for file, number in seen:  # a test that fails or takes too long is not kept
+            self.lines[str(Path(file).relative_to(ROOT))][number].append(len(self.seconds))
+        self.seconds[item.nodeid] = round(time.perf_counter() - start, 4)
+        return result
 
     def pytest_sessionfinish(self) -> None:
-        self.coverage.stop()
-        data = self.coverage.get_data()
-        tests = sorted(self.seconds)
-        index = {name: k for k, name in enumerate(tests)}
-        lines = {
-            str(Path(file).relative_to(ROOT)): {
-                line: [index[x] for x in names if x in index] for line, names in data.contexts_by_lineno(file).items()
-            }
-            for file in data.measured_files()
-        }
         RECORD.parent.mkdir(exist_ok=True)
-        RECORD.write_text(json.dumps({"tests": tests, "seconds": [self.seconds[x] for x in tests], "lines": lines}))
+        RECORD.write_text(json.dumps({"tests": [*self.seconds], "seconds": [*self.seconds.values()], "lines": self.lines}))
 
 
 if __name__ == "__main__":

@@ -795,7 +795,9 @@ def test_remembered_steps_of_functions(answers: list[Found], name: str, count: i
         assert isinstance(found, dict), found
         assert found["cached"]
         assert re.match("TypeError: The gradient of '0' is a Tensor, but the parameter is", found["a plain gradient"])
-        assert re.match(r"ValueError: The gradient of '0' has shape \(6, 3\), but the parameter has shape \(5, 3\)", found["another shape"]), found["another shape"]
+        assert re.match(
+            r"ValueError: The gradient of '0' has shape \(6, 3\), but the parameter has shape \(5, 3\)", found["another shape"]
+        ), found["another shape"]
         numbers = {what: x for what, x in found.items() if isinstance(x, float)}
         assert len(numbers) == 12
         near(numbers, numbers, EXACT)

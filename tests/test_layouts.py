@@ -8,7 +8,7 @@ itself says: it is made with the numbers of its elements as parameters, and thes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,8 +35,14 @@ WIDTHS = {"even": (3, 8, 4), "uneven": (3, 5, 2)}
 LAYOUTS = {"FSDP2": "even", "FSDP2, uneven": "uneven", "FSDP2 and tensor parallel": "even", "HSDP": "uneven"}
 """The widths of the model in each layout."""
 
-TESTED = {torch.float64: tuple(LAYOUTS), torch.float32: ("FSDP2",)}
-"""What there is time for at every change; `python -m benchmarks.layouts` compares all layouts in both dtypes."""
+
+def chosen(number: int, layout: str, dtype: torch.dtype) -> bool:
+    """Whether the case of this number is compared in a layout at every change: each case in one for each dtype, in turn.
+
+    With ``-m long`` all are compared in all, as by `python -m benchmarks.layouts`.
+    """
+    return (number + (dtype == torch.float32)) % len(LAYOUTS) == list(LAYOUTS).index(layout)
+
 
 LACKS: dict[tuple[str, torch.dtype], str] = {}
 """A case that is not compared in a dtype, and why it cannot be."""
@@ -192,16 +198,17 @@ def distance(case: Case, spread: Spread, grads: list[Any], expected: Any) -> flo
     return apart(train(case, spread.params, grads), expected, "", spread)
 
 
-def compared(layouts: dict[torch.dtype, Collection[str]]) -> dict[Any, Any]:
-    """How far every case is from the single process, in these layouts."""
+def compared(wanted: Callable[[int, str, torch.dtype], bool]) -> dict[Any, Any]:
+    """How far cases are from the single process, in the layouts that are wanted of each."""
     found: dict[Any, Any] = {}
-    for dtype, widths in itertools.product(layouts, WIDTHS):
+    for dtype, widths in itertools.product(MOST, WIDTHS):
         alone = Alone(widths, dtype)
-        spreads = {layout: Spread(layout, dtype) for layout, of in LAYOUTS.items() if of == widths and layout in layouts[dtype]}
+        spreads = {layout: Spread(layout, dtype) for layout, of in LAYOUTS.items() if of == widths}
         grads = {k: [{name: s.like(name, g) for name, g in now.items()} for now in alone.grads] for k, s in spreads.items()}
-        for case in ALL if spreads else ():
-            if (case.name, dtype) not in LACKS:
-                for layout, x in of_case(case, alone, spreads, grads).items():
+        for number, case in enumerate(ALL):
+            own = {layout: s for layout, s in spreads.items() if wanted(number, layout, dtype)}
+            if own and (case.name, dtype) not in LACKS:
+                for layout, x in of_case(case, alone, own, grads).items():
                     found[case.name, layout, dtype] = x
         for layout, s in spreads.items():  # all cases have had the same, and none has written to them
             for now, then in zip(grads[layout], alone.grads):
@@ -209,25 +216,29 @@ def compared(layouts: dict[torch.dtype, Collection[str]]) -> dict[Any, Any]:
     return found
 
 
-def everything(rank: int, size: int) -> dict[Any, Any]:
-    """What the tests look at."""
-    return compared(TESTED)
+def some(rank: int, size: int) -> dict[Any, Any]:
+    """What is compared at every change."""
+    return compared(chosen)
 
 
 def all_of_it(rank: int, size: int) -> dict[Any, Any]:
     """What `python -m benchmarks.layouts` makes the table of."""
-    return compared(dict.fromkeys(MOST, LAYOUTS))
+    return compared(lambda number, layout, dtype: True)
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    return processes.run(SIZE, "tests.test_layouts:everything", tmp_path_factory.mktemp("layouts"))
+@pytest.fixture(scope="module", params=["some", pytest.param("all_of_it", marks=pytest.mark.long)])
+def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    return processes.run(SIZE, f"tests.test_layouts:{request.param}", tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_process_has_its_part_of_what_one_has(answers: list[dict[Any, Any]], layout: str) -> None:
-    for dtype in [dtype for dtype in MOST if layout in TESTED[dtype]]:
-        names = [case.name for case in ALL if (case.name, dtype) not in LACKS]
+def test_every_process_has_its_part_of_what_one_has(
+    answers: list[dict[Any, Any]], layout: str, request: pytest.FixtureRequest
+) -> None:
+    every = request.node.callspec.params["answers"] == "all_of_it"
+    for dtype in MOST:
+        names = [c.name for k, c in enumerate(ALL) if (c.name, dtype) not in LACKS and (every or chosen(k, layout, dtype))]
+        assert len(names) > len(ALL) // 5
         wrong = {
             (name, rank): x
             for name in names

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,24 @@ def steps(case: Case, mesh: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str
     return {sort: n / STEPS for sort, n in counted.items()}
 
 
-def everything(rank: int, size: int) -> dict[Any, Any]:
+def counts(names: Collection[str], size: int) -> dict[Any, Any]:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (size,))
-    return {
-        (case.name, len(shapes)): answer(steps, case, mesh, shapes) for case in [*CASES, MASTER] for shapes in sets(case.name)
-    }
+    cases = [case for case in [*CASES, MASTER] if case.name in names]
+    return {(case.name, len(shapes)): answer(steps, case, mesh, shapes) for case in cases for shapes in sets(case.name)}
+
+
+def everything(rank: int, size: int) -> dict[Any, Any]:
+    return counts([*BY_NAME, MASTER.name], size)
+
+
+ONE_OF_EACH = [*{sends: name for name, sends in plan.SENDS.items()}.values(), "adamw"]
+"""One case of each that sends the same, and one that sends nothing."""
+
+
+def some(rank: int, size: int) -> dict[Any, Any]:
+    return counts([*ONE_OF_EACH, MASTER.name], size)
 
 
 def sets(name: str) -> tuple[dict[str, tuple[int, ...]], ...]:
@@ -88,9 +99,18 @@ def sets(name: str) -> tuple[dict[str, tuple[int, ...]], ...]:
     return (FEW, MORE) if name in plan.SENDS else (FEW,)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+RUNS = {"all, 2": (2, "everything"), "some, 4": (4, "some"), "all, 4": (4, "everything")}
+"""How many processes count the messages of which cases. On four, all of them with ``-m long``."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(k, marks=pytest.mark.long if k == "all, 4" else ()) for k in RUNS])
 def counted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    return processes.run(request.param, "tests.test_messages:everything", tmp_path_factory.mktemp("counted"))
+    size, function = RUNS[request.param]
+    return processes.run(size, f"tests.test_messages:{function}", tmp_path_factory.mktemp("counted"))
+
+
+def names_in(counted: list[dict[Any, Any]]) -> list[str]:
+    return [name for name in BY_NAME if (name, len(FEW)) in counted[0]]
 
 
 def owned(name: str) -> bool:
@@ -126,7 +146,9 @@ def wrong(counted: list[dict[Any, Any]], names: list[str]) -> list[Any]:
 
 
 def test_messages_and_bytes(counted: list[dict[Any, Any]]) -> None:
-    assert not wrong(counted, [name for name in BY_NAME if not owned(name)])
+    names = [name for name in names_in(counted) if not owned(name)]
+    assert names
+    assert not wrong(counted, names)
 
 
 def test_master_weights_are_sent_in_float32(counted: list[dict[Any, Any]]) -> None:
@@ -137,7 +159,9 @@ def test_master_weights_are_sent_in_float32(counted: list[dict[Any, Any]]) -> No
 
 
 def test_messages_and_bytes_of_whole_tensors(counted: list[dict[Any, Any]]) -> None:
-    assert not wrong(counted, [name for name in BY_NAME if owned(name)])
+    names = [name for name in names_in(counted) if owned(name)]
+    assert names
+    assert not wrong(counted, names)
 
 
 def test_every_name_is_one_of_the_registry() -> None:

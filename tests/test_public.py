@@ -165,6 +165,16 @@ def test_importing_is_cheap() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_importing_leaves_the_garbage_collector_as_it_was(collects: bool, fails: bool) -> None:
+    before = "sys.modules['purestep._trace'] = None" if fails else ""
+    lines = ["import gc, sys, torch", "gc.enable()" if collects else "gc.disable()", before, "try: import purestep"]
+    lines += ["except ImportError: print('failed', end=' ')", "print(gc.isenabled())"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{'failed ' * fails}{collects}\n"
+
+
 def test_how_long_importing_takes(record_property: Any) -> None:
     """Reported, not asserted; `python -m benchmarks.importing` says where it goes."""
     modules = importing.best(1, "import torch; import purestep")

@@ -42,7 +42,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
 
-    def keep(name: str, x: Any) -> Any:
+    def keep(name: str, x: Any, counts: bool = False) -> Any:
         if x is None:
             return None
         if not isinstance(x, Tensor):
@@ -68,8 +68,8 @@ def load_state_dict(template: S, flat: Mapping[str, Tensor]) -> S:
         share a counter in `template` share one afterwards where their counts are equal.
 
     Raises:
-        ValueError: entries are missing, or more are there, or have another shape or dtype. The error lists them, and nothing
-            is loaded.
+        ValueError: entries are missing, or more are there, or have another shape or dtype, or a counter is negative, NaN or
+            no integer. The error lists them, and nothing is loaded.
 
     >>> import torch, purestep as ps
     >>> opt, params = ps.adamw(lr=0.1), {"weight": torch.zeros(2)}
@@ -90,11 +90,13 @@ def load_state_dict(template: S, flat: Mapping[str, Tensor]) -> S:
         "not a tensor": [],
         "another shape": [],
         "another dtype": [],
+        "of another kind": [],
+        "no count of updates": [],
     }
     taken: set[str] = set()
     counters: dict[Any, Tensor] = {}
 
-    def load(name: str, old: Any) -> Any:
+    def load(name: str, old: Any, counts: bool = False) -> Any:
         if old is None:
             return None
         taken.add(name)
@@ -108,7 +110,13 @@ def load_state_dict(template: S, flat: Mapping[str, Tensor]) -> S:
         if new.dtype != old.dtype:
             wrong["another dtype"].append(f"{name!r}, {new.dtype} instead of {old.dtype}")
             return old
+        if (new.is_meta and not old.is_meta) or (new.layout is not old.layout):
+            wrong["of another kind"].append(f"{name!r}, {new.layout} on {new.device}")
+            return old
         made = torch.empty_like(old, requires_grad=False).copy_(new.detach())
+        if counts and not made.dim() and not made.is_meta and not (made.item() >= 0 and float(made).is_integer()):
+            wrong["no count of updates"].append(f"{name!r}, {made.item()}")
+            return old
         # parameters that agree share a counter: a device is waited for here, once, so that no step has to compare them
         if made.dim() == 0 and made.dtype.is_floating_point and not made.is_meta:
             return counters.setdefault((id(old), made.item()), made)
@@ -133,10 +141,10 @@ def load_state_dict(template: S, flat: Mapping[str, Tensor]) -> S:
     return result
 
 
-def visit(x: Any, name: str, leaf: Callable[[str, Any], Any], history: Callable[[str, tuple[Any, ...], Any], Any]) -> Any:
+def visit(x: Any, name: str, leaf: Callable[..., Any], history: Callable[[str, tuple[Any, ...], Any], Any]) -> Any:
     """A state with a function applied to each tensor, and another to each tuple of tensors that grows, and their paths.
 
-    The second is also given the state that the tuple belongs to.
+    The first is also told of tensors in fields that count updates; the second is given the state that the tuple belongs to.
     """
     before = f"{name}." if name else ""
     if isinstance(x, dict):
@@ -155,7 +163,8 @@ def visit(x: Any, name: str, leaf: Callable[[str, Any], Any], history: Callable[
             fields.append(visit(y, place, leaf, history))
         else:
             leaves, spec = tree.flatten(y)
-            new = [leaf(f"{place}.{path}" if path else place, v) for path, v in zip(spec.paths(), leaves)]
+            counts, paths = field.endswith("step"), spec.paths()
+            new = [leaf(f"{place}.{path}" if path else place, v, counts) for path, v in zip(paths, leaves)]
             fields.append(tree.unflatten(new, spec))
     return type(x)(*fields)
 

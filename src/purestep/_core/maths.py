@@ -7,6 +7,7 @@ tracer's proxies, which record the call whole. `operation` gives the same to a f
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -106,7 +107,15 @@ def operation(
     call.like, call.single, call.block = like, single, block  # type: ignore[attr-defined]
     call.stacks, call.shapes, call.form, call.views = stacks, shapes, None, {}  # type: ignore[attr-defined]
     call.norms = False  # type: ignore[attr-defined]  # whether it looks at the norms of its arguments alone: see `Measured`
+    call.fails = may_fail(function)  # type: ignore[attr-defined]
     return call
+
+
+def may_fail(function: Callable[..., Any]) -> bool:
+    """Whether an operation may raise for some values of its tensors: a user's, or a decomposition, which refuses NaN."""
+    if not str(getattr(function, "__module__", "")).startswith("purestep."):
+        return True
+    return "linalg" in getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
 
 
 class Views(threading.local):
@@ -127,8 +136,8 @@ def viewed(call: Any, form: MatrixForm) -> Any:
         @functools.wraps(function)
         def seen(x: Any, *rest: Any) -> Any:
             before = VIEWS.form
-            VIEWS.form = None  # what the function calls sees the matrices that it is given
             try:
+                VIEWS.form = None  # what the function calls sees the matrices that it is given
                 if not call.stacks:  # which looks at shapes alone
                     return function(torch.empty(form.shape(x.shape), dtype=x.dtype, device="meta"), *rest)
                 return form.together(function(form.apart(x), *rest), x.shape)

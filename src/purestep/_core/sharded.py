@@ -80,7 +80,7 @@ def spread_by_rows(x: Any, like: Any) -> Any:
     given: Any = x
     if is_sharded(x) and any([p.is_shard() for p in given.placements]):
         return x
-    distributed: Any = torch.distributed.tensor
+    distributed: Any = torch.distributed.tensor  # pyright: ignore[reportAttributeAccessIssue]
     placements = [distributed.Shard(0) if p.is_shard() else distributed.Replicate() for p in like.placements]
     block = block_at(like.device_mesh.get_coordinate() or [0] * len(placements), like.device_mesh.shape, placements, x.shape)
     mine = part(local(x), block).clone()

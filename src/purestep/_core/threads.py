@@ -54,8 +54,8 @@ OPENMP = _openmp()
 def one_thread(put: Callable[[int], Any]) -> Iterator[None]:
     """One thread, for what the calling thread does meanwhile; `put` is `OPENMP`."""
     threads = torch.get_num_threads()
-    put(1)
     try:
+        put(1)
         yield
     finally:
         put(threads)
@@ -92,8 +92,8 @@ def divided(run: Callable[..., None]) -> Callable[..., None]:
             large = [not x for x in sizes.small]
             run(*[_where(x, large) for x in small])
             small = [_where(x, sizes.small) for x in small]
-        put(1)
         try:
+            put(1)
             run(*small)
         finally:
             put(threads)

@@ -95,8 +95,8 @@ def size(n: int) -> str:
 def watched(step: Callable[..., Any], given: Any, cached: bool) -> Explanation:
     """What happens in a call of `step` with copies of what is `given`, its arguments."""
     copies = copied(given)
-    WATCH.decided, WATCH.reasons = [], reasons
     try:
+        WATCH.decided, WATCH.reasons = [], reasons
         results = step(*copies)
         decided = WATCH.decided
     finally:

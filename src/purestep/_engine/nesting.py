@@ -24,10 +24,11 @@ class Inner:
     Extra arguments and masks are seen to.
     """
 
-    def __init__(self, run: Any, groups: Sequence[ParamSlice], rows: list[int] | None, apply: bool) -> None:
+    def __init__(self, run: Any, groups: Sequence[ParamSlice], rows: list[int] | None, apply: bool, gives: bool) -> None:
         self._around = run  # the `purestep._engine.run.Run` of the transform that wraps this one
         self._env: Env = run.env
         self._apply = apply  # what are called updates here are new parameters, then
+        self._gives = gives  # the function around it does not raise after an update
         self._rows, self._groups, self._fields = rows, groups, groups[0].plan.fields
         if rows is not None:
             below = [len([k for k in rows if k < g.rows.start]) for g in groups] + [len(rows)]
@@ -64,7 +65,9 @@ class Inner:
 
     def _run(self, gs: Any, state: Any, params: Any, apply: bool, donate: bool) -> tuple[list[Tensor], Any]:
         states = [list(s) for s in state]
-        result: tuple[list[Tensor], Any] = self._around.nested(self, (list(gs), list(params), states), apply, donate)
+        result: tuple[list[Tensor], Any] = self._around.nested(
+            self, (list(gs), list(params), states), apply, donate and self._gives
+        )
         return result
 
     def when(
@@ -117,7 +120,8 @@ class Inner:
             k = k.item()
         if self._env.mode != "program" or isinstance(k, Tensor) or not plain(xs, ys):
             return [(x + y / k).to(x.dtype) for x, y in zip(xs, ys)]
-        if not self._env.own.given:
+        plan = self._groups[0].plan
+        if not self._env.own.given or plan.last_call >= 0 or plan.structure.foreign:  # functions of a user's may raise after it
             return [z.to(x.dtype) for z, x in zip(foreach_add(xs, ys, alpha=1 / k), xs)]  # as in place
         foreach_add_(xs, ys, alpha=1 / k)
         return xs

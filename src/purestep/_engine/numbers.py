@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from purestep._core import maths
-from purestep._core.primitives import Primitive, single
+from purestep._core.primitives import Primitive, evaluated, single, users
 from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count
 from purestep._core.values import Schedule
 from purestep._executors.chains import FusedChain
@@ -20,13 +20,14 @@ from purestep._executors.task import Env
 class Numbers:
     """The numbers of one call: each counter is read once, and each schedule called once for a counter."""
 
-    __slots__ = ("env", "made", "read", "scheduled")
+    __slots__ = ("env", "keeps", "made", "read", "scheduled")
 
     def __init__(self, env: Env) -> None:
         self.env = env
         self.read: dict[int, Any] = {}  # counters as numbers, by identity
         self.scheduled: dict[Any, tuple[Any, Any]] = {}  # a counter and what a schedule gives there, by identity
         self.made: dict[Any, Tensor] = {}  # numbers as counters
+        self.keeps = False  # whether schedules have been called before the chain runs
 
     def number(self, x: Tensor) -> Any:
         """A counter as a number: a float if it is on the CPU, else a tensor in the precision numbers are computed in."""
@@ -105,7 +106,7 @@ class Numbers:
         if found is None:
             step = 0 if count is None else self.number(count)
             found = count, x(int(step) if isinstance(step, float) else step)
-            if key is not None and self.env.watched:
+            if key is not None and (self.keeps or self.env.watched):
                 self.scheduled[key] = found
         return found[1]
 
@@ -116,3 +117,12 @@ class Numbers:
         for count in counters:
             for name in value.declaration.intervals:
                 self.lower(value.arguments[name], count)
+
+    def rehearse(self, value: Primitive, counters: Sequence[Any]) -> None:
+        """Call the schedules of a user's among a transform's hyperparameters, before anything is overwritten."""
+        self.keeps = True
+        for count in {id(x): x for x in counters if x is not None}.values():
+            for name in value.declaration.intervals:
+                x = value.arguments[name]
+                if users(x):
+                    self.lower(x, count) if self.env.mode == "program" else evaluated(x, lifted(count))

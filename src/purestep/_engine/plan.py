@@ -20,13 +20,13 @@ from purestep._core.primitives import (
     Fields,
     Kinds,
     Link,
-    LinkDeclaration,
     Primitive,
     fields_of,
     is_off,
     kinds_of,
     scheduled,
     state_type,
+    users,
 )
 from purestep._core.torch_api import tree_leaves
 from purestep._engine.guards import GuardCache
@@ -69,14 +69,17 @@ class Structure:
         self.trees = frozenset([name for d in declarations for name in d.trees])
         self.off: tuple[bool, ...] = tuple([is_off(link.transform) for link in links])
         self.fields: tuple[Fields, ...] = tuple([fields_of(link.transform) for link in links])
+        self.scheduled = any([scheduled(link.transform) for link in links])
         self.numeric = all([numeric(kinds_of(link.transform)) for link in links])
-        self.foreign = tuple([i for i, d in enumerate(declarations) if not d.whole and not d.arrays and not ours(d)])
+        self.foreign = tuple([i for i, d in enumerate(declarations) if not d.whole and not d.arrays and not d.ours])
         stages = [self.stage(links, *run) for run in runs(links)]
         if not stages or stages[-1].whole:  # there the updates are applied
             stages.append(self.stage(links, len(links), len(links), False))
         self.stages = tuple(stages)
         self.nests = any([stage.inner is not None for stage in stages])
         self.drops = any([d.drops for d in declarations])
+        late = range(len(links)) if self.nests else range(stages[0].stop, len(links))
+        self.late = tuple([i for i in self.foreign if i in late])  # leaf functions that run after something may be overwritten
         self.masked = any([bool(link.masks) for link in links])
         self.final = len(stages) - 2 if stages[-1].start == len(links) > 0 else -1  # the last stage, if it is whole
         self.chains: dict[tuple[bool, tuple[int, ...]], ChainStructure] = {}
@@ -157,6 +160,15 @@ class Plan:
         self.hypers: list[Tensor] = [] if structure.numeric else tensors_of(links)
         self.chains: dict[tuple[bool, tuple[int, ...]], FusedChain] = {}
         self._keys: list[tuple[str, ...]] | None = None
+        self.last_call = -1  # the last stage that calls functions of a user's on tensors
+        if len(self.stages) > 1:
+            calls = [n for n, stage in enumerate(self.stages) if any(map(calls_back, links[stage.start : stage.stop]))]
+            self.last_call = max(calls, default=-1)
+        self.scheduled: tuple[int, ...] = ()  # the links that follow schedules of a user's
+        if structure.scheduled:
+            self.scheduled = tuple([i for i, link in enumerate(links) if follows_users(link.transform)])
+        self.rehearses = bool(self.scheduled or structure.late)  # see `purestep._engine.rehearsal`
+        self.rehearsed = False  # the leaf functions
         self.repeated: Any = ...  # what `purestep._engine.step_cache` makes of it, at the first use
         self.guards: dict[tuple[int, int], GuardCache] = {}  # of all tensors of a call, by the number of parameters and of all
 
@@ -250,9 +262,17 @@ def tensors_of(links: tuple[Link, ...]) -> list[Tensor]:
     return found
 
 
-def ours(declaration: LinkDeclaration) -> bool:
-    """Whether a leaf function is one of the library, which closes over no tensors."""
-    return str(getattr(declaration.function, "__module__", "")).startswith("purestep.")
+def calls_back(link: Link) -> bool:
+    """Whether a link calls a function of a user's at every step, on tensors: its own, a closure, or one among its arguments."""
+    value, d = link.transform, link.transform.declaration
+    if not d.whole:
+        return bool(d.arrays) and not d.ours
+    return not d.ours or bool(d.extras) or any([users(x) for n, x in value.arguments.items() if n not in d.intervals])
+
+
+def follows_users(value: Primitive) -> bool:
+    """Whether a hyperparameter follows a schedule that calls a function of a user's."""
+    return any([users(value.arguments[name]) for name in value.declaration.hypers])
 
 
 def captured(value: Primitive) -> tuple[Tensor, ...]:

@@ -32,28 +32,29 @@ def must_see_whole(value: Primitive, p: Tensor) -> bool:
     return not program((part,), False, False, False, d, form="single").elementwise
 
 
-def check_meshes(plan: Plan, params: list[Any], path: Callable[[int], str]) -> None:
-    """Refuse parameters of different processes in a transform that sees all parameters: none of them could know its number.
-
-    Raises:
-        ValueError: a parameter is spread over other processes than the first one that is spread.
-    """
+def unknown(plan: Plan, params: list[Any], path: Callable[[int], str]) -> str | None:
+    """What is in the way of a transform that sees all parameters, if this process has no part in one of them."""
     seers = [link.transform for link in plan.links if link.transform.declaration.whole]
     seers = [value for value in seers if not (is_off(value) or value.declaration.elementwise)]
-    if not seers:
-        return
-    first: int | None = None
-    for k, p in enumerate(params):
-        if not is_sharded(p):
-            continue
-        first = k if first is None else first
-        mesh, other = p.device_mesh, params[first].device_mesh
-        if mesh is not other and mesh != other and ranks(mesh) != ranks(other):
-            raise ValueError(
-                f"{seers[0].declaration.name} must see all parameters, but {tree.quote(path(first))} is spread over the "
-                f"processes {ranks(other)} and {tree.quote(path(k))} over {ranks(mesh)}: none of them knows both. Give them "
-                "optimizers of their own, or spread them over the same processes."
+    for k, p in enumerate(params if seers else ()):
+        if is_sharded(p) and p.device_mesh.get_coordinate() is None:
+            return (
+                f"{seers[0].declaration.name} must see all parameters, but {tree.quote(path(k))} is spread over the processes "
+                f"{ranks(p.device_mesh)}, and process {distributed.get_rank()} is none of them. Give such parameters an "
+                "optimizer of their own, or spread all over the same processes."
             )
+    return None
+
+
+def check_meshes(plan: Plan, params: list[Any], path: Callable[[int], str]) -> None:
+    """Refuse a transform that sees all parameters where this process has no part in one of them.
+
+    Raises:
+        ValueError: a parameter is spread over other processes alone.
+    """
+    found = unknown(plan, params, path)
+    if found is not None:
+        raise ValueError(found)
 
 
 def ranks(mesh: Any) -> list[int]:
@@ -62,14 +63,15 @@ def ranks(mesh: Any) -> list[int]:
     return found
 
 
-def check_agreement(params: list[Any], path: Callable[[int], str]) -> None:
-    """Refuse a step in which processes of one mesh have different parameters, in each of them.
+def check_agreement(plan: Plan, params: list[Any], path: Callable[[int], str]) -> None:
+    """Refuse, in each process, a step that they cannot make together.
 
     The processes talk: this is for the first step, and not for each.
 
     Raises:
-        ValueError: they do not have the same parameters.
+        ValueError: they do not have the same parameters, or one of them lacks what it must see.
     """
+    lacks = unknown(plan, params, path)
     meshes: dict[Any, list[int]] = {}
     for k, p in enumerate(params):
         if is_sharded(p) and p.device_mesh.size() > 1 and p.device_mesh.get_coordinate() is not None:
@@ -77,19 +79,23 @@ def check_agreement(params: list[Any], path: Callable[[int], str]) -> None:
     for mesh in sorted(meshes, key=lambda mesh: mesh.mesh.flatten().tolist()):
         mine = {path(k): f"{tuple(params[k].shape)} {params[k].placements}" for k in meshes[mesh]}
         digest = zlib.crc32(repr(mine).encode())
-        extremes = torch.tensor([digest, -digest], dtype=torch.int64, device=mesh.device_type)
+        extremes = torch.tensor([digest, -digest, lacks is not None], dtype=torch.int64, device=mesh.device_type)
         groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
         for group in groups:
             distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=group)
-        high, low = extremes.tolist()
-        if high == -low:
+        high, low, lacking = extremes.tolist()
+        if high == -low and not lacking:
             continue
-        everyone = [(distributed.get_rank(), mine)]
+        everyone = [(distributed.get_rank(), mine, lacks)]
         for group in groups:
             found: list[Any] = [None] * distributed.get_world_size(group)
             distributed.all_gather_object(found, everyone, group=group)
             everyone = [x for each in found for x in each]
-        raise ValueError(disagreement(sorted(everyone, key=lambda x: x[0])))
+        everyone.sort(key=lambda x: x[0])
+        said = next((text for _, _, text in everyone if text is not None), None)
+        raise ValueError(disagreement([(rank, own) for rank, own, _ in everyone]) if high != -low or said is None else said)
+    if lacks is not None:
+        raise ValueError(lacks)
 
 
 def disagreement(everyone: list[tuple[int, dict[str, str]]]) -> str:

@@ -28,6 +28,7 @@ from purestep._engine.counters import CounterWrite, commit
 from purestep._engine.nesting import Inner, check_nested, reused
 from purestep._engine.numbers import Numbers
 from purestep._engine.plan import ParamSlice, Plan, Stage
+from purestep._engine.rehearsal import rehearse
 from purestep._executors import registry as registry  # importing it registers the executors
 from purestep._executors.chains import FUSED_DTYPES, FusedChain
 from purestep._executors.flat_buffer import COUNT, SIZE
@@ -59,7 +60,7 @@ class Inputs:
     that some whole transforms ask for at each update. `layout` is None if there are no parameters without a gradient.
     """
 
-    __slots__ = ("extras", "facts", "grads", "layout", "mask", "params", "plain", "states", "widened")
+    __slots__ = ("extras", "facts", "grads", "layout", "mask", "params", "plain", "rehearsed", "states", "widened")
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class Inputs:
         self.layout: Layout | None = None
         self.plain = False  # whether all tensors are known to be plain
         self.facts: dict[Any, Any] | None = None  # what is known of them: see `Task.facts`
+        self.rehearsed = False  # whether a run around this one has called what a user has given: see `rehearse`
         self.widened = False  # whether a transform around this one has changed the parameters' dtypes
 
     def selected(self, link: Link) -> list[bool] | None:
@@ -116,8 +118,17 @@ class Run:
 
     def result(self) -> tuple[list[Any], list[Any]]:
         """Run all stages: the new parameters (or the updates), and the new states."""
-        last = len(self.plan.stages) - 1
+        last, env, called = len(self.plan.stages) - 1, self.env, -1
+        given = env.own, env.writes, env.mode
+        if env.own.given and env.overwrites:
+            if self.plan.rehearses or self.plan.structure.masked:
+                rehearse(self.groups, self.inputs, self.states, self.numbers)
+            called = self.plan.last_call
+            if called > 0:  # functions of a user's may raise: until the last has returned nothing is overwritten
+                env.own, env.writes = env.own._replace(given=False), False
         for n, stage in enumerate(self.plan.stages):
+            if n == called and env.mode == given[2]:
+                env.own, env.writes, _ = given
             if stage.whole:
                 self.scale()
                 self.whole(n)
@@ -167,7 +178,7 @@ class Run:
         if stage.inner is not None:
             plans: list[Any] = [plan.inner[n] for plan, _ in self.groups]
             within = [ParamSlice(plan, rows_) for plan, (_, rows_) in zip(plans, self.groups)]
-            arguments[d.inner] = inner = Inner(self, within, rows, self.moved and d.passes)
+            arguments[d.inner] = inner = Inner(self, within, rows, self.moved and d.passes, d.ours)
             given.append(inner.state(self.states[i + 1 : stage.stop]))
         state = EmptyState() if d.state is None else d.state(*given)
         if WATCH.decided is not None:
@@ -223,7 +234,7 @@ class Run:
         own = Ownership(given=donate and env.own.given, counters=env.own.counters and rows is None)
         mask: Mask = lambda masks: pick(self.inputs.mask(masks), rows)  # noqa: E731
         inputs = Inputs(*lists, mask, {name: extra(self.inputs, self.plan, name, rows) for name in self.inputs.extras})
-        inputs.plain, inputs.layout = self.inputs.plain, self.inputs.layout
+        inputs.plain, inputs.layout, inputs.rehearsed = self.inputs.plain, self.inputs.layout, True
         outer = pick(self.params, rows)
         if any([p.dtype != q.dtype for p, q in zip(inputs.params, outer)]):
             inputs.widened = True

@@ -92,7 +92,8 @@ def leaf_by_leaf(task: Task) -> Result:
     """Run the leaf functions of a chain on one parameter after the other, in place where the memory was given away."""
     chain, fields, factor = task.chain, task.fields, task.factor
     widens = encodes(chain, fields)
-    writes = task.env.writes
+    later = task.env.writes and any([not v.declaration.ours for v in chain.values])  # a leaf function of a user's may raise
+    writes = task.env.writes and not later
     out: list[Any] = []
     news: list[list[Any]] = [[[] for _ in columns] for columns in fields]
     for k, (g, p) in enumerate(zip(task.grads, task.params)):
@@ -118,4 +119,18 @@ def leaf_by_leaf(task: Task) -> Result:
             if writes and not (torch.is_grad_enabled() and u.requires_grad):
                 u = task.params[k].copy_(u)
         out.append(u if u.dtype == dtype else u.to(dtype))
+    if later:
+        write_like(task, out, news)
     return Result(out, news)
+
+
+def write_like(task: Task, out: list[Any], news: list[list[Any]]) -> None:
+    """Write new parameters and fields of their shapes into the memory that was given away, unless autograd records them."""
+    if torch.is_grad_enabled() and requires_grad((out, news)):
+        return
+    if task.applies:
+        out[:] = [p.copy_(u) for p, u in zip(task.params, out)]
+    for (_, _, info), olds, new in zip(task.chain.items, task.fields, news):
+        for f, like in enumerate(info.like):
+            if like:
+                new[f] = [x if x is None else y.copy_(x) for x, y in zip(new[f], olds[f])]

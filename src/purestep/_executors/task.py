@@ -68,8 +68,8 @@ class Env:
     def reading(self) -> Iterator[None]:
         """For as long as a ``with`` lasts, nothing is overwritten."""
         own, writes = self.own, self.writes
-        self.own, self.writes = own._replace(given=False), False
         try:
+            self.own, self.writes = own._replace(given=False), False
             yield
         finally:
             self.own, self.writes = own, writes

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from purestep._core.lists import overwrite
 from purestep._core.torch_api import foreach_copy_
 from purestep._executors.flat_buffer import SIZE
 from purestep._trace.program import Form, LeafDeclaration, Program, program
@@ -48,6 +49,8 @@ def calculate(variant: Variant, given: tuple[list[Tensor], list[Tensor], list[An
     grads, params, columns = given
     cuts = tile_slices(params)
     overwriting = variant.program(True, "kernels" if kernels else "lists")
+    if donate and overwriting.fails:
+        return overwritten(variant, given, numbers)
     if cuts is not None or (kernels and not donate):  # the kernels overwrite what they are given
         found = Tiles.of(overwriting, grads, params, columns, donate)
         if found is not None:
@@ -57,6 +60,15 @@ def calculate(variant: Variant, given: tuple[list[Tensor], list[Tensor], list[An
         return run(grads, params, *columns, *numbers)
     made = [run(grads[s], params[s], *[c[s] if isinstance(c, list) else c for c in columns], *numbers) for s in cuts]
     return tuple([list(flat.from_iterable(x)) if isinstance(x[0], (list, tuple)) else x[0] for x in zip(*made)])
+
+
+def overwritten(variant: Variant, given: tuple[list[Tensor], list[Tensor], list[Any]], numbers: list[Any]) -> tuple[Any, ...]:
+    """What a program returns that may raise on its way: it writes into the memory that was given away at its end alone."""
+    grads, params, columns = given
+    updates, *results = variant.program(False).run(grads, params, *columns, *numbers)
+    if variant.apply:
+        updates = overwrite(params, list(updates))
+    return updates, *[overwrite(c, list(x)) if isinstance(c, list) else x for c, x in zip(columns, results)]
 
 
 class Tiles(NamedTuple):

@@ -116,7 +116,7 @@ def in_tiles(first: Task, kernel: Bound, states: dict[str, list[Tensor]]) -> lis
     if not all_ordinary(lists, params[0].dtype):
         return None
     head = first.program(False, False, True)
-    if not head.elementwise:
+    if not head.elementwise or head.fails:
         return None
     results = through(head, kernel, (first.grads, params, columns, states), first.all_numbers())
     for (j, f), x in zip(places, results):

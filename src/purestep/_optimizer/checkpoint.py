@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
+import reprlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
@@ -15,11 +18,73 @@ from torch.nn.parameter import is_lazy
 
 from purestep._core.masks import listed
 from purestep._core.primitives import Fields, Primitive, fields_of, fresh_state, fresh_whole_state
-from purestep._core.torch_api import tree_leaves
 from purestep._engine.counters import together
+from purestep._optimizer.mirror import FLAGS
 from purestep._optimizer.options import Options
 from purestep._optimizer.selection import Contents
 from purestep.transform import Transform
+
+LONGEST, DEEPEST = 1000, 50
+"""How long a string among the options may be, and how deep what is loaded may be nested."""
+
+
+def check_form(loaded: Any) -> None:
+    """Refuse what is no state dict: another form, or something that contains itself."""
+    if not isinstance(loaded, Mapping):
+        raise TypeError(f"load_state_dict takes a dict, as state_dict returns it, but got {shown(loaded)}.")
+    if not isinstance(loaded.get("state", {}), Mapping):
+        raise ValueError(
+            f"The loaded state dict's 'state' must be a dict of the parameters' states, but is {shown(loaded['state'])}."
+        )
+    groups = loaded.get("param_groups", [])
+    if not isinstance(groups, (list, tuple)):
+        raise ValueError(f"The loaded state dict's 'param_groups' must be a list of groups, but is {shown(groups)}.")
+    for i, group in enumerate(groups):
+        if not isinstance(group, dict) or not all([isinstance(name, str) for name in group]):
+            raise ValueError(f"Group {i} of the loaded state must be a dict of its options by name, but is {shown(group)}.")
+        for name in ("params", "param_names"):
+            own = group.get(name, [])
+            wanted: Any = str if name == "param_names" else (int, str)
+            if not isinstance(own, (list, tuple)) or not all([isinstance(x, wanted) for x in own]):
+                raise ValueError(f"Group {i} of the loaded state must have a list under {name!r}, but has {shown(own)}.")
+        params = group.get("params", ())
+        placed = bool(params) and all([isinstance(k, str) for k in params])  # by torch, which may leave other names: `by_place`
+        if "param_names" in group and len(group["param_names"]) != len(params) and not placed:
+            raise ValueError(f"Group {i} of the loaded state must have a name for each parameter under 'param_names'.")
+        for name, x in group.items():
+            check_option(x, name, i)
+    refuse_strange(dict(loaded), meta=True)
+
+
+def check_option(x: Any, name: str, i: int) -> None:
+    """Refuse what can be no option of the `i`-th group."""
+    if name in (*FLAGS, "maximize") and not (x is None or isinstance(x, (bool, int))):
+        raise ValueError(f"Group {i} of the loaded state must have True, False or None for {name!r}, but has {shown(x)}.")
+    if isinstance(x, str) and len(x) > LONGEST:
+        raise ValueError(f"Group {i} of the loaded state has a string of {len(x)} characters for {name!r}.")
+    if isinstance(x, Tensor) and (x.numel() != 1 or x.grad_fn is not None or x.layout is not torch.strided):
+        raise ValueError(
+            f"Group {i} of the loaded state must have a number for {name!r}, without a history, but has {shown(x)}."
+        )
+    if isinstance(x, int) and abs(x) > sys.float_info.max:
+        raise ValueError(f"Group {i} of the loaded state has an integer for {name!r} that no float can hold.")
+
+
+def refuse_strange(x: Any, *, meta: bool, around: tuple[int, ...] = (), path: tuple[Any, ...] = ()) -> None:
+    """Refuse tensors without values, unless parameters have none (`meta`), and containers inside of themselves or of too many.
+
+    `around` are the containers that `x` is in, and `path` are the keys that lead to it.
+    """
+    if isinstance(x, Tensor) and x.is_meta and not meta:
+        raise ValueError(f"The loaded state dict has a tensor on the meta device, where it has no values, under {shown(path)}.")
+    if not isinstance(x, (dict, list, tuple)):
+        return
+    if id(x) in around or len(around) >= DEEPEST:
+        raise ValueError(
+            f"The loaded state dict has a {type(x).__name__} that contains itself, or too much, under {shown(path)}."
+        )
+    for key, y in x.items() if isinstance(x, dict) else enumerate(x):
+        refuse_strange(y, meta=meta, around=(*around, id(x)), path=(*path, key))
 
 
 def refuse_incomplete(state_dict: Mapping[str, Any]) -> None:
@@ -176,6 +241,10 @@ def check_loaded(
         return
     check_groups(saved, options, contents, owner, fallback)
     for old, group in zip(saved, contents.groups):
+        for name, x in group.items():
+            if isinstance(x, bool) and not isinstance(old.get(name, x), int):
+                raise ValueError(f"The loaded state must have True or False for {name!r}, but has {shown(old[name])}.")
+        options.check({**group, **fallback, **old}, contents.groups)
         transform = options.transform({**fallback, **old}, contents.groups)
         check_states(state_dict["state"], old["params"], group, transform, contents)
 
@@ -211,7 +280,7 @@ def check_states(
     for k, (key, p, path) in enumerate(zip(ids, group["params"], group.get("param_names", ids))):
         state = states.get(key, {})
         if not isinstance(state, dict):
-            raise ValueError(f"The loaded state of {path!r} must be a dict of its fields by name, but is {state!r}.")
+            raise ValueError(f"The loaded state of {path!r} must be a dict of its fields by name, but is {shown(state)}.")
         acting = [(link.transform, keys) for link, keys, on in links if on[k] and not is_lazy(p) and state]
         here = [any([state.get(name) is not None for name in keys if name != "step"]) for _, keys in acting]
         for (value, keys), found in zip(acting, here):
@@ -237,7 +306,7 @@ def check_fields(
                 )
             continue
         if scalar:
-            check_number(x, f"The loaded state's {name!r} for {path!r}", owner, p)
+            check_number(x, f"The loaded state's {name!r} for {path!r}", owner, p, counts(name))
         elif isinstance(new, Tensor) or not whole:
             check_tensor(x, new, f"The loaded state has {name!r}", f"for {path!r}", owner, p)
 
@@ -250,13 +319,13 @@ def check_shared(loaded: Mapping[str, Any], here: Mapping[str, Any], p: Tensor) 
         if x is None:
             continue
         if isinstance(new, Tensor) and not new.dim():
-            check_number(x, f"The loaded state's {name!r}", owner, p)
+            check_number(x, f"The loaded state's {name!r}", owner, p, counts(name))
         elif isinstance(new, Tensor):
             check_tensor(x, new, f"The loaded state has {name!r}", "for all parameters", owner, p)
         elif isinstance(new, tuple) and not (
-            isinstance(x, (tuple, list)) and all([isinstance(y, (Tensor, int, float)) for y in tree_leaves(x)])
+            isinstance(x, (tuple, list)) and all([isinstance(y, (Tensor, int, float)) for y in x])
         ):
-            raise ValueError(f"The loaded state's {name!r} must be several tensors, but is {x!r}.")
+            raise ValueError(f"The loaded state's {name!r} must be several tensors, but is {shown(x)}.")
 
 
 def check_order(
@@ -267,34 +336,61 @@ def check_order(
         return
     size = sum([p.numel() for p in params])
     for name, x in loaded.items():
-        if any([isinstance(y, Tensor) and y.shape == (size,) for y in tree_leaves(x)]):
+        entries = x if isinstance(x, (list, tuple)) else [x]
+        if any([isinstance(y, Tensor) and y.shape == (size,) for y in entries]):
             raise ValueError(
                 f"The loaded state's {name!r} is a vector over all parameters in their order, which is another one here. Give "
                 "the optimizer its parameters in the order in which they were saved."
             )
 
 
-def check_number(x: Any, subject: str, owner: str, p: Tensor) -> None:
-    """Refuse a loaded counter that is not one number that can be read."""
+def check_number(x: Any, subject: str, owner: str, p: Tensor, count: bool = False) -> None:
+    """Refuse a loaded number that is not one real number that can be read; with `count`, one that counts nothing."""
     if isinstance(x, Tensor):
         good = x.numel() == 1 and not x.dim() and not x.is_complex() and (p.is_meta or not x.is_meta)
+        good &= x.layout is torch.strided and not x.is_quantized and x.dtype is not torch.bool
         found = f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype} on {x.device}"
     else:
-        good, found = isinstance(x, numbers.Real) and not isinstance(x, bool), repr(x)
+        good, found = isinstance(x, numbers.Real) and not isinstance(x, bool), shown(x)
+    value: float | None = None
+    if good and not (isinstance(x, Tensor) and x.is_meta):
+        try:
+            value = float(x)
+        except OverflowError:
+            good = False
     if not good:
         raise ValueError(f"{subject} must be one real number, as {owner} needs it, but is {found}.")
+    if count and value is not None and not (math.isfinite(value) and value >= 0 and value.is_integer()):
+        raise ValueError(f"{subject} counts updates, so it must be 0, 1, 2, ..., but is {value}.")
+
+
+def counts(name: str) -> bool:
+    """Whether a field with this name in a state counts updates."""
+    return name.endswith("step")
+
+
+def shown(x: Any) -> str:
+    """What was loaded, for an error: what does not belong there may be very long."""
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype} on {x.device}"
+    return reprlib.repr(x)
 
 
 def check_tensor(x: Any, new: Tensor | None, subject: str, where: str, owner: str, p: Tensor) -> None:
     """Refuse a loaded field that is not a tensor of the shape that it has here, or has no values."""
     if not isinstance(x, Tensor):
-        raise ValueError(f"{subject} {where} that is no tensor but {x!r}, but {owner} needs a tensor.")
+        raise ValueError(f"{subject} {where} that is no tensor but {shown(x)}, but {owner} needs a tensor.")
     if new is None or x.shape != new.shape:
         raise ValueError(
             f"{subject} of shape {tuple(x.shape)} {where}, but {owner} needs "
             f"{'none' if new is None else tuple(new.shape)} for a parameter of shape {tuple(p.shape)}. Load a "
             "checkpoint of the same model, with its parameters in the same order."
         )
+    if x.layout is not torch.strided and new.layout is torch.strided:
+        raise ValueError(f"{subject} of the layout {x.layout} {where}, but {owner} needs a dense tensor.")
+    if x.is_quantized or (x.layout is torch.strided and any([n > 1 and not k for n, k in zip(x.shape, x.stride())])):
+        kind = "a quantized tensor" if x.is_quantized else "a tensor whose elements share memory (expand)"
+        raise ValueError(f"{subject} {where} as {kind}, but {owner} needs one that can be written to. Clone it before.")
     if x.is_meta and not p.is_meta:
         raise ValueError(f"{subject} {where} on the meta device, where it has no values. Load it with them.")
 

@@ -45,12 +45,13 @@ def fill(contents: Contents, params: list[Tensor], transform: Transform) -> None
                 continue
             fields = fresh_state(value, p)
             resumed = len(names) > 1 and "step" not in state and any([name in state for name in names])
+            made = {name: x for name, x in zip(names, fields) if name not in state and x is not None}
+            if resumed and "step" in made:
+                made["step"] += 1  # a checkpoint of torch's that does not count steps, but has made some
+            state.update(made)  # at once: after an interrupt half of it would look like such a checkpoint
             for name, scalar, like, x in zip(names, info.scalars, info.like, fields):
-                if name in state or x is None:
+                if name not in made:
                     continue
-                if resumed and name == "step":
-                    x += 1  # a checkpoint of torch's that does not count steps, but has made some
-                state[name] = x
                 if scalar and not x.requires_grad:
                     counters.setdefault((name, x.dtype, x.device), []).append((state, x))
                 elif like:

@@ -160,9 +160,9 @@ class FirstSteps:
             if state is None or not (everything or p.grad is not None):
                 continue
             own = begun.own(state)
+            self.aside[p] = own, state.keys() - own.keys()
             for name in own:
                 del state[name]
-            self.aside[p] = own, set(state)
 
     def put_back(self, contents: Contents) -> None:
         """Undo `set_aside` for parameters that made no step after all."""
@@ -170,7 +170,7 @@ class FirstSteps:
             begun, state = self.untouched.get(p), contents.state[p]
             if begun is None:
                 continue
-            if set(state) == others:
+            if {n for n, x in state.items() if own.get(n) is not x} == others:
                 ordered = {n: own.get(n, state.get(n)) for n in begun.fields if n in own or n in state}
                 rest = {n: x for n, x in state.items() if n not in ordered}
                 state.clear()
@@ -189,26 +189,34 @@ class FirstSteps:
             return
         beginning = all([p in self.untouched for p in contents.params if p.requires_grad])
         starts, options = [self._start(contents, p) for p in first], options_in(transform)
-        for link, names in zip(transform.links, transform.plan.keys):
-            if is_off(link.transform) or not names:
-                continue
-            on = [x for x, yes in zip(starts, contents.selected(link.masks, first)) if yes]
-            if not link.transform.declaration.whole:
-                self._touch_leafwise(link.transform, names, on, options.get(names[0]))
-            elif on:
-                self._touch_whole(contents, link, names, on, transform, beginning)
+        try:
+            for start in starts:
+                for name, x in start.own.items():
+                    if start.state.get(name) is x:
+                        del start.state[name]
+            for link, names in zip(transform.links, transform.plan.keys):
+                if is_off(link.transform) or not names:
+                    continue
+                on = [x for x, yes in zip(starts, contents.selected(link.masks, first)) if yes]
+                if not link.transform.declaration.whole:
+                    self._touch_leafwise(link.transform, names, on, options.get(names[0]))
+                elif on:
+                    self._touch_whole(contents, link, names, on, transform, beginning)
+        except BaseException:
+            for start in starts:
+                for name, x in start.own.items():
+                    start.state.setdefault(name, x)
+            raise
         for p in first:
             del self.untouched[p]
+            self.aside.pop(p, None)
 
     def _start(self, contents: Contents, p: Tensor) -> Start:
-        """Take what the optimizer made out of the state of a parameter; what is left is the user's."""
+        """What the optimizer made of the state of a parameter, and what is the user's."""
         begun = self.untouched[p]
         state = contents.state[p] if begun.fields or p in contents.state else {}
-        own = self.aside.pop(p)[0] if p in self.aside else begun.own(state)
-        for name, x in own.items():
-            if state.get(name) is x:
-                del state[name]
-        return Start(p, begun, state, own, set(state))
+        own = self.aside[p][0] if p in self.aside else begun.own(state)
+        return Start(p, begun, state, own, {n for n, x in state.items() if own.get(n) is not x})
 
     def _touch_leafwise(self, value: Primitive, names: tuple[str, ...], starts: list[Start], options: Any) -> None:
         """The fields of a leafwise transform, with the `options` that they depend on."""

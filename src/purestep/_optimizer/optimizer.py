@@ -46,7 +46,7 @@ from purestep._engine.counters import Counters, traced
 from purestep._engine.explain import Explanation, watched
 from purestep._engine.guards import GuardCache
 from purestep._engine.plan import ParamSlice, Plan
-from purestep._engine.processes import check_agreement, check_meshes, must_see_whole
+from purestep._engine.processes import check_agreement, must_see_whole
 from purestep._engine.run import Inputs, choose, run_chain
 from purestep._engine.sparse import SparseRows
 from purestep._engine.step_cache import repeatable
@@ -54,6 +54,7 @@ from purestep._executors.task import LEAF_BY_LEAF, Env, ExecutorName, Ownership
 from purestep._optimizer.averages import averages_in, in_place_of_params
 from purestep._optimizer.checkpoint import (
     by_name,
+    check_form,
     check_loaded,
     check_order,
     check_shared,
@@ -61,6 +62,7 @@ from purestep._optimizer.checkpoint import (
     keep_precision,
     lay_out,
     refuse_incomplete,
+    refuse_strange,
     with_labels,
 )
 from purestep._optimizer.closures import closure_inputs, keep_progress, value_and_grad
@@ -401,8 +403,8 @@ class Optimizer(torch.optim.Optimizer):
         if self._evaluating:
             raise RuntimeError("use_eval_params is inside another one: the parameters are the averages already.")
         averages = averages_in(self._contents, self._options.transforms(self.param_groups))
-        self._evaluating = True
         try:
+            self._evaluating = True
             with in_place_of_params(averages):
                 yield
         finally:
@@ -437,8 +439,8 @@ class Optimizer(torch.optim.Optimizer):
         def begin(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if not self._first_steps.untouched or self._first_steps.aside or torch.compiler.is_compiling():
                 return step(self, *args, **kwargs)
-            self._first_steps.set_aside(self._contents, self._options, bool(args or kwargs))
             try:
+                self._first_steps.set_aside(self._contents, self._options, bool(args or kwargs))
                 return step(self, *args, **kwargs)
             finally:
                 self._first_steps.put_back(self._contents)
@@ -484,8 +486,8 @@ class Optimizer(torch.optim.Optimizer):
                         check_fused_device_and_dtype(p)
             self._check_fused = False
         grad = torch.is_grad_enabled()
-        set_grad_mode(bool(self.defaults.get("differentiable")))
         try:
+            set_grad_mode(bool(self.defaults.get("differentiable")))
             groups = list(zip(self.param_groups, self._options.transforms(self.param_groups)))
             if groups[0][1].plan.whole:
                 if not torch.compiler.is_compiling() and graph_task() != -1:
@@ -626,12 +628,11 @@ class Optimizer(torch.optim.Optimizer):
             return self._selection.paths(self.param_groups)[params[k]]
 
         if not plain(grads, params):
-            check_meshes(plan, params, path)
             grads = sharded.alike(grads, params, plan.alike(columns), lambda k: quote(path(k)))
             members = tuple([id(group) for group, _ in groups])
             if members not in self._selection.agreed and not traced():
                 if any([must_see_whole(link.transform, params[0]) for link in plan.links]):
-                    check_agreement(params, path)
+                    check_agreement(plan, params, path)
                 self._selection.agreed.add(members)
         executor = self._executor(groups[0][0])
         if len(groups) > 1:
@@ -805,9 +806,10 @@ class Optimizer(torch.optim.Optimizer):
         if self._options.routing.lazy:
             self._decide()
         before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
-        state_dict = state_dict.copy()
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
         for hook in before.values():
             state_dict = hook(self, state_dict) or state_dict
+        check_form(state_dict)
         refuse_incomplete(state_dict)
         state_dict["state"] = cleaned(state_dict["state"])
         shared = self._place.take(state_dict["state"])
@@ -816,6 +818,7 @@ class Optimizer(torch.optim.Optimizer):
         check_order(saved, state_dict["param_groups"], shared, self._contents.params)
         check_loaded(state_dict, self._contents, self._options, type(self).__name__, self._options.fallback(self._before))
         self._check_shared(shared)
+        refuse_strange([state_dict["state"], shared], meta=any([p.is_meta for p in self._contents.params]))
         everything = dict(self.__dict__)  # what is loaded replaces it, and writes on none of it
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run

@@ -49,7 +49,7 @@ class Namespace:
     def constant(self, x: Any) -> str:
         """The name of an object: its own if it has one."""
         name = getattr(x, "__name__", "") if callable(x) else ""
-        if not name.isidentifier() or keyword.iskeyword(name):
+        if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):  # Python takes "ﬁ" for "fi"
             name = "constant"
         base, k = name, 1
         while (name in self.objects and self.objects[name] is not x) or name in self.taken - set(self.objects):

@@ -80,6 +80,7 @@ class Program:
     signature: Any = field(default=None, repr=False)  # of the graph, if there are captured tensors
     guards: tuple[Guard, ...] = field(default=(), repr=False)  # the numbers that its leaf functions close over
     copies: bool = False  # the program copies some of its outputs, which would share memory otherwise
+    fails: bool = False  # it calls an `operation` that may raise
     tangled: bool = False  # it copies an output that would be in the memory of the parameters or of their state
     kernels: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what the compiled executor makes of it
 
@@ -109,7 +110,7 @@ def compile(recipe: Recipe) -> Program:
     declarations = [part.declaration for part in recipe.parts]
     parts = tuple([d.name for d in declarations])
     name = f"program_{next(_serial)}"
-    file = f"<purestep {name}: {'+'.join(parts)}>"
+    file = f"<purestep {name}: {'+'.join([''.join(filter(str.isprintable, part)) for part in parts])}>"
     load(code, file)
     made = Program(
         parts=parts,
@@ -128,6 +129,7 @@ def compile(recipe: Recipe) -> Program:
         signature=computes,
         guards=tuple([x for d in declarations for x in guards_of(d.function)]),
         copies=code.copies,
+        fails=any([getattr(node.target, "fails", False) for node in graph.nodes]),
         tangled=code.tangled,
     )
     weakref.finalize(made, linecache.cache.pop, file, None).atexit = False

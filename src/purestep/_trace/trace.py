@@ -125,6 +125,7 @@ class Recording:
             ) from error
         for node in self.graph.nodes:  # dead code, too: where the leaf function is run by itself, it would write
             refuse_writing(d.name, node)
+            refuse_text(d.name, node)
         return result
 
     def trace(self, outputs: list[Any]) -> Trace:
@@ -167,6 +168,17 @@ def refuse_writing(name: str, node: fx.Node) -> None:
     ):
         other = f"use {target[:-1]}()" if target.endswith("_") else "leave out inplace and out"
         raise TypeError(f"A leaf function changes nothing in place, but {name} calls {target}(); {other}.")
+
+
+def refuse_text(name: str, node: fx.Node) -> None:
+    """Refuse names of methods and of arguments that are no names: they are written into the source of the program.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for text in (*[node.target] * (node.op == "call_method"), *node.kwargs):
+        if not (isinstance(text, str) and text.isascii() and text.isidentifier()):
+            raise TypeError(f"{name} calls a method, or gives an argument, by the name {text!r}, which is no name of Python's.")
 
 
 def share_repeated(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

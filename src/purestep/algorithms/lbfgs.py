@@ -27,7 +27,7 @@ from purestep._core.plain import plain
 from purestep._core.primitives import unrolls
 from purestep._engine.run import choose
 from purestep._executors.flat_buffer import joined, offset
-from purestep._optimizer.checkpoint import check_number
+from purestep._optimizer.checkpoint import check_number, shown
 from purestep._optimizer.mirror import over
 from purestep._optimizer.optimizer import Optimizer, Params
 from purestep._optimizer.shared import NOTHING, Place
@@ -666,12 +666,12 @@ class LBFGS(Optimizer):
         for name in [name for name in LBFGSState._fields if name in shared]:
             several, whose = name in ("old_dirs", "old_stps", "ro"), f"The loaded state's {name!r}"
             if several and not isinstance(shared[name], (list, tuple)):
-                raise ValueError(f"{whose} must be a list, as lbfgs needs it, but is {shared[name]!r}.")
+                raise ValueError(f"{whose} must be a list, as lbfgs needs it, but is {shown(shared[name])}.")
             for x in shared[name] if several else (shared[name],):
                 if name not in ("d", "prev_flat_grad", "old_dirs", "old_stps"):
                     check_number(x.reshape(()) if isinstance(x, Tensor) and x.numel() == 1 else x, whose, "lbfgs", params[0])
                 elif not isinstance(x, Tensor) or x.dim() != 1 or x.numel() not in needed:
-                    found = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"that is no tensor but {x!r}"
+                    found = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"that is no tensor but {shown(x)}"
                     raise ValueError(
                         f"The loaded state has {name!r} {found}, but lbfgs needs shape {(max(needed),)}, that of all "
                         "parameters as one vector. Load a checkpoint of the same model."

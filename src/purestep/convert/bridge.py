@@ -13,6 +13,7 @@ from purestep._core.lists import put
 from purestep._core.torch_api import tree_map_only
 from purestep._engine.boundary import columns_of, trees_of
 from purestep._engine.plan import ParamSlice
+from purestep._optimizer.checkpoint import shown
 from purestep._optimizer.optimizer import Optimizer
 from purestep.algorithms.lbfgs import LBFGS, lbfgs
 from purestep.transform import Transform
@@ -60,6 +61,11 @@ class Bridge(NamedTuple):
 
     def state(self, states: Sequence[Mapping[str, Any]]) -> Any:
         """The pure state that is made of those of the parameters, in order, as `torch.optim` names their fields."""
+        for k, own in zip(self.rows, states):
+            if not isinstance(own, Mapping):
+                raise ValueError(
+                    f"The state of {self.spec.paths()[k]!r} must be a dict of its fields by name, but is {shown(own)}."
+                )
         saved = self.optimizer.state_dict()
         saved["state"] = dict(enumerate(tree_map_only(Tensor, copied, list(map(dict, states)))))
         self.optimizer.load_state_dict(saved)
@@ -78,7 +84,9 @@ class Bridge(NamedTuple):
     def check_fields(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Refuse states with fields that the transform does not have: they are another algorithm's."""
         prefix, known = self.optimizer._place.prefix, UNSAID.union(*self.transform.plan.keys)
-        surplus = sorted({n for own in states for n, x in own.items() if x is not None and n.removeprefix(prefix) not in known})
+        surplus = sorted(
+            {str(n) for own in states for n, x in own.items() if x is not None and str(n).removeprefix(prefix) not in known}
+        )
         if surplus:
             names = ", ".join(map(repr, surplus))
             raise ValueError(f"The optimizer's state has {names}, which {self.transform!r} does not have: it is another's.")
@@ -86,10 +94,7 @@ class Bridge(NamedTuple):
     def adam(self, counts: Sequence[Any], means: Sequence[Any], squares: Sequence[Any]) -> Any:
         """The pure state of an Adam with these counters and moments, which may be arrays."""
         return self.state(
-            [
-                {"step": tensor(n).float().reshape(()), "exp_avg": tensor(m), "exp_avg_sq": tensor(v)}
-                for n, m, v in zip(counts, means, squares)
-            ]
+            [{"step": number(n), "exp_avg": tensor(m), "exp_avg_sq": tensor(v)} for n, m, v in zip(counts, means, squares)]
         )
 
     def states(self, state: Any) -> list[dict[str, Any]]:
@@ -121,6 +126,14 @@ def trained(p: Tensor) -> Tensor:
     return p.detach().requires_grad_(p.is_floating_point() or p.is_complex())
 
 
+def number(x: Any) -> Tensor:
+    """A counter, which may be an array of one element."""
+    count = tensor(x)
+    if count.numel() != 1:
+        raise ValueError(f"The state must have one number for a counter, but has {shown(x)}.")
+    return count.float().reshape(())
+
+
 def copied(x: Tensor) -> Tensor:
     """A tensor in memory of its own: both sides write to theirs."""
     return x.detach().clone()
@@ -128,4 +141,7 @@ def copied(x: Tensor) -> Tensor:
 
 def tensor(x: Any) -> Tensor:
     """A tensor with the values of a tensor or an array."""
-    return x if isinstance(x, Tensor) else torch.tensor(x)
+    try:
+        return x if isinstance(x, Tensor) else torch.tensor(x)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"The state must have a tensor or an array where it has {shown(x)}.") from error

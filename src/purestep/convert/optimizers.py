@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep._optimizer.checkpoint import check_form
 from purestep.convert.bridge import Bridge, PyTree
 from purestep.transform import Transform
 
@@ -56,6 +57,7 @@ def from_torch(transform: Transform, params: PyTree, optimizer: torch.optim.Opti
     """
     bridge = Bridge.over(transform, params)
     saved = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    check_form(saved)
     states = [saved["state"].get(k, {}) for k in bridge.ids(saved["param_groups"])]
     made = bridge.state(states)
     bridge.check_fields(states)

@@ -9,6 +9,9 @@ from purestep._core import tree
 from purestep.convert.bridge import Bridge, PyTree
 from purestep.transform import Transform
 
+DEEPEST = 50
+"""No state is nested as deep."""
+
 
 def from_optax(transform: Transform, params: PyTree, state: Any) -> Any:
     """The state of an Adam, as optax has it; its arrays may be numpy's.
@@ -82,8 +85,10 @@ def sorted_leaves(x: Any) -> Iterator[Any]:
         yield x
 
 
-def walk(x: Any) -> Iterator[Any]:
+def walk(x: Any, depth: int = 0) -> Iterator[Any]:
     """A state and all that is nested in it."""
+    if depth > DEEPEST:
+        raise ValueError(f"The state contains itself, or is nested more than {DEEPEST} times.")
     yield x
     for y in x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else ():
-        yield from walk(y)
+        yield from walk(y, depth + 1)

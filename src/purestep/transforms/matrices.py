@@ -28,8 +28,9 @@ class MatricesDeclaration(LinkDeclaration):
 
         @functools.wraps(function)
         def in_form(*args: Any, **kwargs: Any) -> Any:
-            before, VIEWS.form = VIEWS.form, form
+            before = VIEWS.form
             try:
+                VIEWS.form = form
                 return function(*args, **kwargs)
             finally:
                 VIEWS.form = before

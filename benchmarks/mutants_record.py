@@ -4,7 +4,8 @@
 
 runs tests in this process with a trace function, and writes `build/mutants.json`. Left out are the files of `LEFT_OUT`, whose
 work is done in other processes or by a compiler, all but `PER_FUNCTION` cases of a test function, drawn by a seed, and tests
-that take longer than `LONGEST` seconds. First comes one case of every test function, so that `--minutes` leaves something of each.
+that take longer than `LONGEST` seconds. First comes one case of every test function,
+so that `--minutes` leaves something of each.
 """
 
 from __future__ import annotations

@@ -106,6 +106,32 @@ def test_classes_and_factories_agree(name: str, factory: Any) -> None:
         assert ours[p.name].default == p.default
 
 
+DEFAULTS = Path(__file__).with_name("defaults.txt")
+
+
+def defaults() -> str:
+    """A line for each default of a public function and of a class of `optim`; `python -m tests.test_public` writes the file."""
+    places = [
+        ("", ps, ps.__all__),
+        *[(f"{x.__name__.rpartition('.')[2]}.", x, sorted(vars(x))) for x in (ps.optim, ps.schedules)],
+    ]
+    found = []
+    for place, module, names in places:
+        for name in names:
+            x = getattr(module, name)
+            if inspect.isfunction(x) or (inspect.isclass(x) and module is ps.optim and issubclass(x, torch.optim.Optimizer)):
+                if name.startswith("_") or not x.__module__.startswith("purestep"):
+                    continue
+                given = [p for p in inspect.signature(x).parameters.values() if p.default is not p.empty]
+                found += [f"{place}{name} {p.name} = {p.default!r}" for p in given]
+    return "\n".join(sorted(set(found))) + "\n"
+
+
+def test_defaults_are_a_promise() -> None:
+    """A default that changes, changes what users train: no other test calls every function without arguments."""
+    assert defaults() == DEFAULTS.read_text()
+
+
 def test_an_algorithm_is_short_and_speaks_no_engine() -> None:
     """The mathematics of scale_by_adam fits ten lines, and no algorithm or transform names a part of the engine."""
     words = re.compile(r"foreach|vmap|fused|donat|proxy|trace[rd]\b|functorch|in-place", re.IGNORECASE)
@@ -160,3 +186,7 @@ def test_how_long_importing_takes(record_property: Any) -> None:
 
 def sys_names() -> frozenset[str]:
     return sys.stdlib_module_names
+
+
+if __name__ == "__main__":
+    DEFAULTS.write_text(defaults())

@@ -6,7 +6,6 @@ asks the same of its arguments at every call, in C++, and these are its guards.
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -59,7 +58,7 @@ class GuardCache:
         self.last: Guard | None = None
         self.misses = 0
         self.spans: dict[int, tuple[list[int], Tensor]] = {}
-        self.specs: list[Any] = []  # how sharded tensors were spread: torch's descriptions, which hold no tensor
+        self.specs: list[list[Any]] = []  # how sharded tensors were spread: torch's descriptions, which hold no tensor
 
     def parts(self, lists: Sequence[list[Any]]) -> list[list[Any]] | None:
         """The parts of sharded tensors that this process has; None if some are not spread as the parameters are.
@@ -67,18 +66,18 @@ class GuardCache:
         Args:
             lists: the parameters, and lists of what is spread as they are.
         """
-        everything = [*itertools.chain.from_iterable(lists)]
+        params, specs, parts = lists[0], [], []
         try:
-            specs, parts = list(map(spec, everything)), list(map(local, everything))
+            for xs in lists:
+                specs.append(list(map(spec, xs)))
+                parts.append(list(map(local, xs)))
         except AttributeError:  # some are not sharded
             return None
-        if len(specs) != len(self.specs) or not all(map(operator.is_, specs, self.specs)):
-            params = lists[0]
+        if specs != self.specs:  # objects are compared only where they are not the same
             if any(map(partial, params)) or not all([all(map(alike, xs, params)) for xs in lists]):
                 return None
             self.specs = specs
-        n = len(lists[0])
-        return [parts[k : k + n] for k in range(0, len(parts), n)]
+        return parts
 
     def span(self, k: int, counters: Sequence[Any]) -> Tensor | None:
         """The `k`-th list of counters as one vector, if they follow each other in memory; remembered by their addresses."""

@@ -146,8 +146,15 @@ class RepeatedStep(NamedTuple):
 
     def elementwise(self) -> bool:
         """Whether each element of a parameter is updated by itself, so that a part of a parameter can be updated alone."""
-        chain = self.chain
-        return not chain.arrays and program(self.recipe, False, False, False, *chain.declarations, form="single").elementwise
+        structure = self.chain.structure
+        if structure.elementwise is None:
+            single = (
+                None
+                if self.chain.arrays
+                else program(self.recipe, False, False, False, *self.chain.declarations, form="single")
+            )
+            structure.elementwise = single is not None and single.elementwise
+        return structure.elementwise
 
     def hits(self, guards: GuardCache, grads: list[Any], params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
         """Whether `again` would find the tensors of the last step."""

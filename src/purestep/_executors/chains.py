@@ -66,6 +66,7 @@ class ChainStructure:
         self.present = tuple([(False,) * len(info.names) for info in self.fields])  # no field is absent, as is usual
         self.hypers = tuple([hyper_specs(value) for value in values])
         self.numeric = constants(values) is not None
+        self.elementwise: bool | None = None  # whether a part of a parameter can be updated alone; found out where it is asked
         self.kernel: Kernel | None = None
         self.first = 0
         self.split: tuple[ChainStructure, ChainStructure] | None = None  # before the kernel, and its own; None if it is all

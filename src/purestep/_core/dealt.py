@@ -10,6 +10,8 @@ What is in the way of that is asked beforehand (`can_deal`), and gets the same a
 
 from __future__ import annotations
 
+import functools
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor, distributed
 from torch.linalg import vector_norm
 
 from purestep._core import maths
-from purestep._core.exchange import Exchange, Item, layout_of
+from purestep._core.exchange import Exchange, Item, Places, layout_of
 from purestep._core.lists import in_stacks, pick
 from purestep._core.sharded import Measured, summed
 
@@ -39,12 +41,18 @@ def can_deal(x: Any) -> bool:
 
 def owners(costs: Sequence[float], processes: int) -> list[int]:
     """The owner of each of some tasks, so that all have about as much to do: the largest first, to who has least."""
-    loads = [0.0] * processes
+    return list(known_owners(tuple(costs), processes))
+
+
+@functools.lru_cache(maxsize=64)
+def known_owners(costs: tuple[float, ...], processes: int) -> tuple[int, ...]:
+    """`owners`, which are the same in each step."""
+    loads = [(0.0, k) for k in range(processes)]
     found = [0] * len(costs)
     for k in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
-        found[k] = loads.index(min(loads))
-        loads[found[k]] += costs[k]
-    return found
+        load, found[k] = heapq.heappop(loads)
+        heapq.heappush(loads, (load + costs[k], found[k]))
+    return tuple(found)
 
 
 def cost(shape: Sequence[int]) -> float:
@@ -158,7 +166,7 @@ def dealt_rows(
             for k in ks:
                 found[k] = [x.clone() for x in rows[k][: len(rows[k]) - given]]
             continue
-        places = dict(zip(ks, owners([costs[k] for k in ks], mesh.size())))
+        owner, places = dict(zip(ks, owners([costs[k] for k in ks], mesh.size()))), Places.of(mesh)
         kinds: dict[Any, list[int]] = {}
         for k in ks:
             kind = tuple([(h.shape, getattr(h, "placements", None), x.dtype) for h, x in zip(homes[k], rows[k])])
@@ -166,11 +174,11 @@ def dealt_rows(
         for alike in kinds.values():
             n = len(homes[alike[0]]) - given
             items = [
-                Item(home, x, places[k], layout_of(home, mesh), m < n)
+                Item(home, x, owner[k], layout_of(home, mesh), m < n)
                 for k in alike
                 for m, (home, x) in enumerate(zip(homes[k], rows[k]))
             ]
-            exchanges.append((alike, Exchange(mesh, items, numbers)))
+            exchanges.append((alike, Exchange(places, items, numbers)))
     for _, exchange in exchanges:
         exchange.gather()
     error: Exception | None = None

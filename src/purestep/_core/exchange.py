@@ -30,10 +30,6 @@ class Layout:
         copies = [k for k, p in enumerate(placements) if p.is_replicate()]
         self.copy = [tuple([c[k] for k in copies]) for c in coordinates]  # which of several copies a process belongs to
 
-    def sources(self, owner: int) -> list[int]:
-        """The places of the processes from which the owner gets one copy of all parts."""
-        return [k for k, copy in enumerate(self.copy) if copy == self.copy[owner]]
-
 
 @functools.lru_cache(maxsize=1024)
 def known_layout(sizes: tuple[int, ...], placements: tuple[Any, ...], shape: tuple[int, ...]) -> Layout:
@@ -100,21 +96,37 @@ class Item(NamedTuple):
         return self.layout.counts[place] * self.x.element_size()
 
 
+class Places(NamedTuple):
+    """The processes of a mesh: a place is a number in the order of the mesh."""
+
+    group: Any  # of all of them
+    ranks: list[int]  # of each place
+    me: int  # the place of this process
+    order: list[int]  # the places in the order of the group
+
+    @classmethod
+    def of(cls, mesh: Any) -> Places:
+        """Those of a mesh that this process is in."""
+        group: Any = mesh.get_group() if mesh.ndim == 1 else distributed.group.WORLD
+        ranks = mesh.mesh.flatten().tolist()
+        order = [distributed.get_group_rank(group, rank) for rank in ranks]
+        return cls(group, ranks, ranks.index(distributed.get_rank()), sorted(range(len(ranks)), key=order.__getitem__))
+
+
 class Exchange:
     """Some tensors of one mesh on their way to their owners, and back."""
 
-    def __init__(self, mesh: Any, items: Sequence[Item], numbers: int = 0) -> None:
+    def __init__(self, places: Places, items: Sequence[Item], numbers: int = 0) -> None:
         """`numbers` is how many numbers owners send all others beside the tensors."""
         self.items, self.numbers = items, numbers
-        group: Any = mesh.get_group() if mesh.ndim == 1 else distributed.group.WORLD
-        self.group = group
-        self.ranks = mesh.mesh.flatten().tolist()
-        self.me = self.ranks.index(distributed.get_rank())
-        order = [distributed.get_group_rank(group, rank) for rank in self.ranks]
-        self.order = sorted(range(len(self.ranks)), key=order.__getitem__)  # places in the mesh, as the group counts them
+        self.group, self.ranks, self.me, self.order = places
         sizes = [item.x.element_size() for item in items]
         self.unit = max(8, *sizes)  # what one process sends another is a multiple of it, so that numbers begin where they may
-        self.aligned = sorted(range(len(items)), key=lambda k: -sizes[k])  # each begins at a multiple of its own size
+        self.of: list[list[int]] = [
+            [] for _ in self.ranks
+        ]  # the items of each owner, so that each begins at a multiple of its size
+        for k in sorted(range(len(items)), key=lambda k: -sizes[k]):
+            self.of[items[k].owner].append(k)
         self.owned = [k for k, item in enumerate(items) if item.owner == self.me]
         self.made = [k for k in self.owned if items[k].returns]
         self.device = items[0].x.device
@@ -146,13 +158,11 @@ class Exchange:
 
     def _gathered(self, source: int, owner: int) -> list[int]:
         """The items of which one place sends its parts to another, their owner; in the order in which they are sent."""
-        return [
-            k for k in self.aligned if self.items[k].owner == owner and source in self.items[k].layout.sources(owner)
-        ]  # fmt: skip
+        return [k for k in self.of[owner] if (copy := self.items[k].layout.copy)[source] == copy[owner]]
 
     def _returned(self, owner: int) -> list[int]:
         """The items of which a place sends parts to all others, as it sends them."""
-        return [k for k in self.aligned if self.items[k].owner == owner and self.items[k].returns]
+        return [k for k in self.of[owner] if self.items[k].returns]
 
     def _counts(self, place: int, items: list[int], header: int = 0, here: bool = False) -> int:
         """How many bytes the parts are that a place has of these items, or this process."""

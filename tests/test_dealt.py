@@ -507,18 +507,31 @@ def a_derivative() -> float:
     return difference(found[1], found[0])
 
 
+MODES = ("pure", "donate", "wrapper")
+
+
+def some(rank: int, size: int) -> dict[str, Any]:
+    """What is run at every change: each program in each layout, in one mode, in turn."""
+    places = itertools.product(enumerate(LAYOUTS), enumerate(PROGRAMS))
+    return all_of([(layout, name, MODES[(i + j) % len(MODES)]) for (i, layout), (j, name) in places])
+
+
 def everything(rank: int, size: int) -> dict[str, Any]:
+    """With ``-m long``: in every mode."""
+    return all_of(list(itertools.product(LAYOUTS, PROGRAMS, MODES)))
+
+
+def all_of(programs: list[tuple[str, str, str]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for layout in LAYOUTS:
-        for name, mode in itertools.product(PROGRAMS, ("pure", "donate", "wrapper")):
-            found[f"{layout}: {name} {mode}"] = answer(of_layout, name, layout, mode, torch.float64)
+    for layout, name, mode in programs:
+        found[f"{layout}: {name} {mode}"] = answer(of_layout, name, layout, mode, torch.float64)
     for dtype in (torch.float32, torch.bfloat16):
         found[f"{dtype}"] = answer(of_layout, "muon", "blocks", "donate", dtype)
     for kind in ("rows", "copies", "tensor"):
         found[f"fsdp2 {kind}"] = answer(under_fsdp2, kind)
     for name, layout in itertools.product(MADE_OF_MATRICES, ("rows", "columns", "copies of rows", "blocks")):
         found[f"{name}, {layout}"] = answer(of_stacks, name, layout)
-    modes = itertools.cycle(("pure", "donate", "wrapper"))  # each of them with each of the names, and with each of the layouts
+    modes = itertools.cycle(MODES)  # each of them with each of the names, and with each of the layouts
     for name, layout in itertools.product(BY_OWNERS, ("rows", "columns", "copies of rows", "blocks")):
         mode = next(modes)
         found[f"owners of {layout}, {name}, {mode}"] = answer(of_rows, name, layout, mode)
@@ -531,9 +544,9 @@ def everything(rank: int, size: int) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return processes.run(SIZE, "tests.test_dealt:everything", tmp_path_factory.mktemp("four"))
+@pytest.fixture(scope="module", params=["some", pytest.param("everything", marks=pytest.mark.long)])
+def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return processes.run(SIZE, f"tests.test_dealt:{request.param}", tmp_path_factory.mktemp("four"))
 
 
 def runs(answers: list[dict[str, Any]]) -> dict[str, list[Any]]:

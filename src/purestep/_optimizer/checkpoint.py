@@ -242,7 +242,7 @@ def check_loaded(
     check_groups(saved, options, contents, owner, fallback)
     for old, group in zip(saved, contents.groups):
         for name, x in group.items():
-            if isinstance(x, bool) and not isinstance(old.get(name, x), int):
+            if isinstance(x, bool) and name not in FLAGS and not isinstance(old.get(name, x), int):
                 raise ValueError(f"The loaded state must have True or False for {name!r}, but has {shown(old[name])}.")
         options.check({**group, **fallback, **old}, contents.groups)
         transform = options.transform({**fallback, **old}, contents.groups)

@@ -6,6 +6,7 @@ a matrix, a vector, a 0-d parameter.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -106,3 +107,11 @@ def difference(a: Any, b: Any) -> float:
         else:
             assert x == y
     return worst
+
+
+def through_a_file(x: Any, weights_only: bool = True) -> Any:
+    """What is left of it after it was saved and loaded."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)

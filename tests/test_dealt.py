@@ -210,9 +210,12 @@ def of_rows(name: str, layout: str, mode: str) -> Any:
         with decompositions() as found:
             whole, state = opt.step(g, state, whole)
         counts[0] += len(found)
+        versions = [(x, x._version) for x in [*parts.values(), *ps.state_dict(held).values()] if x.dim()]
         with decompositions() as found, counting() as counted:
             after, held = opt.step(sharded, held, parts, donate=mode == "donate")
         counts[1] += len(found)
+        if mode == "donate":
+            assert all(x._version > v for x, v in versions), "a version was not counted"
         assert difference(gathered(sharded), g) == 0, "a gradient was written to"
         assert mode == "donate" or difference(gathered(parts), before) == 0, "a parameter was written to"
         assert mode != "donate" or all(after[k] is parts[k] for k in parts)
@@ -332,10 +335,11 @@ def of_disagreements() -> dict[str, str]:
             found[name] = f"{type(error).__name__}: {error}"
 
     def steps(names: list[str], t: ps.Transform, change: Callable[[dict[str, Any]], Any] = lambda parts: None) -> None:
-        parts = {k: nn.Parameter(x) for k, x in spread({k: values(0)[k] for k in names}, mesh, "0").items()}
+        whole, grads = ({**x, "vector": x["a"][0]} for x in (values(0), values(1)))
+        parts = {k: nn.Parameter(x) for k, x in spread({k: whole[k] for k in names}, mesh, "0").items()}
         optimizer = optim.Optimizer(list(parts.items()), t)
         for k, p in parts.items():
-            p.grad = spread({k: values(1)[k]}, mesh, "0")[k]
+            p.grad = spread({k: grads[k]}, mesh, "0")[k]
         change(parts)
         before = [p.to_local().detach().clone() for p in parts.values()]
         try:
@@ -351,6 +355,7 @@ def of_disagreements() -> dict[str, str]:
     fewer = ["a", "wide", "c"][: 2 if rank == 2 else 3]
     for name, t in (("muon", ps.muon(0.1)), ("norm", ps.clip_by_global_norm(1.0)), ("lamb", ps.lamb(0.1))):
         attempt(f"fewer parameters, {name}", lambda t=t: steps(fewer, t))  # type: ignore[misc]
+    attempt("fewer parameters, sm3", lambda: steps(["vector", *fewer], ps.sm3(0.1)))  # of a vector elementwise
     attempt("fewer gradients", lambda: steps(["a", "b"], ps.muon(0.1), forget))
     attempt("another order", lambda: steps(["a", "b"] if rank else ["b", "a"], ps.muon(0.1)))
     attempt("another shape", lambda: steps(["a", "wide"], ps.muon(0.1)))
@@ -648,7 +653,7 @@ def test_processes_that_do_not_agree(answers: list[dict[str, Any]]) -> None:
     assert all(isinstance(x, dict) for x in found), found
     said = found[0]  # of functions, only those processes say so that lack something: the others have what they need
     assert all({**x, "two meshes": ""} == {**said, "two meshes": ""} for x in found), found
-    for name in ("muon", "norm", "lamb"):
+    for name in ("muon", "norm", "lamb", "sm3"):
         assert re.match(
             "ValueError: All processes must make the same step, or they wait for each other, but process 0 makes it with "
             "'c', and process 2 without. Every process needs the same parameters",

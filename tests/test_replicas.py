@@ -5,7 +5,6 @@ Two processes run everything once (`answers`), each with its own half of every b
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn.functional import mse_loss
 import purestep as ps
 from purestep import optim
 from tests import processes
-from tests.problems import difference
+from tests.problems import difference, through_a_file
 
 TRANSFORMS: dict[str, Callable[[], ps.Transform]] = {
     "adamw": lambda: ps.adamw(0.05),
@@ -112,27 +111,19 @@ def zero(rank: int, size: int) -> dict[str, float]:
         optimizer.consolidate_state_dict(to=0)
         box = [(optimizer.state_dict(), net.module.state_dict()) if rank == 0 else None]
         dist.broadcast_object_list(box, src=0)  # as a file that every process reads
-        state, parameters = saved(box[0])
+        state, parameters = through_a_file(box[0])
         expected = alone(make())
         again, other = begin()
         again.module.load_state_dict(parameters)
-        other.load_state_dict(saved(state))  # it writes on what it is given
+        other.load_state_dict(through_a_file(state))  # it writes on what it is given
         single = network()
         single.load_state_dict(parameters)
         third = cls(single.parameters(), **options)
-        third.load_state_dict(saved(state))
+        third.load_state_dict(through_a_file(state))
         found[f"{name} goes on"] = difference(fit(net, optimizer, range(3, 6), rank, size), expected)
         found[f"{name} is resumed"] = difference(fit(again, other, range(3, 6), rank, size), expected)
         found[f"{name} is resumed by one"] = difference(fit(single, third, range(3, 6)), expected)
     return found
-
-
-def saved(x: Any) -> Any:
-    """Through a file."""
-    file = io.BytesIO()
-    torch.save(x, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # ------------------------------------------------------------------------------------------- local steps, then an average

@@ -16,9 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, distributed
-from torch.linalg import vector_norm
 
 from purestep._core import maths
 from purestep._core.exchange import Exchange, Item, Places, layout_of
@@ -118,12 +116,9 @@ def measured(homes: Sequence[Any], *lists: Sequence[Tensor]) -> list[tuple[Measu
     Returns:
         for each of `homes` one for each of the lists.
     """
-    dtypes = [torch.promote_types(x.dtype, torch.float32) for xs in lists for x in xs]
-    parts = [x for xs in lists for x in xs]
-    squares = [vector_norm(x, dtype=dtype).to(maths.precise(x.device)) ** 2 for x, dtype in zip(parts, dtypes)]
-    sizes = [x.sqrt().to(dtype) for x, dtype in zip(summed(squares, [*homes] * len(lists)), dtypes)]
-    found = [Measured(norm, home) for norm, home in zip(sizes, [*homes] * len(lists))]
-    n = len(homes)
+    parts, like, n = [x for xs in lists for x in xs], [*homes] * len(lists), len(homes)
+    squares = summed(list(map(maths.square, parts)), like)
+    found = [Measured(x.sqrt().to(maths.wide(part)), home) for x, part, home in zip(squares, parts, like)]
     return list(zip(*[found[k : k + n] for k in range(0, len(found), n)]))
 
 

@@ -122,9 +122,7 @@ class Exchange:
         self.group, self.ranks, self.me, self.order = places
         sizes = [item.x.element_size() for item in items]
         self.unit = max(8, *sizes)  # what one process sends another is a multiple of it, so that numbers begin where they may
-        self.of: list[list[int]] = [
-            [] for _ in self.ranks
-        ]  # the items of each owner, so that each begins at a multiple of its size
+        self.of: list[list[int]] = [[] for _ in self.ranks]  # the items of each owner, the widest numbers first
         for k in sorted(range(len(items)), key=lambda k: -sizes[k]):
             self.of[items[k].owner].append(k)
         self.owned = [k for k, item in enumerate(items) if item.owner == self.me]

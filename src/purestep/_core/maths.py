@@ -111,9 +111,14 @@ def operation(
     return call
 
 
+def is_ours(function: Callable[..., Any]) -> bool:
+    """Whether a function is the library's own, and not a user's, which may raise what it likes."""
+    return str(getattr(function, "__module__", "")).startswith("purestep.")
+
+
 def may_fail(function: Callable[..., Any]) -> bool:
     """Whether an operation may raise for some values of its tensors: a user's, or a decomposition, which refuses NaN."""
-    if not str(getattr(function, "__module__", "")).startswith("purestep."):
+    if not is_ours(function):
         return True
     return "linalg" in getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
 
@@ -589,7 +594,12 @@ def squares(tensors: list[Tensor]) -> list[Tensor]:
     """The squared 2-norm of each tensor, in the precision that numbers are computed in."""
     if recorded(tensors):
         return summed([x.abs() ** 2 for x in tensors], precise(tensors[0].device))
-    return sharded.sums(tensors, lambda x: vector_norm(x, dtype=wider(x)).to(precise(x.device)) ** 2)
+    return sharded.sums(tensors, square)
+
+
+def square(x: Tensor) -> Tensor:
+    """The squared 2-norm of a plain tensor, in the precision that numbers are computed in."""
+    return vector_norm(x, dtype=wider(x)).to(precise(x.device)) ** 2
 
 
 REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}

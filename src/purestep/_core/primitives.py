@@ -92,7 +92,6 @@ class LinkDeclaration(Declaration):
         self.key, self.watched = str(next(_serial)), False  # torch.compile takes an int for a number that may change
         DECLARATIONS[self.key] = self
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
-        self.ours = str(getattr(function, "__module__", "")).startswith("purestep.")  # not a user's
         self.original = self  # what a kernel knows the mathematics by
         self.derived: dict[Any, Any] = {}  # other declarations of the same transform, by what they differ in
         self.state_dtype: torch.dtype | None = None  # that the state has at least; see `state_dtype`
@@ -280,8 +279,7 @@ def scheduled(value: Primitive) -> bool:
 def users(x: Any) -> bool:
     """Whether an argument calls a function of a user's, which may raise what it likes."""
     if isinstance(x, Schedule):
-        mine = str(getattr(x.declaration.function, "__module__", "")).startswith("purestep.")
-        return not mine or any(map(users, x.arguments.values()))
+        return not x.declaration.ours or any(map(users, x.arguments.values()))
     if isinstance(x, (tuple, list)):
         return any(map(users, x))
     return callable(x) and not isinstance(x, (Value, type, Tensor))

@@ -82,8 +82,9 @@ def spread_by_rows(x: Any, like: Any) -> Any:
         return x
     distributed: Any = torch.distributed.tensor  # pyright: ignore[reportAttributeAccessIssue]
     placements = [distributed.Shard(0) if p.is_shard() else distributed.Replicate() for p in like.placements]
-    block = block_at(like.device_mesh.get_coordinate() or [0] * len(placements), like.device_mesh.shape, placements, x.shape)
-    mine = part(local(x), block).clone()
+    mine, coordinate = local(x).new_empty(0), like.device_mesh.get_coordinate()
+    if coordinate is not None:  # else this process has no part in it
+        mine = part(local(x), block_at(coordinate, like.device_mesh.shape, placements, x.shape)).clone()
     return type(like).from_local(mine, like.device_mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
 
 

@@ -52,6 +52,7 @@ class Declaration:
         self.inner = next((p.name for p in parameters if inner is not None and hints.get(p.name) is inner), "")
         parameters = [p for p in parameters if p.name not in self.extras]
         self.function = function
+        self.ours = maths.is_ours(function)
         self.name = name or function.__name__
         self.signature = inspect.Signature(parameters)
         self.intervals: dict[str, Interval | tuple[Interval, ...]] = {}

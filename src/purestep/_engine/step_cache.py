@@ -134,27 +134,40 @@ class RepeatedStep(NamedTuple):
                 return False
             vectors.append(vector)
             counts.append(values[0])
-        if self.bound(facts, executor):
-            for vector, count in zip(vectors, counts):  # several fields may be one counter
-                vector.fill_(count + 1)
-            self.run((params, grads, columns), counts[0] if counts else 0, counters[0][0] if counters else ZERO, facts)
-        else:
-            self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), facts)
+        self.make((params, grads, columns), counters, vectors, counts, (facts, executor))
         if homes is not params:
             torch.autograd.graph.increment_version(homes)
         return True
 
+    def make(
+        self,
+        lists: tuple[list[Tensor], list[Tensor], list[list[Tensor]]],
+        counters: list[list[Tensor]],
+        vectors: list[Tensor],
+        counts: list[Any],
+        how: tuple[dict[Any, Any] | None, ExecutorName | None],
+    ) -> None:
+        """The step, in place, with what is known of the tensors and the executor that a user wants.
+
+        `lists` are the parameters, the gradients and the fields; `vectors` are the memory of the counters, and `counts` what
+        they say.
+        """
+        facts, executor = how
+        if not self.bound(facts, executor):
+            params, grads, columns = lists
+            self.repeat((grads, params), columns, counters, vectors, self.numbers(executor, counters, counts), facts)
+            return
+        for vector, count in zip(vectors, counts):  # several fields may be one counter
+            vector.fill_(count + 1)
+        self.run(lists, counts[0] if counts else 0, counters[0][0] if counters else ZERO, facts)
+
     def elementwise(self) -> bool:
         """Whether each element of a parameter is updated by itself, so that a part of a parameter can be updated alone."""
-        structure = self.chain.structure
-        if structure.elementwise is None:
-            single = (
-                None
-                if self.chain.arrays
-                else program(self.recipe, False, False, False, *self.chain.declarations, form="single")
-            )
-            structure.elementwise = single is not None and single.elementwise
-        return structure.elementwise
+        chain = self.chain
+        if chain.structure.elementwise is None:
+            recipe = (self.recipe, False, False, False, *chain.declarations)
+            chain.structure.elementwise = not chain.arrays and program(*recipe, form="single").elementwise
+        return chain.structure.elementwise
 
     def hits(self, guards: GuardCache, grads: list[Any], params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> bool:
         """Whether `again` would find the tensors of the last step."""

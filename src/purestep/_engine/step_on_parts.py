@@ -16,7 +16,7 @@ from torch import Tensor
 from purestep._core.plain import plain
 from purestep._engine.guards import GuardCache
 from purestep._engine.run import choose, one
-from purestep._engine.step_cache import ZERO, RepeatedStep
+from purestep._engine.step_cache import RepeatedStep
 from purestep._executors.task import LEAF_BY_LEAF, ExecutorName
 
 Lists: TypeAlias = "tuple[list[Any], list[Any]]"
@@ -38,14 +38,7 @@ def on_parts(step: RepeatedStep, lists: Lists, states: list[Any], guards: GuardC
     params, grads, *columns = parts
     executor = None if executor == "compiled" else executor  # a part that is empty here may not be so elsewhere
     counts = [c[0].item() for c in counters]
-    if step.bound(guard.facts, executor):
-        for c, count in zip(counters, counts):
-            c[0].fill_(count + 1)
-        first = counters[0][0] if counters else ZERO
-        step.run((params, grads, columns), counts[0] if counts else 0, first, guard.facts)
-    else:
-        vectors, numbers = [c[0] for c in counters], step.numbers(executor, counters, counts)
-        step.repeat((grads, params), columns, counters, vectors, numbers, guard.facts)
+    step.make((params, grads, columns), counters, [c[0] for c in counters], counts, (guard.facts, executor))
     homes = flat.from_iterable([lists[1], *columns_of(step, states, step.places)])
     torch.autograd.graph.increment_version([*homes, *flat.from_iterable(columns)])
     return True

@@ -29,14 +29,26 @@ LONGEST, DEEPEST = 1000, 50
 
 
 def check_form(loaded: Any) -> None:
-    """Refuse what is no state dict: another form, or something that contains itself."""
+    """Refuse what is no state dict: another form, or something that contains itself.
+
+    Raises:
+        TypeError: it is no dict.
+        KeyError: it lacks the state or the groups, as what torch's distributed checkpoints make of flat names may.
+        ValueError: something in it has another form.
+    """
     if not isinstance(loaded, Mapping):
         raise TypeError(f"load_state_dict takes a dict, as state_dict returns it, but got {shown(loaded)}.")
-    if not isinstance(loaded.get("state", {}), Mapping):
+    for name in ("state", "param_groups"):
+        if name not in loaded:
+            raise KeyError(
+                f"A state dict of an optimizer has 'state' and 'param_groups', but this one has no {name!r}: its names are "
+                f"{listed([str(k) for k in loaded])}."
+            )
+    if not isinstance(loaded["state"], Mapping):
         raise ValueError(
             f"The loaded state dict's 'state' must be a dict of the parameters' states, but is {shown(loaded['state'])}."
         )
-    groups = loaded.get("param_groups", [])
+    groups = loaded["param_groups"]
     if not isinstance(groups, (list, tuple)):
         raise ValueError(f"The loaded state dict's 'param_groups' must be a list of groups, but is {shown(groups)}.")
     for i, group in enumerate(groups):
@@ -85,20 +97,6 @@ def refuse_strange(x: Any, *, meta: bool, around: tuple[int, ...] = (), path: tu
         )
     for key, y in x.items() if isinstance(x, dict) else enumerate(x):
         refuse_strange(y, meta=meta, around=(*around, id(x)), path=(*path, key))
-
-
-def refuse_incomplete(state_dict: Mapping[str, Any]) -> None:
-    """Refuse what is no state dict of an optimizer: torch's distributed checkpoints may hand over flat names.
-
-    Raises:
-        KeyError: as torch does.
-    """
-    for name in ("state", "param_groups"):
-        if name not in state_dict:
-            raise KeyError(
-                f"A state dict of an optimizer has 'state' and 'param_groups', but this one has no {name!r}: its names are "
-                f"{listed([str(k) for k in state_dict])}."
-            )
 
 
 def cleaned(states: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -61,7 +61,6 @@ from purestep._optimizer.checkpoint import (
     cleaned,
     keep_precision,
     lay_out,
-    refuse_incomplete,
     refuse_strange,
     with_labels,
 )
@@ -633,7 +632,8 @@ class Optimizer(torch.optim.Optimizer):
             grads = sharded.alike(grads, params, plan.alike(columns), lambda k: quote(path(k)))
             members = tuple([id(group) for group, _ in groups])
             if members not in self._selection.agreed and not traced():
-                if any([must_see_whole(link.transform, params[0]) for link in plan.links]):
+                kinds = {p.dim(): p for p in params}.values()  # some transforms see vectors as what matrices are not to them
+                if any([must_see_whole(link.transform, p) for link in plan.links for p in kinds]):
                     check_agreement(plan, params, path)
                 self._selection.agreed.add(members)
         executor = self._executor(groups[0][0])
@@ -812,7 +812,6 @@ class Optimizer(torch.optim.Optimizer):
         for hook in before.values():
             state_dict = hook(self, state_dict) or state_dict
         check_form(state_dict)
-        refuse_incomplete(state_dict)
         state_dict["state"] = cleaned(state_dict["state"])
         shared = self._place.take(state_dict["state"])
         saved = with_labels(state_dict["param_groups"], self._contents)

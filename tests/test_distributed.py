@@ -246,9 +246,8 @@ def many_small(mesh: Any) -> float:
             a, b = getattr(torch.optim, name)(whole, **CLASSES[name]), getattr(optim, name)(parts, **CLASSES[name])
             before = [dict(b.state[p]) for p in parts]
             if name == "RMSprop":  # whose state is packed: the parts lie one after the other
-                first, *places = [b.state[p]["square_avg"].to_local() for p in parts]
-                ends = [x.data_ptr() + x.nbytes for x in (first, *places[:-1])]
-                assert not first.numel() or [x.data_ptr() for x in places if x.numel()] == ends[: len(places)]
+                here = [x for p in parts if (x := b.state[p]["square_avg"].to_local()).numel()]
+                assert [x.data_ptr() for x in here[1:]] == [x.data_ptr() + x.nbytes for x in here[:-1]], "it is not packed"
             train(a, whole)
             train(b, parts)
             assert all(b.state[p][k] is x for p, old in zip(parts, before) for k, x in old.items()), "a state has moved"
@@ -273,15 +272,15 @@ def remembered(name: str, count: int, mesh: Any) -> dict[str, Any]:
     """Steps like the last one, and each time one thing that the step cache takes for granted is no longer so."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    shapes = {str(k): (5, 3) for k in range(count)}
-    whole, parts = pair(mesh, shapes)
+    whole, parts = pair(mesh, {str(k): (5, 3) for k in range(count)})
+    parts[-1] = nn.Parameter(spread(whole[-1].detach(), mesh, None))  # whole in both processes
     a, b = REMEMBERED[name](whole), REMEMBERED[name](parts)
     found: dict[str, Any] = {}
 
     def step(what: str, change: Callable[[], Any] = lambda: None, places: list[Any] | None = None, grad: Any = None) -> None:
         for k, (p, q) in enumerate(zip(whole, parts)):
             g = bowl(p.detach()) if grad is None or k else grad(p)
-            p.grad, q.grad = g, None if g is None else spread(g, mesh)
+            p.grad, q.grad = g, None if g is None else spread(g, mesh, None if q is parts[-1] else 0)
             if places is not None and g is not None:
                 q.grad = q.grad.redistribute(placements=places)
         change()
@@ -292,9 +291,9 @@ def remembered(name: str, count: int, mesh: Any) -> dict[str, Any]:
         pairs += [([finite(gathered(q.detach()))], [finite(p.detach())]) for q, p in zip(parts, whole)]
         found[what] = max(difference(x, y) for x, y in pairs)
 
-    def terms() -> None:
-        x = parts[0].grad.full_tensor()
-        parts[0].grad = DTensor.from_local(x / 2, mesh, [Partial()], run_check=False)
+    def terms(k: int) -> None:
+        x = parts[k].grad.full_tensor()
+        parts[k].grad = DTensor.from_local(x / 2, mesh, [Partial()], run_check=False)
 
     def other_state() -> None:
         state = b.state[parts[0]]
@@ -316,7 +315,8 @@ def remembered(name: str, count: int, mesh: Any) -> dict[str, Any]:
     assert all(p._version > v for p, v in zip(parts, versions)), "a version was not counted"
     step("replicated gradients", places=[Replicate()])
     step("gradients by columns", places=[Shard(1)])
-    step("terms of a gradient", terms)
+    step("terms of a gradient", lambda: terms(0))
+    step("terms where nothing else is different", lambda: terms(-1))
     step("another state", other_state)
     step("other memory", other_memory)
     step("another rate", rate)
@@ -335,7 +335,7 @@ def remembered(name: str, count: int, mesh: Any) -> dict[str, Any]:
     ):
         step("before " + key)
         for p, q in zip(whole, parts):
-            q.grad = spread(bowl(p.detach()), mesh)
+            q.grad = spread(bowl(p.detach()), mesh, None if q is parts[-1] else 0)
         parts[0].grad = made(parts[0])
         if key == "a plain state":
             state = b.state[parts[0]]
@@ -407,6 +407,30 @@ def remembered_steps(name: str, count: int, mesh: Any) -> dict[str, Any]:
 for _name in ("adamw", "lion", "nadam"):
     for _count in (3, 20):
         FOUND[f"remembered steps {_name}, {_count}"] = partial(remembered_steps, _name, _count)
+
+
+CALLS: list[int] = []
+
+
+@ps.leafwise()
+def noted(g: Tensor, p: Tensor) -> Tensor:
+    CALLS.append(1)
+    return -0.1 * g
+
+
+@case
+def leaf_by_leaf_after_all(mesh: Any) -> int:
+    """How often the leaf function itself is called where that is asked for, after steps that were remembered."""
+    t, parts, grads = noted(), *([spread(torch.ones(4, 2), mesh) for _ in range(3)] for _ in range(2))
+    state = t.init_state(parts)
+    for _ in range(4):
+        parts, state = t.step(grads, state, parts, donate=True)
+    assert t.explain(grads, state, parts, donate=True).cached
+    CALLS.clear()
+    t.step(grads, state, parts, donate=True)
+    assert not CALLS
+    t.step(grads, state, parts, donate=True, executor="leaf")
+    return len(CALLS)
 
 
 class Swapped(NamedTuple):
@@ -693,6 +717,8 @@ def refused(mesh: Any) -> dict[str, str]:
     loaded = optim.AdamW([("w", model)])
     loaded.load_state_dict(saved.state_dict())
     model.grad = spread(x, mesh)
+    summands = nn.Parameter(terms)
+    summands.grad, termed = terms, optim.AdamW([("w", summands)])
     tries: dict[str, Callable[[], Any]] = {
         "plain gradient": lambda: t.step({"layer": {"w": x}}, state, p),
         "sharded gradient": lambda: t.step(
@@ -704,6 +730,7 @@ def refused(mesh: Any) -> dict[str, str]:
         ),
         "state": lambda: t.step({"layer": {"w": spread(x, mesh, 1)}}, t.init_state({"layer": {"w": spread(x, mesh, 1)}}), p),
         "loaded": loaded.step,
+        "terms of an optimizer": termed.step,
         "hutchinson": lambda: ps.hutchinson(lambda q: loss_of(q["layer"]["w"]).full_tensor(), p),
     }
     return {name: refusal(attempt) for name, attempt in tries.items()}
@@ -789,7 +816,7 @@ def test_remembered_steps(answers: list[Found], name: str, count: int) -> None:
         assert re.match("TypeError: The gradient of '0' is a Tensor, but the parameter is a DTensor", found["a plain gradient"])
         assert re.match("TypeError: The state of '0' is a Tensor, but the parameter is a DTensor", found["a plain state"])
         numbers = {what: x for what, x in found.items() if what not in ("cached", "a plain gradient", "a plain state")}
-        assert len(numbers) == 17
+        assert len(numbers) == 18
         near(numbers, numbers, EXACT)
 
 
@@ -807,6 +834,10 @@ def test_remembered_steps_of_functions(answers: list[Found], name: str, count: i
         numbers = {what: x for what, x in found.items() if isinstance(x, float)}
         assert len(numbers) == 12
         near(numbers, numbers, EXACT)
+
+
+def test_leaf_by_leaf_after_remembered_steps(answers: list[Found]) -> None:
+    assert [x["leaf_by_leaf_after_all"] for x in answers] == [3, 3]
 
 
 def test_fields_that_change_places(answers: list[Found]) -> None:
@@ -851,6 +882,7 @@ def test_refusals(answers: list[Found]) -> None:
             "terms": r"TypeError: The parameter 'layer.w' is a DTensor \(Partial.* redistribute",
             "mesh": r"ValueError: The gradient of 'layer.w' is spread over .* one mesh",
             "state": r"TypeError: The state of 'layer.w' is a DTensor \(Shard\(dim=1\)\), but .* Make a new state, or load",
+            "terms of an optimizer": r"TypeError: The parameter 'w' is a DTensor \(Partial.* redistribute",
             "loaded": r"TypeError: The state of 'w' is a Tensor, but the parameter is a DTensor .*set_optimizer_state_dict",
             "hutchinson": r"TypeError: hutchinson takes whole tensors, but 'layer.w' is a DTensor .*full_tensor",
         }.items():

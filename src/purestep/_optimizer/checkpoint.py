@@ -74,9 +74,9 @@ def check_option(x: Any, name: str, i: int) -> None:
         raise ValueError(f"Group {i} of the loaded state must have True, False or None for {name!r}, but has {shown(x)}.")
     if isinstance(x, str) and len(x) > LONGEST:
         raise ValueError(f"Group {i} of the loaded state has a string of {len(x)} characters for {name!r}.")
-    if isinstance(x, Tensor) and (x.numel() != 1 or x.grad_fn is not None or x.layout is not torch.strided):
+    if isinstance(x, Tensor) and (x.grad_fn is not None or x.layout is not torch.strided):
         raise ValueError(
-            f"Group {i} of the loaded state must have a number for {name!r}, without a history, but has {shown(x)}."
+            f"Group {i} of the loaded state must have a dense tensor for {name!r}, without a history, but has {shown(x)}."
         )
     if isinstance(x, int) and abs(x) > sys.float_info.max:
         raise ValueError(f"Group {i} of the loaded state has an integer for {name!r} that no float can hold.")

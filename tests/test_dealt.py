@@ -211,7 +211,8 @@ def of_rows(name: str, layout: str, mode: str) -> Any:
         with decompositions() as found:
             whole, state = opt.step(g, state, whole)
         counts[0] += len(found)
-        versions = [(x, x._version) for x in tree_leaves([parts, held]) if x.dim()]  # a state dict has copies
+        tensors = [x for x in tree_leaves([parts, held]) if isinstance(x, Tensor) and x.dim()]  # a state dict has copies
+        versions = [(x, x._version) for x in tensors]
         with decompositions() as found, counting() as counted:
             after, held = opt.step(sharded, held, parts, donate=mode == "donate")
         counts[1] += len(found)

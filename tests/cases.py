@@ -5,7 +5,8 @@ Adding a case here puts it under every test in this folder. What an algorithm la
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -257,6 +258,8 @@ CLASSES = tuple(
 
 CASES += [*cases_blocks.CASES, *cases_modern.CASES, *cases_methods.CASES, *cases_nested.CASES]
 
+Test = TypeVar("Test", bound=Callable[..., None])
+
 ALL = [(case, options) for case in CASES for options in case.options]
 
 
@@ -275,28 +278,31 @@ def each(capability: str = "", *, smooth: bool = False) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", marks, ids=str)
 
 
-def each_options(cases: list[Case] | None = None, capability: str = "") -> pytest.MarkDecorator:
-    """Parametrize over every case that has this capability under every set of its options."""
+def each_options(cases: list[Case] | None = None, capability: str = "") -> Callable[[Test], Test]:
+    """Parametrize over every case that has this capability under every set of its options, one of them in turn."""
     chosen = CASES if cases is None else cases
     pairs = [
         pytest.param(case, options, id=f"{case}-{i}", marks=skipped(case, capability))
         for case in chosen
         for i, options in enumerate(case.options)
     ]
-    return pytest.mark.parametrize(("case", "options"), pairs)
+    return in_turn("options", pytest.mark.parametrize(("case", "options"), pairs))
 
 
-def each_problem(cases: list[Case], capability: str = "") -> pytest.MarkDecorator:
+def each_problem(cases: list[Case], capability: str = "") -> Callable[[Test], Test]:
     """Parametrize over every case that has this capability under every set of its options, on every one of its problems."""
-    return pytest.mark.parametrize(
-        ("case", "options", "problem"),
-        [
-            pytest.param(c, o, p, id=f"{p}-{c}-{i}", marks=skipped(c, capability))
-            for c in cases
-            for i, o in enumerate(c.options)
-            for p in c.problems
-        ],
-    )
+    triples = [
+        pytest.param(c, o, p, id=f"{p}-{c}-{i}", marks=skipped(c, capability))
+        for c in cases
+        for i, o in enumerate(c.options)
+        for p in c.problems
+    ]
+    return in_turn("problem", pytest.mark.parametrize(("case", "options", "problem"), triples))
+
+
+def in_turn(name: str, parametrized: pytest.MarkDecorator) -> Callable[[Test], Test]:
+    """With the mark `in_turn` for one of the parameters."""
+    return lambda test: pytest.mark.in_turn(name)(parametrized(test))
 
 
 def skipped(case: Case, capability: str) -> Any:

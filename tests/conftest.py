@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
+from collections import defaultdict
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -58,8 +61,28 @@ LACKING = {
 RECENT = torch.__version__ >= "2.13"
 
 
+def in_turn(items: list[pytest.Item]) -> None:
+    """Mark as `long` what the marks `in_turn` leave out: all but one of the values that the parameters they name have.
+
+    Where a test has other parameters as well, one value is left for each combination of those, the next in turn. Each test
+    begins with another one, so that all values have their turn in some test, and the tests of all files try most pairs.
+    """
+    groups: dict[Any, dict[Any, list[pytest.Item]]] = defaultdict(lambda: defaultdict(list))
+    for item in items:
+        names = {name for mark in item.iter_markers("in_turn") for name in mark.args}
+        if names and item.nodeid not in item.config.args:  # what is named on the command line is run
+            test, params = item.nodeid.split("[")[0], item.callspec.params  # type: ignore[attr-defined]
+            groups[test][tuple([id(x) for name, x in params.items() if name not in names])].append(item)
+    for test, combinations in groups.items():
+        for turn, group in enumerate(combinations.values(), zlib.crc32(test.encode())):
+            for item in group:
+                if item is not group[turn % len(group)]:
+                    item.add_marker(pytest.mark.long)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` need one, and some tests a recent torch; those marked `long` are run where they are asked for."""
+    in_turn(items)
     if "long" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)

@@ -197,10 +197,7 @@ def sparse(layout: Any = torch.sparse_coo) -> Tensor:
         return torch.ones(2, 3).to_sparse(layout=layout)
 
 
-def without_a_value(*, swapped: bool = False) -> Any:
-    def value_and_grad(p: Any) -> Any:
-        return (p, torch.tensor(1.0)) if swapped else (torch.tensor(1.0), dict.fromkeys(p))
-
+def evaluated(value_and_grad: Callable[[Any], Any]) -> Any:
     return step(evaluating(), value_and_grad=value_and_grad)
 
 
@@ -243,6 +240,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "a learning rate of bools": lambda: ps.sgd(torch.tensor(True)),
     "a negative learning rate": lambda: ps.sgd(-1.0),
     "a beta of one": lambda: ps.adam(betas=(1.0, 0.9)),
+    "an eps of zero": lambda: ps.prodigy(eps=0.0),
+    "a fraction above one": lambda: schedules.one_cycle(1.0, total_steps=9, pct_start=1.5),
     "not a number": lambda: ps.scale(float("nan")),
     "a learning rate in words": lambda: ps.sgd("fast"),  # type: ignore[arg-type]
     # _core/masks.py
@@ -297,8 +296,10 @@ CASES: dict[str, Callable[[], Any]] = {
     # _engine/boundary.py
     "the state of another transform": lambda: step_from(begin(ps.trace(0.9)), ps.scale_by_adam()),
     "an extra tree with a hole": lambda: step(newton(), hessian={**PARAMS, "layer.bias": None}),
-    "value_and_grad the other way around": lambda: without_a_value(swapped=True),
-    "value_and_grad without a gradient": without_a_value,
+    "value_and_grad the other way around": lambda: evaluated(lambda p: (p, torch.tensor(1.0))),
+    "value_and_grad that returns a number": lambda: evaluated(lambda p: 1.0),
+    "value_and_grad without a gradient": lambda: evaluated(lambda p: (torch.tensor(1.0), dict.fromkeys(p))),
+    "value_and_grad of another structure": lambda: evaluated(lambda p: (torch.tensor(1.0), list(p.values()))),
     # _engine/checks.py
     "an unknown executor": lambda: step(ps.sgd(), executor="Foreach"),
     "two ways to run": lambda: step(ps.sgd(), compile=True, executor="leaf"),
@@ -444,6 +445,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "a vector as matrices": lambda: begin(ps.as_matrices(ps.muon())),
     "matrices that cannot be split": lambda: begin(ps.as_matrices(ps.muon(), split=3), {"w": torch.ones(10, 2)}),
     "columns that cannot be split": lambda: begin(ps.as_matrices(ps.muon(), split=2, dim=1), {"w": torch.ones(10, 7)}),
+    "matrices in no parts": lambda: ps.as_matrices(ps.muon(), split=0),
     "matrices of shampoo's": lambda: ps.as_matrices(ps.shampoo()),
     "a dimension beyond two": lambda: ps.as_matrices(ps.muon(), dim=2),
     "too many rates of mechanic's": lambda: ps.mechanic(ps.sgd(), num_betas=100),
@@ -459,6 +461,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "a number that is to be quantized": lambda: ps.quantize_state(3),  # type: ignore[arg-type]
     "a factory that is to be quantized": lambda: ps.quantize_state(ps.adam),  # type: ignore[arg-type]
     "four bits": lambda: ps.quantize_state(ps.adam(), bits=4),  # type: ignore[arg-type]
+    "a negative size": lambda: ps.quantize_state(ps.adam(), min_size=-1),
     "nothing to quantize": lambda: ps.quantize_state(ps.scale(2.0)),
     "16 bits without a counter": lambda: ps.quantize_state(averaged(), 16),
     "a schedule that is a number": lambda: ps.scale_by_schedule(0.1),  # type: ignore[arg-type]

@@ -235,6 +235,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "a state of one parameter that is a number": lambda: changed(lambda saved: saved["state"].update({0: 3})),
     "a state without a field": lambda: changed(lambda saved: saved["state"][0].pop("exp_avg")),
     "a history that is a number": lambda: field("shared.old_dirs", 3, of(ps.lbfgs())),
+    "a number of all parameters in words": lambda: field("shared.skipped", "three", of(ps.skip_if_nonfinite(ps.adam()))),
+    "a vector of all parameters of another size": lambda: field("shared.d", torch.ones(7), of(ps.lbfgs())),
     "a vector in another order": reordered,
     "a count of several numbers": lambda: field("step", torch.ones(2)),
     "a count in words": lambda: field("step", "three"),
@@ -251,6 +253,8 @@ CASES: dict[str, Callable[[], Any]] = {
     # _optimizer/closures.py
     "a hessian of an optimizer's": lambda: of(newton())().step(),
     "no closure": lambda: of(polyak())().step(),
+    "a closure that returns words": lambda: of(polyak())().step(lambda: "low"),
+    "a closure that returns several values": lambda: of(polyak())().step(lambda: torch.ones(2)),
     # _optimizer/following.py
     "a schedule under a scheduler that begins at 0": following_from_zero,
     # _optimizer/optimizer.py

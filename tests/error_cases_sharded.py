@@ -1,6 +1,7 @@
 """Wrong calls, one for each message that purestep raises: those about sharded parameters.
 
-They are made in one process that takes itself for the first of two. The other, which torch pretends, answers nothing but zeros.
+They are made in one process that takes itself for the first of two. The other is pretended: torch's "fake" processes answer
+nothing, and two functions here answer for one. `tests/test_dealt.py` has the same errors from true processes.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -84,14 +86,46 @@ def growing(g: Tensor, s: Mean, p: Tensor) -> tuple[Tensor, Mean]:
     return g, Mean(twice(s.exp_avg))
 
 
-def optimizer_step(p: Any, t: ps.Transform) -> Any:
-    w = torch.nn.Parameter(p)
-    optimizer = ps.optim.Optimizer([("w", w)], t)
-    w.grad = p.detach().clone()
+def optimizer_step(t: ps.Transform, *params: Any) -> Any:
+    named = [(name, torch.nn.Parameter(p)) for name, p in zip("ab", params)]
+    optimizer = ps.optim.Optimizer(named, t)
+    for _, p in named:
+        p.grad = p.detach().clone()
     return optimizer.step()
 
 
+def failing(m: Any) -> Any:
+    """A step in which the second process says that it has failed: the first of the numbers that it sends is not 0."""
+    send = torch.distributed.all_to_all_single
+
+    def answered(received: Tensor, sent: Tensor, counts: list[int], *rest: Any, **options: Any) -> Any:
+        work = send(received, sent, counts, *rest, **options)
+        received[sum(counts[:1]) :] = 1
+        return work
+
+    with mock.patch("torch.distributed.all_to_all_single", answered):
+        return step(spread(X, m), spread(X, m), t=ps.muon())
+
+
+def disagreeing(m: Any, change: Callable[[dict[str, str]], dict[str, str]]) -> Any:
+    """A step of two parameters in which the second process has others."""
+
+    def gather(found: list[Any], mine: list[Any], **options: Any) -> None:
+        found[:] = [mine, [(1, change(mine[0][1]), None)]]
+
+    with (
+        mock.patch("torch.distributed.all_reduce", lambda x, *rest, **options: x[:1].add_(1)),
+        mock.patch("torch.distributed.all_gather_object", gather),
+    ):
+        return optimizer_step(ps.muon(), spread(X, m), spread(X, m))
+
+
 CASES: dict[str, Callable[[], Any]] = {
+    "another process that fails": mesh(failing),
+    "another process with fewer parameters": mesh(lambda m: disagreeing(m, lambda names: {"a": names["a"]})),
+    "another process with more parameters": mesh(lambda m: disagreeing(m, lambda names: {**names, "c": names["a"]})),
+    "another process with another order": mesh(lambda m: disagreeing(m, lambda names: dict(reversed(names.items())))),
+    "another process with another shape": mesh(lambda m: disagreeing(m, lambda names: {**names, "b": "(9, 9) (Shard(dim=0),)"})),
     "a state that grows": mesh(lambda m: step(spread(X, m), spread(X, m), t=growing())),
     "a parameter of terms": mesh(lambda m: step(terms(X, m), terms(X, m))),
     "a plain gradient of a sharded parameter": mesh(lambda m: step(X, spread(X, m))),
@@ -103,7 +137,7 @@ CASES: dict[str, Callable[[], Any]] = {
         lambda m: step(of_the_second(X), of_the_second(X), t=ps.clip_by_global_norm(1.0))
     ),
     "all parameters of an optimizer, of which one is another process's": mesh(
-        lambda m: optimizer_step(of_the_second(X), ps.clip_by_global_norm(1.0))
+        lambda m: optimizer_step(ps.clip_by_global_norm(1.0), of_the_second(X))
     ),
     "hutchinson of sharded parameters": mesh(lambda m: ps.hutchinson(lambda q: q["w"].sum(), {"w": spread(X, m)})),
 }

@@ -287,6 +287,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "a gradient too few": lambda: step(ps.sgd(), {"layer.weight": torch.ones(2, 3)}),
     "a gradient too many": lambda: step(ps.sgd(), {**PARAMS, "other": VECTOR}),
     "gradients in another container": lambda: step(ps.sgd(), (VECTOR,), [VECTOR]),
+    "gradients with another container inside": lambda: step(ps.sgd(), {"a": (VECTOR,)}, {"a": [VECTOR]}),
     # _core/values.py
     "an argument that is not there": lambda: ps.trace(0.9, nestrov=True),  # type: ignore[call-arg]
     "an attribute of a transform": lambda: setattr(SCALE, "factor", 1.0),
@@ -346,7 +347,8 @@ CASES: dict[str, Callable[[], Any]] = {
         PARAMS, begin(ps.lbfgs(), {"layer.bias": torch.ones(3)}), PARAMS, value_and_grad=lambda p: (torch.tensor(1.0), p)
     ),
     "another line search": lambda: step(
-        ps.lbfgs(line_search_fn="armijo"), value_and_grad=lambda p: (torch.tensor(1.0), p)  # type: ignore[arg-type]
+        ps.lbfgs(line_search_fn="armijo"),
+        value_and_grad=lambda p: (torch.tensor(1.0), p),  # type: ignore[arg-type]
     ),
     "muon for complex parameters": lambda: begin(ps.muon(), {"w": torch.ones(2, 2, dtype=torch.complex64)}),
     "muon for a vector": lambda: begin(ps.muon()),
@@ -363,6 +365,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "a state with too few parts": lambda: step_from(begin(ps.adam())[:1], ps.adam()),
     "a state of one transform for a chain": lambda: step_from(begin(ps.trace(0.9)), ps.adam()),
     "a chain of a number": lambda: ps.chain(0.1),  # type: ignore[arg-type]
+    "a chain of a schedule": lambda: ps.chain(schedules.constant(0.1)),  # type: ignore[arg-type]
     "a chain of a factory": lambda: ps.chain(ps.scale),  # type: ignore[arg-type]
     "the state of another named chain": lambda: step_from({"x": ()}, ps.named_chain(("a", ps.scale(1.0)))),
     "a tuple for a named chain": lambda: step_from((), ps.named_chain(("a", ps.scale(1.0)))),
@@ -385,8 +388,13 @@ CASES: dict[str, Callable[[], Any]] = {
     "a flat state that is wrong in all ways": lambda: ps.load_state_dict(
         begin(ps.scale_by_adam(), {k: torch.ones(2) for k in "abcd"}),
         {
-            "step.a": torch.tensor(-1.0), **{f"step.{k}": torch.tensor(1.0) for k in "bcd"}, "exp_avg.a": 1.0,
-            "exp_avg.b": torch.ones(3), "exp_avg.c": VECTOR.double(), "exp_avg.d": VECTOR.to_sparse(), "exp_avg.e": VECTOR,
+            "step.a": torch.tensor(-1.0),
+            **{f"step.{k}": torch.tensor(1.0) for k in "bcd"},
+            "exp_avg.a": 1.0,
+            "exp_avg.b": torch.ones(3),
+            "exp_avg.c": VECTOR.double(),
+            "exp_avg.d": VECTOR.to_sparse(),
+            "exp_avg.e": VECTOR,
             **{f"other.{k}": VECTOR for k in range(30)},
         },
     ),
@@ -435,9 +443,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "averages of a bare tensor": lambda: ps.eval_params(VECTOR, VECTOR),
     # transforms
     "a mask without a transform": lambda: ps.masked(0.1, {}),  # type: ignore[arg-type]
-    "the state of another partition": lambda: step_from(
-        {"x": ()}, ps.partition({"a": ps.scale(1.0)}, lambda path, p: "a")
-    ),
+    "the state of another partition": lambda: step_from({"x": ()}, ps.partition({"a": ps.scale(1.0)}, lambda path, p: "a")),
     "a tuple for a partition": lambda: step_from((), ps.partition({"a": ps.scale(1.0)}, lambda path, p: "a")),
     "a partition of nothing": lambda: ps.partition({}, lambda path, p: "a"),
     "a label that is a number": lambda: ps.partition({1: ps.sgd()}, lambda path, p: 1),  # type: ignore[dict-item]
@@ -450,9 +456,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "a dimension beyond two": lambda: ps.as_matrices(ps.muon(), dim=2),
     "too many rates of mechanic's": lambda: ps.mechanic(ps.sgd(), num_betas=100),
     "a plot of nothing": lambda: ps.plot_monitor([]),
-    "a plot without matplotlib": lambda: without(
-        "matplotlib", lambda: ps.plot_monitor([begin(ps.monitor())])
-    ),
+    "a plot without matplotlib": lambda: without("matplotlib", lambda: ps.plot_monitor([begin(ps.monitor())])),
     "a predicate that is a transform": lambda: ps.conditionally(ps.sgd(), ps.sgd()),  # type: ignore[arg-type]
     "neither passed nor zero": lambda: ps.conditionally(lambda t: True, ps.sgd(), otherwise="skip"),  # type: ignore[arg-type]
     "complex parameters": lambda: begin(ps.sm3(), {"w": torch.ones(2, dtype=torch.complex64)}),

@@ -65,7 +65,7 @@ def backward(x: Tensor, a: Tensor) -> Tensor:
 
 
 def while_compiling(call: Callable[[], Any]) -> Any:
-    with mock.patch("torch.compiler.is_compiling", lambda: True):
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
         return call()
 
 
@@ -107,9 +107,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "args that are a tensor": lambda: unroll(args=X),
     "half a step between checkpoints": lambda: unroll(checkpoint_every=2.5),
     "a loss without aux": lambda: unroll(has_aux=True),
-    "a loss without buffers and aux": lambda: unroll(
-        has_aux=True, buffers=X, loss=lambda p, s, b: (p.sum(), s)
-    ),
+    "a loss without buffers and aux": lambda: unroll(has_aux=True, buffers=X, loss=lambda p, s, b: (p.sum(), s)),
     "a loss of several values": lambda: unroll(loss=lambda p, b: p - b),
     "a loss with more than was asked for": lambda: unroll(loss=lambda p, b: (squares(p, b), b)),
     "no steps": lambda: unroll(batches=0),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import purestep as ps
 from purestep import optim
-from tests.error_cases import PARAMS, begin, evaluating, newton, polyak
+from tests.error_cases import newton, polyak
 
 SHAPES = {"a": (3, 2), "b": (3,)}
 

@@ -125,7 +125,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "another process with fewer parameters": mesh(lambda m: disagreeing(m, lambda names: {"a": names["a"]})),
     "another process with more parameters": mesh(lambda m: disagreeing(m, lambda names: {**names, "c": names["a"]})),
     "another process with another order": mesh(lambda m: disagreeing(m, lambda names: dict(reversed(names.items())))),
-    "another process with another shape": mesh(lambda m: disagreeing(m, lambda names: {**names, "b": "(9, 9) (Shard(dim=0),)"})),
+    "another process with another shape": mesh(
+        lambda m: disagreeing(m, lambda names: {**names, "b": "(9, 9) (Shard(dim=0),)"})
+    ),
     "a state that grows": mesh(lambda m: step(spread(X, m), spread(X, m), t=growing())),
     "a parameter of terms": mesh(lambda m: step(terms(X, m), terms(X, m))),
     "a plain gradient of a sharded parameter": mesh(lambda m: step(X, spread(X, m))),

@@ -108,6 +108,8 @@ def test_errors_are_raised_where_they_are_made() -> None:
 
 
 def test_what_differs_from_run_to_run_is_left_out() -> None:
-    said = f"{test_what_is_a_site} on DeviceMesh((2, 1), 'cpu', stride=(1, ())), and DeviceMesh('cpu', [0]). torch says: no\nnever"
+    said = (
+        f"{test_what_is_a_site} on DeviceMesh((2, 1), 'cpu', stride=(1, ())), and DeviceMesh('cpu', [0]). torch says: no\nnever"
+    )
     expected = "<function test_what_is_a_site at 0x...> on DeviceMesh..., and DeviceMesh.... torch says: ..."
     assert messages.normalised(said) == expected

@@ -74,6 +74,35 @@ def texts_in(function: ast.FunctionDef) -> set[str]:
     return {x.value for x in constants if isinstance(x.value, str) and len(x.value.split()) > 1}
 
 
+# ------------------------------------------------------------------------------------------------------------------ its prose
+
+WEEDED = ("whole number", "so many", "put around", "stands", "asked", "told", "seen", "face", "what it is given", "Whether")
+"""Words that no message has, because there are plainer ones."""
+
+ENDS_OTHERWISE = {
+    "fused and differentiable": "torch's own text",
+    "two groups of lbfgs": "torch's own text",
+    "a flat state of another transform": "ends in a list",
+    "a flat state that is wrong in all ways": "ends in a list",
+    "schedules drawn without matplotlib": "ends in a command",
+    "a plot without matplotlib": "ends in a command",
+}
+"""The cases whose messages do not end as a sentence does, and why."""
+
+
+def test_messages_are_sentences_in_plain_words() -> None:
+    told = {name: message.text for name, message in messages.written().items()}
+    assert {name for name, text in told.items() if not text.endswith((".", "?"))} == ENDS_OTHERWISE.keys()
+    weeded = re.compile(rf"\b({'|'.join(WEEDED)})\b")
+    assert not [text for text in told.values() if weeded.search(text)]
+
+
+def test_messages_are_short() -> None:
+    """What was found is described, or cut off: no tensor's elements, and no page of text."""
+    told = {name: message.text for name, message in messages.written().items()}
+    assert not [name for name, text in told.items() if re.search(r"\btensor\(", text) or len(text) > 600]
+
+
 # ----------------------------------------------------------------------------------------------------------- what is a site
 
 

@@ -340,7 +340,8 @@ def test_steps_are_counted() -> None:
     assert isinstance(ps.step_count(state), int)
     assert ps.find(state, ps.AdamState).step["hidden.bias"].item() == 3
     with pytest.raises(
-        LookupError, match=r"counts no updates, because no transform needs to know their number. It holds EmptyState, EmptyState"
+        LookupError,
+        match=r"counts no updates, because no transform needs to know their number. It holds EmptyState, EmptyState",
     ):
         ps.step_count(ps.chain(ps.clip(1.0), ps.scale(-0.1)).init_state(params))
 

@@ -58,9 +58,7 @@ def find(state: Any, kind: type[S]) -> S:
             f"There are {len(found)} states of type {kind.__name__} here: {there}. find_all(...) gives all of them."
         )
     named = ", ".join([f"{type(x).__name__} ({place})" for place, x in every if type(x) is not EmptyState])
-    raise LookupError(
-        f"There is no {kind.__name__} in this state; there is {named or 'nothing, as its transforms keep none'}."
-    )
+    raise LookupError(f"There is no {kind.__name__} in this state; there is {named or 'nothing, as its transforms keep none'}.")
 
 
 def find_all(state: Any, kind: type[S]) -> list[S]:

@@ -74,6 +74,14 @@ def texts_in(function: ast.FunctionDef) -> set[str]:
     return {x.value for x in constants if isinstance(x.value, str) and len(x.value.split()) > 1}
 
 
+def test_the_page_has_these_numbers() -> None:
+    page = " ".join((messages.FILE.parent.parent / "docs/reliability.md").read_text().split())
+    functions = {(site.file, site.function) for site in SITES}
+    told = f"{len(SITES)} places that make a message, in {len(functions)} functions; {len(CASES)} wrong calls"
+    assert told in page
+    assert f"{len(CASES)} wrong calls, for {len(SITES)} places that make a message" in page
+
+
 # ------------------------------------------------------------------------------------------------------------------ its prose
 
 WEEDED = ("whole number", "so many", "put around", "stands", "asked", "told", "seen", "face", "what it is given", "Whether")

@@ -238,7 +238,7 @@ def test_a_state_that_a_mask_has_left_is_not_refused() -> None:
 def test_out_dims_of_the_wrong_things() -> None:
     with pytest.raises(TypeError, match=r"needs the parameters of all members, too: out_dims\(opt, members\)"):
         ps.out_dims(ps.adam())
-    with pytest.raises(TypeError, match="takes members beside a transform, but got them beside dict"):
+    with pytest.raises(TypeError, match="takes members beside a transform only, but got them beside a dict"):
         ps.out_dims({"w": torch.ones(2)}, {"w": torch.ones(2)})
-    with pytest.raises(ValueError, match="one number of members"):
+    with pytest.raises(ValueError, match="agree in the number of members"):
         ps.out_dims(ps.adam(), {"w": torch.ones(2), "b": torch.ones(3)})

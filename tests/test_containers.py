@@ -212,17 +212,17 @@ def test_a_compiled_step_leaves_it_out_too(container: str) -> None:
 def test_errors_name_the_place() -> None:
     """What is missing from a dict, or of another type, is no None."""
     opt, tree = ps.sgd(0.1), Model(Layer(FLAT["w"], FLAT["b"]), FLAT["s"], {"r": [FLAT["r"]]})
-    with pytest.raises(ValueError, match=r"grads must have the structure of params, but they have no leaf at 'rest.r.0'"):
+    with pytest.raises(ValueError, match=r"grads must have the structure of params, but there is no leaf at 'rest.r.0'"):
         opt.step(Model(tree.first, tree.scale, {}), opt.init_state(tree), tree)
     with pytest.raises(ValueError, match=r"grads must have the structure of params"):
         opt.step(Model({"weight": FLAT["w"], "bias": FLAT["b"]}, tree.scale, tree.rest), opt.init_state(tree), tree)
     whole = Whole({"a": Whole({"w": FLAT["w"]}), "b": Layer(FLAT["b"], None)})
-    with pytest.raises(ValueError, match=r"grads must have the structure of params, but they have no leaf at 'b.weight'"):
+    with pytest.raises(ValueError, match=r"grads must have the structure of params, but there is no leaf at 'b.weight'"):
         opt.step(Whole({"a": whole["a"], "b": None}), opt.init_state(whole), whole)  # a dataclass does hold None
     bag = Bag([FLAT["w"], FLAT["b"]])
     with pytest.raises(ValueError, match=r"The gradient of '1' has shape \(\), but the parameter has shape \(2,\)"):
         opt.step(Bag([FLAT["w"], FLAT["s"]]), opt.init_state(bag), bag)
-    with pytest.raises(ValueError, match=r"grads must have the structure of params, but they have no leaf at '1'"):
+    with pytest.raises(ValueError, match=r"grads must have the structure of params, but there is no leaf at '1'"):
         opt.step(Bag([FLAT["w"]]), opt.init_state(bag), bag)
 
 

@@ -216,7 +216,7 @@ def test_another_algorithms_fields_are_refused() -> None:
     optimizer = torch.optim.RMSprop([p])
     p.grad = torch.ones(2)
     optimizer.step()
-    with pytest.raises(ValueError, match=r"has 'square_avg', which chain.* does not have: it is another's"):
+    with pytest.raises(ValueError, match=r"has 'square_avg', which chain.* does not have: it is another algorithm's"):
         ps.convert.from_torch(ps.sgd(0.1), [p], optimizer)
 
 
@@ -308,5 +308,5 @@ def test_an_adam_of_torchopt() -> None:
     ones = {"layer": {"w": torch.ones(3, 2), "b": torch.ones(2)}, "hole": None}
     opt.step(ones, again, now, donate=True)
     assert torch.equal(mu[0], ps.find(state, ps.AdamState).exp_avg["layer"]["b"])  # what was given is not written to
-    with pytest.raises(ValueError, match="TorchOpt's mu has 1 entries, but params has 2 parameters"):
+    with pytest.raises(ValueError, match="TorchOpt's mu must have one entry for each parameter, 2, but has 1"):
         ps.convert.from_torchopt(opt, now, Theirs(counts, mu[:1], nu))

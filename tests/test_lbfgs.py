@@ -849,10 +849,10 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match="needs value_and_grad"):
         opt.step(params, opt.init_state(params), params)
     fewer = {k: p for k, p in params.items() if k != "temperature"}
-    with pytest.raises(ValueError, match="its state is that of 24 numbers, but the parameters are 25"):
+    with pytest.raises(ValueError, match="its state is for 24 numbers, but the parameters have 25"):
         step(opt, f, opt.init_state(fewer), params)
     for wrong in ({"max_iter": 1.5}, {"history_size": 2.0}):
-        with pytest.raises(TypeError, match="whole number"):
+        with pytest.raises(TypeError, match="must be an integer"):
             lbfgs(**wrong)
     for negative in ({"lr": -1.0}, {"max_iter": -1}, {"history_size": -1}):
         with pytest.raises(ValueError, match="at least 0"):

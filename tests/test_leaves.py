@@ -205,7 +205,7 @@ def test_a_member_that_copies_another_goes_on_as_that_one() -> None:
     [
         ({"a": torch.ones(2), "b": torch.ones(3, 2)}, "first dimension, but 'a' has 2, 'b' has 3"),
         ((ps.sgd(torch.ones(2)), torch.ones(3)), r"but '0.2.lr' has 2, '1' has 3"),
-        ({"a": 1.0, "b": torch.tensor(1.0)}, "no population"),
+        ({"a": 1.0, "b": torch.tensor(1.0)}, "A population must have a tensor with a first dimension"),
     ],
     ids=["sizes", "a transform", "numbers"],
 )
@@ -251,9 +251,9 @@ def test_vectors_inside_torch_func() -> None:
 
 
 def test_what_is_no_vector() -> None:
-    with pytest.raises(ValueError, match=r"but torch\.float32 on cpu, torch\.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"but got torch\.float32 on cpu, torch\.float64 on cpu"):
         ps.ravel([torch.ones(1), torch.ones(1, dtype=torch.float64)])
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="but got none"):
         ps.ravel([None])
     with pytest.raises(ValueError, match=r"vector of 2 elements, but got a tensor of shape \(3,\)"):
         ps.ravel(torch.ones(2))[1](torch.ones(3))

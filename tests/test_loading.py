@@ -105,7 +105,7 @@ def test_what_is_no_moment_is_refused_and_nothing_has_changed(make: Any, x: Any)
     saved = copy.deepcopy(optimizer.state_dict())
     assert spoil(saved, x, like_parameter=True)
     before = Everything(optimizer)
-    with pytest.raises(ValueError, match=r"no tensor|of shape|no values"):
+    with pytest.raises(ValueError, match=r"needs a tensor|of shape|no values"):
         optimizer.load_state_dict(saved)
     before.check()
     optimizer.step()

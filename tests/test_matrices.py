@@ -305,7 +305,7 @@ def test_wrong_calls() -> None:
         ps.as_matrices(ps.muon)
     with pytest.raises(ValueError, match="dim must be 0, for the rows, or 1, for the columns, but got 2"):
         ps.as_matrices(ps.muon(), dim=2)
-    with pytest.raises(ValueError, match="as_matrices: split must be a whole number of at least 1, but got 0"):
+    with pytest.raises(ValueError, match="as_matrices: split must be an integer of at least 1, but got 0"):
         ps.as_matrices(ps.muon(), split=0)
     with pytest.raises(ValueError, match=r"'w' has shape \(2, 3, 4\). Say with as_matrices"):
         ps.muon().init_state({"w": torch.zeros(2, 3, 4)})

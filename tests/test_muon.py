@@ -119,7 +119,7 @@ ERRORS: list[tuple[Any, Any, str]] = [
     (lambda: ps.muon().init_state({"w": torch.zeros(2, 2, dtype=torch.complex64)}), RuntimeError, r"muon cannot treat complex parameters, but 'w' is torch.complex64"),
     (lambda: ps.optim.Muon([torch.zeros(3)]), ValueError, r"'0' has shape \(3,\)"),
     (lambda: ps.muon(ns_steps=100), ValueError, "ns_steps must be less than 100, but got 100"),
-    (lambda: ps.muon(ns_steps=-1), ValueError, "ns_steps must be a whole number of at least 0"),
+    (lambda: ps.muon(ns_steps=-1), ValueError, "ns_steps must be an integer of at least 0"),
     (lambda: ps.muon(ns_coefficients=(1.0, 2.0)), ValueError, "ns_coefficients must be 3 numbers"),  # type: ignore[arg-type]
     (lambda: ps.muon(adjust_lr_fn="rms"), ValueError, "adjust_lr_fn must be None, 'original', 'match_rms_adamw' or 'spectral_unclamped', but got 'rms'"),
     (lambda: ps.adafactor().init_state({"w": torch.zeros(2, dtype=torch.complex64)}), RuntimeError, r"adafactor cannot treat complex parameters, but 'w' is torch.complex64"),

@@ -828,30 +828,32 @@ class Kept(NamedTuple):
 
 def test_bad_arguments() -> None:
     with pytest.raises(
-        TypeError, match=r"accumulate is put around a transform, but transform is .* Did you mean to call it: scale\(...\)"
+        TypeError, match=r"accumulate wraps a transform, but transform is .* Did you mean to call it: scale\(...\)"
     ):
         ps.accumulate(ps.scale, 2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="accumulate: k must be a whole number of at least 1, but got 0"):
+    with pytest.raises(ValueError, match="accumulate: k must be an integer of at least 1, but got 0"):
         ps.accumulate(ps.sgd(), 0)
     with pytest.raises(ValueError, match="lookahead: k must be"):
         ps.lookahead(ps.sgd(), k=0)
-    with pytest.raises(ValueError, match="num_betas must be a whole number of at least 1, but got 0"):
+    with pytest.raises(ValueError, match="num_betas must be an integer of at least 1, but got 0"):
         ps.mechanic(ps.sgd(), num_betas=0)
-    with pytest.raises(ValueError, match="num_betas must be a whole number of at most 16, but got 17"):
+    with pytest.raises(ValueError, match="num_betas must be an integer of at most 16, but got 17"):
         ps.mechanic(ps.sgd(), num_betas=17)
     with pytest.raises(ValueError, match="s_init must be a number above 0"):
         ps.mechanic(ps.sgd(), s_init=0.0)
-    with pytest.raises(ValueError, match="max_consecutive must be a whole number of at least 0, but got -1"):
+    with pytest.raises(ValueError, match="max_consecutive must be an integer of at least 0, but got -1"):
         ps.skip_if_nonfinite(ps.sgd(), max_consecutive=-1)
     with pytest.raises(TypeError, match="conditionally takes a function of the step and a transform"):
         ps.conditionally(ps.sgd(), lambda t: True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="otherwise must be 'pass' or 'zero', but got 'skip'"):
         ps.conditionally(lambda t: True, ps.sgd(), otherwise="skip")
-    with pytest.raises(ValueError, match="every must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="every must be an integer of at least 1"):
         ps.average_params(every=0)
     with pytest.raises(TypeError, match=r"nested takes a state, a NamedTuple with .* 'inner' as its last field"):
         ps.nested(ps.TraceState)
-    with pytest.raises(TypeError, match=r"plain takes no transform: annotate the argument that is one with purestep.Inner"):
+    with pytest.raises(
+        TypeError, match=r"plain is nested, so it must take a transform, but no argument is annotated with purestep.Inner"
+    ):
 
         @ps.nested(Kept)
         def plain(gs: Any, s: Any, params: Any, k: float) -> Any: ...
@@ -877,7 +879,7 @@ def test_select() -> None:
     assert found["n"][0] is found["n"][1]
     assert same(found, y)
     assert same(ps.select(yes, x, y), x)
-    with pytest.raises(ValueError, match="same structure, but got list and list"):
+    with pytest.raises(ValueError, match="same structure, but got a list of 1 and a list of 2"):
         ps.select(yes, [a], [a, b])
     with pytest.raises(ValueError, match="cannot choose between 1 and 2"):
         ps.select(yes, 1, 2)

@@ -1896,7 +1896,7 @@ def test_fused_is_refused_where_no_kernel_fits() -> None:
     optimizer = optim.Optimizer(tensors((2,)), ps.chain(ps.scale_by_adam(), ps.scale(-0.1)), fused=True)
     before = values(optimizer)[0].clone()
     give_grads(optimizer, 0)
-    with pytest.raises(RuntimeError, match="fused=True needs a chain"):
+    with pytest.raises(RuntimeError, match=r"A fused step .* needs a chain"):
         optimizer.step()
     assert_equal(values(optimizer)[0], before)
 

@@ -102,7 +102,7 @@ def test_classes_and_optimizers_are_copied_and_pickled(again: Any) -> None:
         (lambda: optim.partial(CHAIN, forech=True), TypeError, "takes the flags .*foreach.*, but got forech"),
         (lambda: optim.partial(CHAIN)(params(), rate=0.1), TypeError, "There is no 'rate' .*'lr'"),
         (lambda: optim.Optimizer(params(), CHAIN, rate=0.1), TypeError, "There is no 'rate' .*'lr'"),
-        (lambda: Own(params(), {"lr": 0.1}, rate=0.1), TypeError, "takes no more of them by name, but got rate"),
+        (lambda: Own(params(), {"lr": 0.1}, rate=0.1), TypeError, "not both, but got a dict, and by name rate"),
         (lambda: optim.Optimizer(params(), CHAIN, lr=-1.0), ValueError, "lr must be a number of at least 0"),
         (lambda: optim.Optimizer(params(), ps.chain(ps.sgd(0.1), ps.sgd(0.1)), lr=0.2), TypeError, "'lr' is ambiguous here"),
     ],

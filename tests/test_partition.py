@@ -144,7 +144,7 @@ def test_labels_are_asked_once_a_step() -> None:
 def test_a_state_of_another_partition_is_refused() -> None:
     params = example()
     other = ps.partition({"x": ps.sgd(0.1)}, ps.by_path({}, default="x"))
-    with pytest.raises(TypeError, match="must be a dict with 'hidden', 'rest', but got one with 'x'"):
+    with pytest.raises(TypeError, match="must be a dict with the keys 'hidden', 'rest', but got one with 'x'"):
         both().step(gradients(params, 0), other.init_state(params), params)
 
 
@@ -175,9 +175,9 @@ def test_misspelt_and_unused_labels(wrapped: bool) -> None:
         ValueError, match=r"label of '0.weight' is 'hidden', but partition has 'hiden', 'rest'\. Did you mean 'hiden'"
     ):
         begin(ps.partition({"hiden": ps.muon(), "rest": ps.adamw()}, RULE))
-    with pytest.raises(ValueError, match="No parameter has the label 'heads': all are 'hidden', 'rest'"):
+    with pytest.raises(ValueError, match="No parameter has the label 'heads': their labels are 'hidden', 'rest'"):
         begin(ps.partition({"hidden": ps.muon(), "rest": ps.adamw(), "heads": ps.sgd()}, RULE))
-    with pytest.raises(ValueError, match=r"by_ndim\({2: 'hidden'}\) says nothing of '0.bias', of shape \(8,\)"):
+    with pytest.raises(ValueError, match=r"by_ndim\({2: 'hidden'}\) has no entry for '0.bias', of shape \(8,\)"):
         begin(ps.partition({"hidden": ps.muon(), "rest": ps.adamw()}, ps.by_ndim({2: "hidden"})))
     with pytest.raises(ValueError, match=r"label of '0\.weight' is None"):
         begin(ps.partition({"hidden": ps.muon(), "rest": ps.adamw()}, lambda path, p: None))

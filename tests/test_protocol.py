@@ -155,9 +155,11 @@ def test_patterns_that_match_nothing_are_refused() -> None:
         ps.masked(ps.sgd(0.1), ps.by_ndim({2: ps.by_path({"embedding": True}, default=False)}, default=True)),
         ps.chain(ps.partition({"hidden": ps.sgd(0.1)}, lambda path, p: "hidden"), ps.masked(ps.sgd(0.1), ps.by_path({"a b": True}, default=False))),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"is found in no path of a parameter; there are 'embed.weight', 'hidden.weight'"):
+        with pytest.raises(
+            ValueError, match=r"is found in no path of a parameter; the paths are 'embed.weight', 'hidden.weight'"
+        ):
             transform.init_state(params)
-        with pytest.raises(ValueError, match=r"is found in no path of a parameter; there are '"):
+        with pytest.raises(ValueError, match=r"is found in no path of a parameter; the paths are '"):
             optim.Optimizer([(name, nn.Parameter(p)) for name, p in params.items()], transform)
     with pytest.raises(ValueError, match="empty"):
         ps.masked(ps.sgd(0.1), ps.by_path({"a": True}, default=False)).init_state(torch.ones(2))

@@ -162,9 +162,9 @@ def started() -> Any:
 @pytest.mark.parametrize(
     ("g", "error", "message"),
     [
-        ({"layer1.weight": torch.ones(2, 3)}, ValueError, r"grads must have the structure of params, but they have no leaf at 'layer1.bias'"),
+        ({"layer1.weight": torch.ones(2, 3)}, ValueError, r"grads must have the structure of params, but there is no leaf at 'layer1.bias'"),
         ({**NET, "extra": torch.ones(1)}, ValueError, r"params have no leaf at 'extra'"),
-        ([torch.ones(2, 3), torch.ones(2)], ValueError, r"grads must have the structure of params, but they have no leaf at 'layer1.weight'"),
+        ([torch.ones(2, 3), torch.ones(2)], ValueError, r"grads must have the structure of params, but there is no leaf at 'layer1.weight'"),
         ({**NET, "layer1.bias": torch.ones(3)}, ValueError, r"gradient of 'layer1.bias' has shape \(3,\), but the parameter has shape \(2,\)"),
         ({**NET, "layer1.bias": torch.ones(2).double()}, ValueError, r"gradient of 'layer1.bias' has dtype torch.float64, but the parameter has dtype torch.float32"),
         ({**NET, "layer1.bias": torch.ones(2, device="meta")}, ValueError, r"gradient of 'layer1.bias' has device meta, but the parameter has device cpu"),
@@ -206,7 +206,7 @@ def test_a_state_of_something_else(started: Any) -> None:
         t.step(NET, state[:2], NET)
     with bad("must be a tuple of 4 states, but got AdamState", TypeError):
         t.step(NET, state[1], NET)
-    with bad(r"AdamState.step must have the structure of params, but they have no leaf at 'layer1.weight'"):
+    with bad(r"AdamState.step must have the structure of params, but there is no leaf at 'layer1.weight'"):
         t.step(NET, t.init_state({"other": torch.ones(2)}), NET)
     larger = {k: torch.ones(5) for k in NET}
     for executor in (None, "leaf", "foreach"):
@@ -226,7 +226,7 @@ def test_a_mask_of_the_wrong_type(mask: Any) -> None:
 
 
 def test_a_mask_of_another_structure() -> None:
-    with bad("mask must have the structure of params, but they have no leaf at 'layer1.bias'"):
+    with bad("mask must have the structure of params, but there is no leaf at 'layer1.bias'"):
         ps.add_decayed_weights(0.1, mask={"layer1.weight": True}).step(NET, ps.EmptyState(), NET)
 
 

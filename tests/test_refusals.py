@@ -46,7 +46,10 @@ def test_a_transform_that_moves_parameters_has_no_fused_kernel() -> None:
         return [p - g for p, g in zip(params, gs)], s
 
     opt = moved()
-    with pytest.raises(RuntimeError, match=r"fused=True needs a chain that ends in what a torch._fused_\* kernel computes"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"A fused step \(fused=True, executor='fused'\) needs a chain that ends in what a torch._fused_\* kernel computes",
+    ):
         opt.step(PARAMS, opt.init_state(PARAMS), PARAMS, executor="fused")
     around = ps.lookahead(ps.adamw(0.1), k=2)
     new, _ = around.step(PARAMS, around.init_state(PARAMS), PARAMS, executor="fused")

@@ -175,7 +175,7 @@ def test_what_else_may_be_given() -> None:
     opt = ps.chain(ps.trace(0.9), ps.scale_by_adam())
     params = {"a": torch.ones(2)}
     state = opt.init_state(params)
-    with pytest.raises(ValueError, match="others must have the structure of params, but they have no leaf at 'a'"):
+    with pytest.raises(ValueError, match="others must have the structure of params, but there is no leaf at 'a'"):
         ps.map_params(lambda x, y: x, state, {"b": torch.ones(2)})
     with pytest.raises(
         ValueError, match=r"other states of the same transform, but at state\[1\] one is AdamState and the other AmsgradState"
@@ -287,7 +287,9 @@ def test_find() -> None:
     assert ps.find(state[1][1], ps.AdamState) is state[1][1]
     assert ps.find_all(state, ps.TraceState) == [state[1][0], state[2]]
     assert ps.find_all(state, ps.RmsState) == []
-    with pytest.raises(LookupError, match=r"There are 2 of TraceState in this state: state\[1\]\[0\], state\[2\]\. find_all"):
+    with pytest.raises(
+        LookupError, match=r"There are 2 states of type TraceState here: state\[1\]\[0\], state\[2\]\. find_all"
+    ):
         ps.find(state, ps.TraceState)
     with pytest.raises(
         LookupError,
@@ -338,7 +340,8 @@ def test_steps_are_counted() -> None:
     assert isinstance(ps.step_count(state), int)
     assert ps.find(state, ps.AdamState).step["hidden.bias"].item() == 3
     with pytest.raises(
-        LookupError, match="counts no updates, because no transform in it needs to know: EmptyState, EmptyState"
+        LookupError,
+        match=r"counts no updates, because no transform needs to know their number. It holds EmptyState, EmptyState",
     ):
         ps.step_count(ps.chain(ps.clip(1.0), ps.scale(-0.1)).init_state(params))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -104,8 +105,13 @@ class Composite(Transform):
 def check_transform(transform: Any, name: str) -> None:
     """Refuse what is no transform."""
     if not isinstance(transform, Transform):
-        hint = f" Did you mean to call it: {transform.__name__}(...)?" if hasattr(transform, "__name__") else ""
-        raise TypeError(f"{name} takes a transform, but got {transform!r}.{hint}")
+        raise TypeError(f"{name} takes a transform, but got {transform!r}.{uncalled(transform)}")
+
+
+def uncalled(x: Any) -> str:
+    """A hint at the end of an error, where a factory of transforms was given in place of a transform."""
+    factory = inspect.isfunction(x) and (hasattr(x, "declaration") or x.__module__.startswith("purestep."))
+    return f" Did you mean to call it: {x.__name__}(...)?" if factory else ""
 
 
 class Relinked(Composite):
@@ -181,7 +187,7 @@ class Chain(Composite):
         if not isinstance(state, tuple) or hasattr(state, "_fields") or len(state) != len(self.children):
             raise TypeError(
                 f"The state of a chain of {len(self.children)} must be a tuple of {len(self.children)} states, but got "
-                f"{type(state).__name__}{f' of {len(state)}' if isinstance(state, tuple) else ''}. A state belongs to the "
+                f"{type(state).__name__}{f' of {len(state)}' if type(state) is tuple else ''}. A state belongs to the "
                 "transform whose init_state made it."
             )
         found: list[Any] = []
@@ -221,8 +227,7 @@ scale_by_learning_rate(0.1))
     children: list[Transform] = []
     for i, t in enumerate(transforms):
         if not isinstance(t, Transform):
-            hint = f" Did you mean to call it: {t.__name__}(...)?" if hasattr(t, "declaration") else ""
-            raise TypeError(f"chain takes transforms, but argument {i} is {t!r}.{hint}")
+            raise TypeError(f"chain takes transforms, but argument {i} is {t!r}.{uncalled(t)}")
         children += t.children if type(t) is Chain else [t]
     return Chain(children)
 
@@ -240,8 +245,8 @@ class NamedChain(Chain):
         if not isinstance(state, dict) or tuple(state) != names:
             found = f"one with {', '.join(map(repr, state))}" if isinstance(state, dict) else type(state).__name__
             raise TypeError(
-                f"The state of a named chain must be a dict with {', '.join(map(repr, names))}, in this order, but got {found}."
-                " A state belongs to the transform whose init_state made it."
+                f"The state of a named chain must be a dict with the keys {', '.join(map(repr, names))}, in this order, but "
+                f"got {found}. A state belongs to the transform whose init_state made it."
             )
         return super()._split(tuple(state.values()))
 

@@ -13,7 +13,7 @@ from purestep._core.primitives import (
 )
 from purestep._core.values import factory_of
 from purestep._engine.nesting import Inner
-from purestep.compose import Nested
+from purestep.compose import Nested, uncalled
 from purestep.transform import Leafwise, Transform, Whole
 
 P = ParamSpec("P")
@@ -88,7 +88,10 @@ def leafwise(
     def declare(function: Any) -> Any:
         declaration = LinkDeclaration(function, state, off=off, requires=requires, sparse=sparse, name=name)
         if declaration.extras:
-            raise TypeError(f"{declaration.name} is leafwise, so it cannot take extra arguments; declare it with whole().")
+            raise TypeError(
+                f"{declaration.name} is leafwise, so it cannot take the extra argument {declaration.extras[0]!r}. Declare it "
+                "with whole()."
+            )
         return factory_of(declaration, Leafwise)
 
     return declare
@@ -206,7 +209,10 @@ def nested(
             elementwise=elementwise,
         )  # fmt: skip
         if not d.inner:
-            raise TypeError(f"{d.name} takes no transform: annotate the argument that is one with purestep.Inner.")
+            raise TypeError(
+                f"{d.name} is nested, so it must take a transform, but no argument is annotated with purestep.Inner. Annotate "
+                "the one that is the transform."
+            )
         parameters = d.signature.parameters.values()
         d.signature = d.signature.replace(
             parameters=[p.replace(annotation=Transform) if p.name == d.inner else p for p in parameters]
@@ -215,8 +221,7 @@ def nested(
         def make(declaration: LinkDeclaration, arguments: dict[str, Any]) -> Nested:
             inner = arguments.pop(d.inner)
             if not isinstance(inner, Transform):
-                hint = f" Did you mean to call it: {inner.__name__}(...)?" if hasattr(inner, "declaration") else ""
-                raise TypeError(f"{d.name} is put around a transform, but {d.inner} is {inner!r}.{hint}")
+                raise TypeError(f"{d.name} wraps a transform, but {d.inner} is {inner!r}.{uncalled(inner)}")
             return Nested((Whole(declaration, arguments), inner))
 
         return factory_of(d, make)

@@ -54,7 +54,9 @@ def find(state: Any, kind: type[S]) -> S:
         return found[0][1]
     if found:
         there = ", ".join([place for place, _ in found])
-        raise LookupError(f"There are {len(found)} of {kind.__name__} in this state: {there}. find_all(...) gives all of them.")
+        raise LookupError(
+            f"There are {len(found)} states of type {kind.__name__} here: {there}. find_all(...) gives all of them."
+        )
     named = ", ".join([f"{type(x).__name__} ({place})" for place, x in every if type(x) is not EmptyState])
     raise LookupError(f"There is no {kind.__name__} in this state; there is {named or 'nothing, as its transforms keep none'}.")
 
@@ -107,8 +109,8 @@ def step_count(state: Any) -> Any:
     every = [x for _, x in states_in(state, "step_count")]
     count = latest(every)
     if count is None:
-        named = ", ".join([type(x).__name__ for x in every]) or "there is none"
-        raise LookupError(f"This state counts no updates, because no transform in it needs to know: {named}.")
+        named = ", ".join([type(x).__name__ for x in every]) or "nothing"
+        raise LookupError(f"This state counts no updates, because no transform needs to know their number. It holds {named}.")
     return count
 
 
@@ -139,7 +141,10 @@ def get_hyperparams(transform: Transform, state: Any) -> dict[str, Any]:
     for link, own in zip(transform.links, states):
         expected = state_type(link.transform)
         if type(own) is not expected:
-            raise TypeError(f"{link.transform!r} has a state of type {expected.__name__}, but got {type(own).__name__}.")
+            raise TypeError(
+                f"{link.transform!r} has a state of type {expected.__name__}, but got {type(own).__name__}. A state "
+                "belongs to the transform whose init_state made it."
+            )
 
     def current(x: Any, own: Any) -> Any:
         if type(x) is tuple and any([isinstance(y, Schedule) for y in x]):

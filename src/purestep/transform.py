@@ -442,7 +442,8 @@ class Transform:
                 same = [n for n, _, plain, _ in named if plain == name]
                 if same:
                     raise TypeError(f"{name!r} is ambiguous here: say which one, {either(same)}.")
-                raise TypeError(f"There is no {name!r} to replace in {self!r}; there is {either(sorted(where)) or 'nothing'}.")
+                there = f"its names are {either(sorted(where))}" if where else "it has no arguments"
+                raise TypeError(f"There is no {name!r} to replace in {self!r}; {there}.")
             i, plain = where[name]
             new[i][plain] = self.links[i].transform.declaration.checked(plain, value, strict)
         made = [type(link.transform)(link.transform.declaration, a) for link, a in zip(self.links, new)]

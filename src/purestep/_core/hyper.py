@@ -128,21 +128,21 @@ def check_steps(value: Any, name: str, whole: Whole) -> Any:
 
     Raises:
         ValueError: it is too small, or several do not rise.
-        TypeError: it is not a whole number, or not several.
+        TypeError: it is not an integer, or not several.
     """
     if value is None and whole.optional:
         return None
     if whole.rising:
         if not several(value):
-            raise TypeError(f"{name} must be a tuple of whole numbers, but got {value!r}.")
+            raise TypeError(f"{name} must be a tuple of integers, but got {value!r}.")
         steps = tuple(check_steps(x, f"{name}[{k}]", Whole(whole.low)) for k, x in enumerate(value))
         if any(x >= y for x, y in itertools.pairwise(steps)):
             raise ValueError(f"{name} must rise from each to the next, but got {value!r}.")
         return steps
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number of at least {whole.low}, but got {value!r}.")
+        raise TypeError(f"{name} must be an integer of at least {whole.low}, but got {value!r}.")
     if value < whole.low:
-        raise ValueError(f"{name} must be a whole number of at least {whole.low}, but got {value!r}.")
+        raise ValueError(f"{name} must be an integer of at least {whole.low}, but got {value!r}.")
     return int(value)
 
 

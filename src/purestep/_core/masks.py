@@ -120,8 +120,9 @@ def refuse_unused(masks: Iterable[Any], memo: MaskCache) -> None:
         unused = [x for x in labels.known if x not in found]
         if found and unused:
             raise ValueError(
-                f"No parameter has the label {' or '.join(map(repr, unused))}: all are {', '.join(map(repr, sorted(found)))}. "
-                "Leave out of partition what is not used."
+                f"No parameter has the label {' or '.join(map(repr, unused))}: their labels are "
+                f"{', '.join(map(repr, sorted(found)))}. Correct the labels, or leave the transforms that have no parameters "
+                "out of partition."
             )
 
 
@@ -137,7 +138,7 @@ def refuse_unmatched(masks: Iterable[Any], paths: Sequence[str]) -> None:
     for rule in rules_in(masks):
         for pattern in rule.table if isinstance(rule, by_path) and paths else ():
             if not any([re.search(pattern, path) for path in paths]):
-                there = "the path of a bare tensor is empty" if list(paths) == [""] else f"there are {listed(paths)}"
+                there = "the path of a bare tensor is empty" if list(paths) == [""] else f"the paths are {listed(paths)}"
                 raise ValueError(
                     f"by_path: the pattern {pattern!r} is found in no path of a parameter; {there}. Correct it, or leave "
                     "it out."
@@ -211,7 +212,7 @@ class Rule:
         if found is REQUIRED:
             found = self.default
         if found is REQUIRED:
-            raise ValueError(f"{self!r} says nothing of {quote(path)}, of shape {tuple(p.shape)}. Give it a default=.")
+            raise ValueError(f"{self!r} has no entry for {quote(path)}, of shape {tuple(p.shape)}. Give it a default=.")
         return found(path, p) if callable(found) else found
 
     def __eq__(self, other: object) -> bool:
@@ -348,7 +349,10 @@ class by_module(Rule):  # noqa: N801
             ValueError: the model has no parameter at this path.
         """
         if path not in self.known:
-            raise ValueError(f"by_module was made of a model that has no parameter {quote(path)}; it has {listed(self.known)}.")
+            raise ValueError(
+                f"by_module was made of a model that has no parameter {quote(path)}; it has {listed(self.known)}. Make it of "
+                "the model whose parameters are optimized."
+            )
         return self.known[path]
 
     def __eq__(self, other: object) -> bool:

@@ -38,6 +38,7 @@ from purestep._core.torch_api import (
     is_wrapped,
     level_of,
 )
+from purestep._core.tree import described
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -238,9 +239,9 @@ def select(condition: Any, x: Any, y: Any) -> Any:
     if isinstance(x, dict) and isinstance(y, dict) and x.keys() == y.keys():
         return {k: select(condition, a, y[k]) for k, a in x.items()}
     if isinstance(x, (Tensor, list, tuple, dict)) or isinstance(y, (Tensor, list, tuple, dict)):
-        raise ValueError(f"select takes two values of the same structure, but got {type(x).__name__} and {type(y).__name__}.")
+        raise ValueError(f"select takes two values of the same structure, but got {described(x)} and {described(y)}.")
     if x != y:
-        raise ValueError(f"select cannot choose between {x!r} and {y!r} by a tensor.")
+        raise ValueError(f"select cannot choose between {x!r} and {y!r} by a tensor. Make them tensors.")
     return x
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from purestep._core import maths, tree
 from purestep._core.torch_api import tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from purestep._core.tree import described
 from purestep._core.values import Value
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def out_dims(tree: Any, members: Any = None, *, weights: int | None = None) -> A
         tree = tree_unflatten(found, spec).init_state(params)
     elif members is not None:
         raise TypeError(
-            f"out_dims takes members beside a transform, but got them beside {type(tree).__name__}: leave them out."
+            f"out_dims takes members beside a transform only, but got them beside {described(tree)}. Leave them out."
         )
     return tree_map(lambda x: 0 if isinstance(x, Tensor) else None, tree)
 
@@ -263,9 +264,11 @@ def members(population: Any) -> int:
             sizes.setdefault(len(x), tree.quote(tree.dotted(path)))
     if len(sizes) > 1:
         told = ", ".join([f"{path} has {size}" for size, path in sizes.items()])
-        raise ValueError(f"The tensors of a population must have one number of members in their first dimension, but {told}.")
+        raise ValueError(f"The tensors of a population must agree in the number of members, their first dimension, but {told}.")
     if not sizes:
-        raise ValueError("This is no population: it has no tensor with a dimension for its members.")
+        raise ValueError(
+            "A population must have a tensor with a first dimension for its members, but here no tensor has a dimension."
+        )
     return next(iter(sizes))
 
 
@@ -294,8 +297,8 @@ def ravel(params: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     given = [x for x in leaves if x is not None]
     kinds = list(dict.fromkeys([(x.dtype, x.device) for x in given]))
     if len(kinds) != 1:
-        found = ", ".join([f"{dtype} on {device}" for dtype, device in kinds]) or "there is none"
-        raise ValueError(f"ravel takes tensors of one dtype on one device, but {found}.")
+        found = ", ".join([f"{dtype} on {device}" for dtype, device in kinds]) or "none"
+        raise ValueError(f"ravel takes tensors of one dtype on one device, but got {found}.")
     shapes = [None if x is None else x.shape for x in leaves]
     sizes = [x.numel() for x in given]
 

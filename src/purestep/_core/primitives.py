@@ -96,7 +96,9 @@ class LinkDeclaration(Declaration):
         self.derived: dict[Any, Any] = {}  # other declarations of the same transform, by what they differ in
         self.state_dtype: torch.dtype | None = None  # that the state has at least; see `state_dtype`
         if self.trees and sparse == "rows":
-            raise TypeError(f"{self.name} cannot run on the rows of sparse gradients, because {self.trees[0]} is whole.")
+            raise TypeError(
+                f"{self.name} cannot have sparse='rows', because its argument {self.trees[0]} holds whole tensors, and no rows."
+            )
         self.moves = moves  # a whole transform that returns new parameters instead of updates
         self.scales = scales  # one that returns the number that the updates are to be multiplied by
         self.elementwise = elementwise  # a whole transform that is right on a part of the parameters, too

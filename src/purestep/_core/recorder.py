@@ -79,8 +79,8 @@ class Tracer(GraphAppendingTracer):
         if type(a).__module__ == "numpy":
             if type(a).__name__ == "ndarray":
                 raise RefusedError(
-                    f"a numpy array of shape {a.shape} cannot be an argument of an operation on tensors; "
-                    "make it a tensor with torch.from_numpy."
+                    f"A numpy array of shape {a.shape} cannot be an argument of an operation on tensors in a leaf function. "
+                    "Make it a tensor with torch.from_numpy."
                 )
             if hasattr(a, "item"):
                 return int(a) if isinstance(a.item(), bool) else a.item()  # as torch takes it

@@ -189,14 +189,28 @@ def difference(tree: Any, spec: Spec, name: str, other: str) -> str:
     found = paths_of(tree)
     for path in expected:
         if path not in found:
-            return f"{name} must have the structure of {other}, but they have no leaf at {quote(path)}."
+            return f"{name} must have the structure of {other}, but there is no leaf at {quote(path)}."
     for path in found:
         if path not in expected:
             return f"{name} must have the structure of {other}, but {other} have no leaf at {quote(path)}."
+    pairs = zip(containers(tree), containers(unflatten(range(spec.size), spec)))
+    odd = [
+        f"{a.__name__} in place of {b.__name__} at {repr(path) if path else 'the root'}"
+        for (path, a), (_, b) in pairs
+        if a is not b
+    ]
     return (
-        f"{name} must have the structure of {other}: the paths are the same, but the containers are not "
-        f"({name}: {type(tree).__name__})."
+        f"{name} must have the structure of {other}: the paths are the same, but the containers are not ({''.join(odd[:1])})."
     )
+
+
+def containers(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, type]]:
+    """The paths and the types of all containers, from the root on."""
+    found = children(node)
+    if found is not None:
+        yield dotted(path), type(node)
+        for key, child in found:
+            yield from containers(child, (*path, key))
 
 
 def dotted(path: Sequence[Any]) -> str:
@@ -205,5 +219,16 @@ def dotted(path: Sequence[Any]) -> str:
 
 
 def quote(path: str) -> str:
-    """A path as it stands in an error; the empty path is the tree itself."""
+    """A path as it is shown in an error; the empty path is the tree itself."""
     return repr(path) if path else "the root (a bare tensor)"
+
+
+def described(x: Any) -> str:
+    """What something is, in an error: of a tensor or a container no elements are shown."""
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)}"
+    if not isinstance(x, (tuple, list, dict)):
+        return repr(x)
+    name = type(x).__name__
+    named = isinstance(x, dict) and len(x) <= 5
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name} " + (f"with the keys {list(x)}" if named else f"of {len(x)}")

@@ -74,7 +74,8 @@ class Declaration:
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{self.name}{self.signature}: {error}") from None
+            plain = [p.replace(annotation=p.empty) for p in self.signature.parameters.values()]
+            raise TypeError(f"{self.name}{inspect.Signature(plain)}: {error}.") from None
         bound.apply_defaults()
         return {name: self.checked(name, value) for name, value in bound.arguments.items()}
 
@@ -114,10 +115,10 @@ class Value:
         object.__setattr__(self, "arguments", arguments)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen: make a new one with replace({name}=...).")
+        raise AttributeError(f"{self.declaration.name} is frozen: make a new one with replace({name}=...).")
 
     def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen.")
+        raise AttributeError(f"{self.declaration.name} is frozen: its {name!r} cannot be deleted.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.declaration, dict(self.arguments))
@@ -222,7 +223,7 @@ class Schedule(Value):
         unknown = sorted(changes.keys() - self.arguments.keys())
         if unknown:
             raise TypeError(
-                f"There is no {unknown[0]!r} to replace in {self!r}; there is {', '.join(map(repr, self.arguments))}."
+                f"There is no {unknown[0]!r} to replace in {self!r}; its names are {', '.join(map(repr, self.arguments))}."
             )
         assert self.declaration.factory is not None
         return self.declaration.factory(**{**self.arguments, **changes})

@@ -216,8 +216,9 @@ def on_lists(function: Callable[[PyTree], Any], leaves: list[Any], rows: list[in
         whole = params if rows is None else put(leaves, rows, params)
         result = function(tree.unflatten(whole, spec))
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor) or result[0].dim():
+            got = f"({', '.join(map(tree.described, result))})" if isinstance(result, tuple) else tree.described(result)
             raise TypeError(
-                f"value_and_grad must return (value, gradients), the value a 0-d tensor, but it returned {result!r}. "
+                f"value_and_grad must return (value, gradients), the value a 0-d tensor, but it returned {got}. "
                 "torch.func.grad_and_value returns them the other way around: lambda p: grad_and_value(loss)(p)[::-1]."
             )
         found = tree.flatten_like(result[1], spec, "the gradients of value_and_grad")

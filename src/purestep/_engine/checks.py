@@ -65,7 +65,7 @@ def check_gradients(grads: list[Any], params: list[Any], shapes: list[Any], spec
         if g is None:
             continue
         if p is None:
-            raise ValueError(f"grads have a gradient at {tree.quote(path)}, where params have None.")
+            raise ValueError(f"grads must have None where params have None, but have a gradient at {tree.quote(path)}.")
         if not isinstance(g, Tensor):
             raise TypeError(f"Gradients must be tensors or None, but {tree.quote(path)} is a {type(g).__name__}: {g!r}.")
         check_like(g, p, f"The gradient of {tree.quote(path)}")
@@ -187,13 +187,16 @@ def check_extras(plan: Plan, extras: dict[str, Any]) -> None:
             )
         if name in plan.trees and name not in trees[who]:
             other = next(x for x, names in trees.items() if name in names)
-            raise TypeError(f"{name} is anything for {who}, but a tree for {other}: they do not go together.")
+            raise TypeError(
+                f"{name} must be one thing for all transforms, but for {who} it is any argument (purestep.Extra), and for "
+                f"{other} a tree like params (purestep.ExtraTree). Give one of them another name."
+            )
         if name == "value":
             check_value(extras[name], f"value, the loss for {who}")
         if name == "value_and_grad" and not callable(extras[name]):
             raise TypeError(
                 f"value_and_grad, which {who} needs, must be a function from parameters to (value, gradients), but got "
-                f"{extras[name]!r}."
+                f"{tree.described(extras[name])}."
             )
     if unknown:
         known = ", ".join([f"{who} asks for {name!r}" for who, name in wanted]) or "no part of it asks for an extra argument"

@@ -13,6 +13,7 @@ from purestep._core.lists import overwrite, pick, put
 from purestep._core.plain import plain
 from purestep._core.primitives import Fields
 from purestep._core.torch_api import foreach_add, foreach_add_, foreach_zero_, tree_leaves
+from purestep._core.tree import described
 from purestep._engine.plan import ParamSlice
 from purestep._executors.task import Env
 
@@ -241,7 +242,8 @@ def shared(xs: list[Tensor], used: Any) -> bool:
 def check_nested(d: Any, after: Any, count: int) -> None:
     """Refuse what a nested transform returned in place of its state and that of so many links."""
     if not isinstance(after, d.state) or not isinstance(after.inner, list) or len(after.inner) != count:
+        got = f"has {described(after.inner)} there" if isinstance(after, d.state) else f"is {described(after)}"
         raise TypeError(
             f"{d.name} must return (updates, {d.state.__name__}) with the state of the inner transform in its field 'inner', "
-            f"but its second value is {after!r}."
+            f"but its second value {got}."
         )

@@ -440,9 +440,9 @@ def demand_kernel(chain: FusedChain, params: list[Tensor]) -> None:
     if chain.kernel is None or odd:
         p = odd[0] if odd else params[0]
         raise RuntimeError(
-            "fused=True needs a chain that ends in what a torch._fused_* kernel computes, on floating-point tensors, with "
-            f"plain numbers as hyperparameters; {chain.names or 'an empty chain'} on {p.dtype} ({p.device}) is not that. "
-            "Leave fused out, and the fastest way that fits is chosen."
+            "A fused step (fused=True, executor='fused') needs a chain that ends in what a torch._fused_* kernel computes, on "
+            f"floating-point tensors, with plain numbers as hyperparameters, but got {chain.names or 'an empty chain'} on "
+            f"{p.dtype} ({p.device}). Leave both out, and the fastest way that fits is chosen."
         )
 
 

@@ -62,7 +62,10 @@ def check_form(loaded: Any) -> None:
         params = group.get("params", ())
         placed = bool(params) and all([isinstance(k, str) for k in params])  # by torch, which may leave other names: `by_place`
         if "param_names" in group and len(group["param_names"]) != len(params) and not placed:
-            raise ValueError(f"Group {i} of the loaded state must have a name for each parameter under 'param_names'.")
+            raise ValueError(
+                f"Group {i} of the loaded state must have a name for each parameter under 'param_names', but has "
+                f"{len(group['param_names'])} for {len(params)}."
+            )
         for name, x in group.items():
             check_option(x, name, i)
     refuse_strange(dict(loaded), meta=True)
@@ -73,13 +76,21 @@ def check_option(x: Any, name: str, i: int) -> None:
     if name in (*FLAGS, "maximize") and not (x is None or isinstance(x, (bool, int))):
         raise ValueError(f"Group {i} of the loaded state must have True, False or None for {name!r}, but has {shown(x)}.")
     if isinstance(x, str) and len(x) > LONGEST:
-        raise ValueError(f"Group {i} of the loaded state has a string of {len(x)} characters for {name!r}.")
-    if isinstance(x, Tensor) and (x.grad_fn is not None or x.layout is not torch.strided):
         raise ValueError(
-            f"Group {i} of the loaded state must have a dense tensor for {name!r}, without a history, but has {shown(x)}."
+            f"Group {i} of the loaded state must have no string of more than {LONGEST} characters, but has one of {len(x)} for "
+            f"{name!r}."
+        )
+    if isinstance(x, Tensor) and (x.grad_fn is not None or x.layout is not torch.strided):
+        odd = "has a history" if x.grad_fn is not None else f"is {x.layout}"
+        raise ValueError(
+            f"Group {i} of the loaded state must have a dense tensor without a history for {name!r}, but has {shown(x)}, which "
+            f"{odd}."
         )
     if isinstance(x, int) and abs(x) > sys.float_info.max:
-        raise ValueError(f"Group {i} of the loaded state has an integer for {name!r} that no float can hold.")
+        raise ValueError(
+            f"Group {i} of the loaded state must have numbers that a float can hold, but has an integer of {x.bit_length()} "
+            f"bits for {name!r}."
+        )
 
 
 def refuse_strange(x: Any, *, meta: bool, around: tuple[int, ...] = (), path: tuple[Any, ...] = ()) -> None:
@@ -92,9 +103,8 @@ def refuse_strange(x: Any, *, meta: bool, around: tuple[int, ...] = (), path: tu
     if not isinstance(x, (dict, list, tuple)):
         return
     if id(x) in around or len(around) >= DEEPEST:
-        raise ValueError(
-            f"The loaded state dict has a {type(x).__name__} that contains itself, or too much, under {shown(path)}."
-        )
+        odd = "contains itself" if id(x) in around else f"is nested more than {DEEPEST} deep"
+        raise ValueError(f"The loaded state dict has a {type(x).__name__} that {odd}, under {shown(path)}.")
     for key, y in x.items() if isinstance(x, dict) else enumerate(x):
         refuse_strange(y, meta=meta, around=(*around, id(x)), path=(*path, key))
 
@@ -191,8 +201,8 @@ def by_place(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dic
         for name in here["param_names"]:
             if home.get(name, i if complete else None) != i:
                 raise ValueError(
-                    f"The loaded state has the parameter {name!r} in another group than here, where it is in {i}. Give the "
-                    "optimizer its parameters in the groups that they were in when the state was saved."
+                    f"The loaded state has the parameter {name!r} in another group than here, where it is in group {i}. Give "
+                    "the optimizer its parameters in the groups that they were in when the state was saved."
                 )
     return [{**g, "param_names": list(here["param_names"])} for g, here in zip(saved, own)]
 
@@ -262,7 +272,7 @@ def check_groups(
                 names = own.get("param_names", [])
                 raise ValueError(
                     f"The loaded state has no option {name!r}, which {owner} needs for group {i}"
-                    f"{f' of {listed(names)}' if names else ''}: it is another's, or its groups had other parameters."
+                    f"{f' of {listed(names)}' if names else ''}: it is another optimizer's, or its groups had other parameters."
                 )
 
 
@@ -377,7 +387,7 @@ def shown(x: Any) -> str:
 def check_tensor(x: Any, new: Tensor | None, subject: str, where: str, owner: str, p: Tensor) -> None:
     """Refuse a loaded field that is not a tensor of the shape that it has here, or has no values."""
     if not isinstance(x, Tensor):
-        raise ValueError(f"{subject} {where} that is no tensor but {shown(x)}, but {owner} needs a tensor.")
+        raise ValueError(f"{subject} {where} as {shown(x)}, but {owner} needs a tensor.")
     if new is None or x.shape != new.shape:
         raise ValueError(
             f"{subject} of shape {tuple(x.shape)} {where}, but {owner} needs "
@@ -385,12 +395,13 @@ def check_tensor(x: Any, new: Tensor | None, subject: str, where: str, owner: st
             "checkpoint of the same model, with its parameters in the same order."
         )
     if x.layout is not torch.strided and new.layout is torch.strided:
-        raise ValueError(f"{subject} of the layout {x.layout} {where}, but {owner} needs a dense tensor.")
+        raise ValueError(f"{subject} of the layout {x.layout} {where}, but {owner} needs a dense tensor. Load its to_dense().")
     if x.is_quantized or (x.layout is torch.strided and any([n > 1 and not k for n, k in zip(x.shape, x.stride())])):
         kind = "a quantized tensor" if x.is_quantized else "a tensor whose elements share memory (expand)"
-        raise ValueError(f"{subject} {where} as {kind}, but {owner} needs one that can be written to. Clone it before.")
+        plain = "dequantize" if x.is_quantized else "clone"
+        raise ValueError(f"{subject} {where} as {kind}, but {owner} needs one that can be written to. Load its {plain}().")
     if x.is_meta and not p.is_meta:
-        raise ValueError(f"{subject} {where} on the meta device, where it has no values. Load it with them.")
+        raise ValueError(f"{subject} {where} on the meta device, where it has no values. Load one that has values.")
 
 
 # -- after torch has loaded

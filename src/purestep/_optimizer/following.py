@@ -49,7 +49,7 @@ class Following:
         if not isinstance(initial, Tensor) and initial == 0:
             raise ValueError(
                 f"A scheduler multiplies the schedule of {name!r} by group[{name!r}] / group[{INITIAL + name!r}], but the "
-                f"group's {INITIAL + name!r} is 0. Set it to the number that stands for a factor of 1."
+                f"group's {INITIAL + name!r} is 0. Set it to the number that means a factor of 1."
             )
         factor = written / initial
         if not equal(factor, self.scaled[0]):

@@ -76,6 +76,7 @@ from purestep._optimizer.routing import Routing, routed, with_lists
 from purestep._optimizer.scaled import Snapshot, unscale
 from purestep._optimizer.selection import Contents, Selection
 from purestep._optimizer.shared import NOTHING, Place, Shared
+from purestep.compose import uncalled
 from purestep.declare import whole
 from purestep.transform import Transform
 
@@ -176,12 +177,17 @@ class Optimizer(torch.optim.Optimizer):
         options = transform if isinstance(transform, dict) else defaults
         if options is not None and not isinstance(transform, Transform) and type(self) is not Optimizer:
             if hyperparameters:
-                raise TypeError(f"A dict of options takes no more of them by name, but got {', '.join(hyperparameters)}.")
+                raise TypeError(
+                    "Options must be given in a dict or by name, not both, but got a dict, and by name "
+                    f"{', '.join(hyperparameters)}."
+                )
             self._own_step = True
             self._begin(params, without_step(), {}, {}, dict(options))
             return
         if not isinstance(transform, Transform):
-            raise TypeError(f"Optimizer takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.")
+            raise TypeError(
+                f"Optimizer takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.{uncalled(transform)}"
+            )
         transform = transform.replace(**hyperparameters) if hyperparameters else transform
         flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "compile": compile}
         flags |= {"differentiable": differentiable, "fused": fused}
@@ -400,7 +406,7 @@ class Optimizer(torch.optim.Optimizer):
         -3.0
         """
         if self._evaluating:
-            raise RuntimeError("use_eval_params is inside another one: the parameters are the averages already.")
+            raise RuntimeError("use_eval_params cannot be inside another one: the parameters are the averages already.")
         averages = averages_in(self._contents, self._options.transforms(self.param_groups))
         try:
             self._evaluating = True
@@ -819,7 +825,7 @@ class Optimizer(torch.optim.Optimizer):
         check_order(saved, state_dict["param_groups"], shared, self._contents.params)
         check_loaded(state_dict, self._contents, self._options, type(self).__name__, self._options.fallback(self._before))
         self._check_shared(shared)
-        refuse_strange([state_dict["state"], shared], meta=any([p.is_meta for p in self._contents.params]))
+        refuse_strange({"state": state_dict["state"], "shared": shared}, meta=any([p.is_meta for p in self._contents.params]))
         everything = dict(self.__dict__)  # what is loaded replaces it, and writes on none of it
         try:
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run

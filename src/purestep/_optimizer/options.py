@@ -254,7 +254,9 @@ def refuse_flags(flags: Mapping[str, Any]) -> None:
 def refuse_disagreement(groups: list[ParamSlice]) -> None:
     """A transform that sees all groups together has one set of hyperparameters."""
     if len({len(g.plan.links) for g in groups}) > 1:
-        raise ValueError("A transform that sees the parameters of all groups together needs the same maximize in all groups.")
+        raise ValueError(
+            "A transform that sees the parameters of all groups together needs the same maximize in all groups, but it differs."
+        )
     for k, link in enumerate(groups[0].plan.links):
         value = link.transform
         others = [g.plan.links[k].transform for g in groups[1:]]

@@ -8,6 +8,7 @@ from typing import Any
 
 from purestep._optimizer.mirror import FLAGS
 from purestep._optimizer.optimizer import Optimizer
+from purestep.compose import uncalled
 from purestep.transform import Transform
 
 
@@ -42,7 +43,9 @@ def partial(transform: Transform, /, *, name: str = "", **flags: Any) -> type[Op
     (0.1, 1.0)
     """
     if not isinstance(transform, Transform):
-        raise TypeError(f"partial takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.")
+        raise TypeError(
+            f"partial takes a transform, such as purestep.adamw(lr=3e-4), but got {transform!r}.{uncalled(transform)}"
+        )
     known = {*FLAGS, "maximize"}
     unknown = sorted(flags.keys() - known)
     if unknown:

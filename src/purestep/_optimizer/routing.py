@@ -98,7 +98,10 @@ class Routing:
         made: list[dict[str, Any]] = []
         for label in sorted(parts, key=lambda label: self.routes[label].links):
             if group.get("label", label) != label:
-                raise ValueError(f"A group is labelled {group['label']!r}, but some of its parameters are {label!r}.")
+                raise ValueError(
+                    f"A group is labelled {group['label']!r}, but some of its parameters are {label!r}. Leave the label out: "
+                    "partition gives it."
+                )
             first = self.routes[label].first
             others = {n for r in self.routes.values() for n in r.first} - set(first)
             given = {n: x for n, x in group.items() if n not in others}

@@ -178,7 +178,9 @@ def refuse_text(name: str, node: fx.Node) -> None:
     """
     for text in (*[node.target] * (node.op == "call_method"), *node.kwargs):
         if not (isinstance(text, str) and text.isascii() and text.isidentifier()):
-            raise TypeError(f"{name} calls a method, or gives an argument, by the name {text!r}, which is no name of Python's.")
+            raise TypeError(
+                f"{name} calls a method, or gives an argument, by the name {text!r}, which is no identifier in ASCII."
+            )
 
 
 def share_repeated(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

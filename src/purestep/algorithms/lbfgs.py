@@ -231,8 +231,8 @@ def lbfgs(
     layout = value_and_grad.layout or [(g.numel(), True)]
     if sum([n for n, _ in layout]) != s.d.numel():
         raise ValueError(
-            f"lbfgs keeps one history of all parameters together: its state is that of {s.d.numel()} numbers, but the "
-            f"parameters are {sum([n for n, _ in layout])}. Make a new state with init_state."
+            f"lbfgs keeps one history of all parameters together: its state is for {s.d.numel()} numbers, but the "
+            f"parameters have {sum([n for n, _ in layout])}. Make a new state with init_state."
         )
     hypers = [x for x in (lr, tolerance_grad, tolerance_change) if isinstance(x, Tensor)]
     readable = choose(None, ps, [g, s.d, s.prev_flat_grad, *s.old_dirs, *s.old_stps, *s.ro], hypers) == "program"

@@ -53,7 +53,10 @@ def sgd(
     if nesterov and (
         (isinstance(momentum, (int, float)) and momentum <= 0) or (isinstance(dampening, (int, float)) and dampening)
     ):
-        raise ValueError(f"Nesterov momentum requires a momentum and zero dampening, but got {momentum!r} and {dampening!r}.")
+        raise ValueError(
+            f"Nesterov momentum requires a momentum and zero dampening, but got momentum={momentum!r} and "
+            f"dampening={dampening!r}."
+        )
     momentum_ = trace(momentum, dampening=dampening, nesterov=nesterov)
     return chain(direction(maximize), add_decayed_weights(weight_decay), momentum_, scale_by_learning_rate(lr))
 

@@ -54,7 +54,9 @@ class Bridge(NamedTuple):
         """The numbers that the parameters have in the groups of a state dict: by their names, or by their order."""
         ids = [k for g in groups for k in g["params"]]
         if len(ids) != len(self.rows):
-            raise ValueError(f"The optimizer has {len(ids)} parameters, but params has {len(self.rows)}.")
+            raise ValueError(
+                f"The optimizer has {len(ids)} parameters, but params has {len(self.rows)}. They must be the same."
+            )
         paths = [self.spec.paths()[k] for k in self.rows]
         names = [name for g in groups for name in g.get("param_names", ())]
         return [dict(zip(names, ids))[path] for path in paths] if sorted(names) == sorted(paths) else ids
@@ -89,7 +91,9 @@ class Bridge(NamedTuple):
         )
         if surplus:
             names = ", ".join(map(repr, surplus))
-            raise ValueError(f"The optimizer's state has {names}, which {self.transform!r} does not have: it is another's.")
+            raise ValueError(
+                f"The optimizer's state has {names}, which {self.transform!r} does not have: it is another algorithm's."
+            )
 
     def adam(self, counts: Sequence[Any], means: Sequence[Any], squares: Sequence[Any]) -> Any:
         """The pure state of an Adam with these counters and moments, which may be arrays."""

@@ -62,7 +62,9 @@ def from_torchopt(transform: Transform, params: PyTree, state: Any) -> Any:
     for name in ("count", "mu", "nu"):
         entries = getattr(theirs, name)
         if len(entries) != len(places):
-            raise ValueError(f"TorchOpt's {name} has {len(entries)} entries, but params has {len(places)} parameters.")
+            raise ValueError(
+                f"TorchOpt's {name} must have one entry for each parameter, {len(places)}, but has {len(entries)}."
+            )
         found = dict(zip(places, entries))
         lists.append([found[k] for k in bridge.rows])
     return bridge.adam(*lists)

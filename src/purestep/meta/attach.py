@@ -225,7 +225,7 @@ class watched(TorchFunctionMode):  # noqa: N801  (it is used as a verb)
             elif (node not in nodes) if leaf is None else (id(leaf) not in leaves):
                 of = "" if leaf is None else f" of shape {tuple(leaf.shape)}"
                 raise RuntimeError(
-                    f"{what} closes over a tensor{of} and hands it to what does not tell torch's function modes, such as "
+                    f"{what} closes over a tensor{of} and hands it to code that torch's function modes do not see, such as "
                     "an extension in C++, so its derivative would be lost. Hand it over as an argument, or in its place "
                     "what an ordinary operation makes of it, such as x * 1."
                 )

@@ -13,7 +13,7 @@ from purestep._core import maths, tree
 from purestep._core.populations import detach
 from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count, tree_flatten
 from purestep.meta.surroundings import Surroundings
-from purestep.meta.trees import GAP, described, refilled, together
+from purestep.meta.trees import GAP, refilled, together
 from purestep.transforms.noise import noise, whole_number
 
 PyTree = Any
@@ -138,7 +138,7 @@ def es_grad_and_value(
     check_sigma(sigma)
     for name, count in (("num_samples", num_samples), ("chunk_size", chunk_size)):
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, but is {count!r}.")
+            raise ValueError(f"{name} must be an integer of at least 1, but is {count!r}.")
     if randomness not in get_args(Randomness):
         raise ValueError(f"randomness must be one of {', '.join(map(repr, get_args(Randomness)))}, but is {randomness!r}.")
 
@@ -198,7 +198,7 @@ def check_sigma(sigma: Any) -> None:
     if isinstance(sigma, Tensor):
         if sigma.dim() or sigma.is_complex():
             raise ValueError(
-                f"sigma must be one real number, a float or a 0-d tensor, but is {described(sigma)} of {sigma.dtype}. For "
+                f"sigma must be one real number, a float or a 0-d tensor, but is {tree.described(sigma)} of {sigma.dtype}. For "
                 "several at once use torch.func.vmap."
             )
         if torch.compiler.is_compiling() or dispatch_mode_count() or not sigma.is_cpu:
@@ -214,7 +214,7 @@ def parts(found: Any, leaves: list[Tensor], has_aux: bool) -> tuple[Tensor, PyTr
     if not has_aux:
         return as_number(found, leaves), None
     if type(found) is not tuple or len(found) != 2:
-        what = described(found)
+        what = tree.described(found)
         raise TypeError(f"With has_aux=True the function of es_grad must return (value, aux), a tuple, but it returned {what}.")
     return as_number(found[0], leaves), found[1]
 

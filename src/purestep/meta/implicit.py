@@ -109,7 +109,7 @@ def implicit(
         aux = None
         if has_aux:
             if not isinstance(result, tuple) or len(result) != 2:
-                raise TypeError(f"With has_aux=True the solver must return (x, aux), but it returned {result!r}.")
+                raise TypeError(f"With has_aux=True the solver must return (x, aux), but it returned {tree.described(result)}.")
             result, aux = result
         x = rooted(detach(result), args, kwargs, stationarity, solve)
         return (x, detach(aux)) if has_aux else x
@@ -197,7 +197,8 @@ def rooted(
     leaves, spec = tree.flatten(x)
     for path, p in zip(spec.paths(), leaves):
         if not isinstance(p, Tensor) or not (p.is_floating_point() or p.is_complex()):
-            raise TypeError(f"A solution must be floating-point tensors, but {tree.quote(path)} is {p!r}.")
+            got = p.dtype if isinstance(p, Tensor) else repr(p)
+            raise TypeError(f"A solution must be floating-point tensors, but {tree.quote(path)} is {got}.")
     flat, arguments = tree_flatten((args, kwargs))
     places = [k for k, y in enumerate(flat) if isinstance(y, Tensor)]
     given = detach([y for y in flat if isinstance(y, Tensor)])

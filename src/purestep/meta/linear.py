@@ -246,9 +246,9 @@ def solved(x: PyTree, square: Tensor, first: Tensor, tol: float, maxiter: int, n
     if tol > 0 and not torch.compiler.is_compiling() and not dispatch_mode_count() and maths.some(~converged):
         warnings.warn(
             f"{name} did not converge in maxiter={maxiter}: the residual is {largest(residual):.2g} of the right-hand side, "
-            f"which is above tol={tol:g}, so the solution is not to be trusted. Is the matrix regular, and what this solver is "
-            "for? Else give it more iterations, or a ridge. return_info=True returns this instead; tol=0 asks for no more than "
-            "maxiter iterations.",
+            f"which is above tol={tol:g}, so the solution is not to be trusted. Check that the matrix is regular, and of the "
+            "kind that this solver is for; else give it more iterations, or a ridge. return_info=True returns the residual in "
+            "place of this warning; tol=0 asks for no more than maxiter iterations.",
             ConvergenceWarning,
             stacklevel=3,
         )

@@ -77,12 +77,5 @@ def together(trees: Sequence[PyTree], join: Callable[[list[Tensor]], Tensor], na
     return tree.unflatten(made, spec)
 
 
-def described(x: Any) -> str:
-    """What something is, in an error."""
-    if isinstance(x, Tensor):
-        return f"a tensor of shape {tuple(x.shape)}"
-    return f"a {type(x).__name__} of {len(x)}" if isinstance(x, (tuple, list, dict)) else repr(x)
-
-
 def differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())

@@ -28,11 +28,12 @@ from purestep._core.torch_api import (
     tree_map,
     tree_unflatten,
 )
+from purestep.compose import uncalled
 from purestep.meta.attach import Rule, attach, exchanged, layers, pullback, pushforward, watched
 from purestep.meta.joined import join_state, joins, part_state
 from purestep.meta.loop import Loop
 from purestep.meta.surroundings import Surroundings
-from purestep.meta.trees import GAP, copies, described, differentiable, refilled, together
+from purestep.meta.trees import GAP, copies, differentiable, refilled, together
 from purestep.transform import Transform
 
 PyTree = Any
@@ -207,10 +208,12 @@ def unroll(
     <https://arxiv.org/abs/1604.06174>`_, 2016, for the checkpoints.
     """
     if not isinstance(opt, Transform):
-        hint = f" Did you mean to call it: {opt.__name__}(...)?" if hasattr(opt, "declaration") else ""
-        raise TypeError(f"unroll takes a transform, such as purestep.adam(lr=0.1), but got {opt!r}.{hint}")
+        raise TypeError(f"unroll takes a transform, such as purestep.adam(lr=0.1), but got {opt!r}.{uncalled(opt)}")
     if not isinstance(args, tuple):
-        raise TypeError(f"args must be a tuple of further arguments of the loss, but is {args!r}. One argument x is args=(x,).")
+        raise TypeError(
+            f"args must be a tuple of further arguments of the loss, but is {tree.described(args)}. One argument x is "
+            "args=(x,)."
+        )
     batches = list(batches) if is_listed(batches) else batches
     count = number_of_steps(batches)
     if checkpoint_every is not None and (not whole(checkpoint_every) or checkpoint_every < 1):
@@ -363,7 +366,9 @@ def outcome(steps: Steps, found: Any, buffers: PyTree) -> Outcome:
         return Outcome(number(found), None, None)
     if type(found) is not tuple or len(found) != len(parts):
         asked = " and ".join([*["buffers"] * steps.buffers, *["has_aux=True"] * steps.has_aux])
-        raise TypeError(f"With {asked} the loss must return ({', '.join(parts)}), a tuple, but it returned {described(found)}.")
+        raise TypeError(
+            f"With {asked} the loss must return ({', '.join(parts)}), a tuple, but it returned {tree.described(found)}."
+        )
     new = None
     if steps.buffers:
         _, spec = tree.flatten(buffers)
@@ -379,7 +384,7 @@ def number(value: Any) -> Tensor:
     remedy = "Take its mean or sum."
     if isinstance(value, tuple):
         remedy = "A loss that returns (loss, aux) takes has_aux=True; one that returns (loss, buffers) takes buffers=..."
-    raise TypeError(f"The loss must be one number, a 0-d tensor, but is {described(value)}. {remedy}")
+    raise TypeError(f"The loss must be one number, a 0-d tensor, but is {tree.described(value)}. {remedy}")
 
 
 def of_each_member(buffers: PyTree, inputs: PyTree) -> PyTree:

@@ -98,7 +98,9 @@ def _read(scheduler: Any, base: Any, group: int) -> Schedule:
             "from_torch: MultiplicativeLR multiplies factors up from step to step, so its value is found by running it. "
             "Write their product as a function of the step: any such function is a schedule."
         )
-    raise TypeError(f"from_torch cannot read a {name}. Any function of the step is a schedule: write its values as one.")
+    raise TypeError(
+        f"from_torch cannot read the scheduler {name}. Any function of the step is a schedule: write its values as one."
+    )
 
 
 def _multistep(scheduler: Any, base: Any) -> Schedule:
@@ -128,7 +130,10 @@ FACTORS: dict[type, Callable[[Any, Any], Schedule]] = {
 
 def _momentum(scheduler: Any, group: int) -> Schedule:
     if type(scheduler) not in (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR) or not scheduler.cycle_momentum:
-        raise ValueError(f"from_torch: this {type(scheduler).__name__} does not cycle the momentum.")
+        raise ValueError(
+            f"from_torch: this {type(scheduler).__name__} does not cycle the momentum. Of a OneCycleLR or a CyclicLR with "
+            "cycle_momentum=True it can be read."
+        )
     options = scheduler.optimizer.param_groups[group]
     low, high = options["base_momentum"], options["max_momentum"]
     if type(scheduler) is lr_scheduler.OneCycleLR:

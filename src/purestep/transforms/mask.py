@@ -12,7 +12,7 @@ from purestep._core.masks import Label, Labels
 from purestep._core.maths import operation
 from purestep._core.primitives import Link, drops
 from purestep._core.values import show
-from purestep.compose import Composite, within
+from purestep.compose import Composite, uncalled, within
 from purestep.declare import leafwise
 from purestep.transform import Transform
 
@@ -53,7 +53,7 @@ def masked(transform: Transform, mask: Callable[[str, Tensor], bool] | Any) -> T
     {'weight': tensor([-1.]), 'bias': tensor([1.])}
     """
     if not isinstance(transform, Transform):
-        raise TypeError(f"masked takes a transform and a mask, but the first argument is {transform!r}.")
+        raise TypeError(f"masked takes a transform and a mask, but the first argument is {transform!r}.{uncalled(transform)}")
     return Masked((transform,), (mask,))
 
 
@@ -80,8 +80,8 @@ class Partition(Composite):
         if not isinstance(state, dict) or state.keys() != set(labels.known):
             found = f"one with {', '.join(map(repr, state))}" if isinstance(state, dict) else type(state).__name__
             raise TypeError(
-                f"The state of a partition must be a dict with {', '.join(map(repr, labels.known))}, but got {found}. A state "
-                "belongs to the transform whose init_state made it."
+                f"The state of a partition must be a dict with the keys {', '.join(map(repr, labels.known))}, but got {found}. "
+                "A state belongs to the transform whose init_state made it."
             )
         return [s for label, child in zip(labels.known, self.children) for s in child._split(state[label])]
 
@@ -136,7 +136,7 @@ def partition(transforms: Mapping[str, Transform], labels: Callable[[str, Tensor
         if not isinstance(label, str):
             raise TypeError(f"The labels of a partition are strings, but one is {label!r}.")
         if not isinstance(t, Transform):
-            raise TypeError(f"partition takes transforms by label, but {label!r} is {t!r}.")
+            raise TypeError(f"partition takes transforms by label, but {label!r} is {t!r}.{uncalled(t)}")
     return Partition(transforms.values(), (Labels(labels, tuple(transforms)),))
 
 

@@ -120,5 +120,5 @@ def mechanic(
     """
     made: Transform = _mechanic(transform, weight_decay=weight_decay, eps=eps, s_init=s_init, num_betas=num_betas)
     if num_betas > MOST:
-        raise ValueError(f"mechanic: num_betas must be a whole number of at most {MOST}, but got {num_betas}.")
+        raise ValueError(f"mechanic: num_betas must be an integer of at most {MOST}, but got {num_betas}.")
     return made

@@ -111,7 +111,7 @@ def plot_monitor(records: Sequence[MonitorState] | Mapping[str, Sequence[Monitor
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
-        raise ImportError("plot_monitor draws with matplotlib, which is not installed: pip install matplotlib.") from error
+        raise ImportError("plot_monitor draws with matplotlib, which is not installed: pip install matplotlib") from error
     figure = figures.Figure(figsize=(4 * len(PANELS), 3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(PANELS), squeeze=False)
     for row, (name, states) in zip(axes, rows.items()):

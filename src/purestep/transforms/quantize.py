@@ -20,7 +20,7 @@ from purestep._core.hyper import Whole, check_steps
 from purestep._core.maths import Encoded, operation
 from purestep._core.primitives import LinkDeclaration, Primitive, Sparse
 from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count
-from purestep.compose import Relinked
+from purestep.compose import Relinked, uncalled
 from purestep.transform import Leafwise, PyTree, Transform
 
 Bits: TypeAlias = Literal[8, 16]
@@ -379,8 +379,7 @@ def quantize_state(transform: Transform, bits: Bits = 8, *, min_size: int = 4096
     <https://arxiv.org/abs/2110.02861>`_, ICLR 2022.
     """
     if not isinstance(transform, Transform):
-        hint = f" Did you mean to call it: {transform.__name__}(...)?" if hasattr(transform, "declaration") else ""
-        raise TypeError(f"quantize_state takes a transform, but got {transform!r}.{hint}")
+        raise TypeError(f"quantize_state takes a transform, but got {transform!r}.{uncalled(transform)}")
     if bits not in (8, 16) or isinstance(bits, bool):
         raise ValueError(f"quantize_state: bits must be 8 or 16, but got {bits!r}.")
     check_steps(min_size, "quantize_state: min_size", Whole())

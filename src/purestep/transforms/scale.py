@@ -50,7 +50,7 @@ def scale_by_schedule(schedule: Callable[[Any], Any]) -> Transform:
     (tensor([0.2500]), tensor(3.))
     """
     if not callable(schedule) or isinstance(schedule, (type, Tensor)):
-        raise TypeError(f"scale_by_schedule takes a schedule (step -> value), but got {schedule!r}. scale takes numbers.")
+        raise TypeError(f"scale_by_schedule takes a schedule (step -> value), but got {schedule!r}. For a number use scale.")
     return scale(schedule)
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "build" / "mutants.json"
 LEFT_OUT = (
     "test_distributed.py", "test_dealt.py", "test_replicas.py", "test_sharded_checkpoints.py", "test_layouts.py",
-    "test_plan.py", "test_learned.py", "test_compiled.py", "test_readme.py", "test_guide.py", "test_optax_page.py",
+    "test_plan.py", "test_learned.py", "test_compiled.py", "test_readme.py", "test_guide.py", "test_coming_from.py",
     "test_house.py", "test_public.py", "test_internals.py", "test_pickles.py",
 )  # fmt: skip
 SOURCE = str(ROOT / "src" / "purestep")

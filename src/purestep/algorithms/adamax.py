@@ -41,7 +41,7 @@ def scale_by_adamax(
         v_t &= \max(\beta_2 v_{t-1}, |g_t| + \epsilon) \\
         u_t &= \frac{m_t}{(1 - \beta_1^t)\,v_t}
 
-    As in torch, :math:`\epsilon` is added to the gradient; optax adds it to :math:`v_t`.
+    As in torch and in optax, :math:`\epsilon` is added to the gradient.
 
     Args:
         betas: :math:`\beta_1, \beta_2`, each in [0, 1).

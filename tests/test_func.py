@@ -42,6 +42,7 @@ def used(t: ps.Transform) -> ps.Transform:
 
 @each(smooth=True)
 @pytest.mark.parametrize("where", ["random", "zero gradient", "zero gradient and state"])
+@pytest.mark.in_turn("where")
 def test_gradcheck(case: Case, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Derivatives of a step with respect to gradients, parameters, state and every hyperparameter, in both directions."""
     if where != "random" and "direction" in case.lacks:
@@ -92,6 +93,7 @@ def changeable(leaves: list[Any], floating: list[int], spec: Any) -> set[int]:
 
 @each_options()
 @pytest.mark.parametrize("level", ["autograd", "torch.func"])
+@pytest.mark.in_turn("level")
 def test_finite_at_exact_zeros(case: Case, options: Options, level: str) -> None:
     """A gradient and a state that are exactly 0 give finite derivatives, through two steps."""
     t = used(case.transform(options))

@@ -234,6 +234,7 @@ def test_one_program_while_numbers_change(case: Case, options: Options) -> None:
 @each_options()
 @pytest.mark.parametrize("executor", [None, "leaf", "foreach"])
 @pytest.mark.parametrize("method", ["update", "step"])
+@pytest.mark.in_turn("executor")
 def test_nothing_given_is_changed(case: Case, options: Options, executor: Any, method: str) -> None:
     """Bit for bit, and the version counters too: not even written with the same value."""
     t = case.transform(options)

@@ -39,12 +39,14 @@ def pure_trajectory(t: ps.Transform, problem: Any, dtype: torch.dtype, steps: in
 
 @each_problem(WITH_TWIN)
 @pytest.mark.parametrize("executor", [None, "foreach", "leaf"])
+@pytest.mark.in_turn("executor")
 def test_equals_torch(case: Case, options: Options, problem: str, executor: Any) -> None:
     follows(case, options, problem, executor, torch.float64, 1e-12)
 
 
 @each_problem(WITH_TWIN, "float32")
 @pytest.mark.parametrize("executor", [None, "foreach", "leaf"])
+@pytest.mark.in_turn("executor")
 def test_equals_torch_in_float32(case: Case, options: Options, problem: str, executor: Any) -> None:
     follows(case, options, problem, executor, torch.float32, 1e-6)
 

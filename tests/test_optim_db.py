@@ -454,11 +454,13 @@ def test_every_class_is_in_the_table() -> None:
 
 
 @each_entry(exact=True)
+@pytest.mark.in_turn("mode")
 def test_it_trains_as_torchs(entry: Entry, mode: str, dtype: torch.dtype) -> None:
     assert_near(entry.cls, ours(entry, mode, dtype), reference(entry, dtype))
 
 
 @each_entry(exact=False)
+@pytest.mark.in_turn("mode")
 def test_it_trains_as_precisely_as_torchs(entry: Entry, mode: str, dtype: torch.dtype) -> None:
     made, exact = ours(entry, mode, dtype), reference(entry, WIDE[dtype])
     theirs = [torchs(entry.cls, entry.number, dtype, other) for other in modes_for(entry.cls, dtype)]
@@ -569,6 +571,7 @@ def loop(cls: str) -> Options:
 
 
 @each_structure()
+@pytest.mark.in_turn("mode")
 def test_structure(cls: str, structure: Structure, mode: str) -> None:
     options = NEEDS[cls].options
     theirs = structured(torch.optim, cls, structure, {**options, **loop(cls)})

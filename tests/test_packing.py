@@ -55,6 +55,7 @@ def train(t: ps.Transform, case: Case | None = None, steps: int = STEPS, **how: 
 
 @each_options()
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+@pytest.mark.in_turn("donate")
 def test_the_numbers_are_those_of_a_loop(case: Case, options: Options, donate: bool) -> None:
     t = case.transform(options)
     assert difference(train(t, case, donate=donate), train(t, case, executor="leaf")) <= 1e-12
@@ -216,6 +217,7 @@ def test_two_threads_may_step_one_transform() -> None:
 
 @each_options()
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+@pytest.mark.in_turn("donate")
 def test_blocks(case: Case, options: Options, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of 12, 30 and 1 elements in blocks of 7; nothing given is changed unless it was given away."""
     monkeypatch.setattr(purestep._executors.tiles, "TILE", 7)

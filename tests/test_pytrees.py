@@ -50,6 +50,7 @@ def like(tree: Any) -> Any:
 
 @each("containers")
 @pytest.mark.parametrize("kind", TREES)
+@pytest.mark.in_turn("kind")
 def test_every_container(case: Case, kind: str) -> None:
     """The same leaves in any container give the same numbers, in the same container, state included."""
     t = case.transform()
@@ -72,6 +73,7 @@ def test_every_container(case: Case, kind: str) -> None:
 @each("moving")
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("executor", [None, "leaf", "foreach"])
+@pytest.mark.in_turn("executor")
 def test_a_none_gradient_leaves_everything_as_it_was(case: Case, donate: bool, executor: Any) -> None:
     t = case.transform()
     shape = (2,) if case.treats(leaf(2)) else (2, 3)

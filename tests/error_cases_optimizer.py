@@ -198,6 +198,19 @@ def bitsandbytes(**state: Any) -> Any:
     return ps.convert.from_bitsandbytes(ps.adam(), [p], optimizer)
 
 
+class LARS(torch.optim.SGD):
+    """Named as one of pytorch_optimizer is."""
+
+
+def pytorch_optimizers(cls: type[torch.optim.SGD] = torch.optim.SGD) -> Any:
+    """An optimizer with a state whose group counts no steps."""
+    p = nn.Parameter(torch.ones(2))
+    optimizer = cls([p])
+    optimizer.param_groups[0]["step"] = 0
+    optimizer.state[p] = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+    return ps.convert.from_pytorch_optimizer(ps.adam(), [p], optimizer)
+
+
 def nested(depth: int) -> Any:
     x: Any = ()
     for _ in range(depth):
@@ -294,6 +307,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "a state of another algorithm": lambda: ps.convert.from_torch(ps.sgd(), TREE, torchs(torch.optim.RMSprop)),
     "several counts of optax's": lambda: ps.convert.from_optax(ps.adam(), TREE, Theirs(torch.ones(2), TREE, TREE)),
     "a count of optax's in words": lambda: ps.convert.from_optax(ps.adam(), TREE, Theirs("three", TREE, TREE)),
+    "a pytorch_optimizer that counts elsewhere": pytorch_optimizers,
+    "a pytorch_optimizer with another momentum": lambda: pytorch_optimizers(LARS),
     "one moment of bitsandbytes'": lambda: bitsandbytes(absmax1=torch.zeros(2)),
     "other blocks of bitsandbytes'": lambda: bitsandbytes(absmax1=torch.zeros(8)),
     "no blocks of bitsandbytes'": lambda: bitsandbytes(),

@@ -16,7 +16,8 @@ from purestep import optim
 @ps.leafwise()
 def signed(g: Tensor, p: Tensor, lr: ps.Hyper = 0.1) -> Tensor:
     """An algorithm of one's own."""
-    return -lr * g.sign()
+    update: Tensor = -lr * g.sign()
+    return update
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def wrapped(model: nn.Module, x: Tensor, y: Tensor) -> float:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
     for _ in range(50):
         loss = loss_of(model, x, y)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has not typed it
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -38,8 +39,9 @@ def wrapped(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def functional(params: dict[str, Tensor], x: Tensor, y: Tensor) -> float:
-    opt = ps.chain(ps.clip_by_global_norm(1.0), ps.adamw(lr=ps.schedules.cosine(0.1, total_steps=50)))
-    assert_type(opt, ps.Transform)
+    clip, adamw = ps.clip_by_global_norm(1.0), ps.adamw(lr=ps.schedules.cosine(0.1, total_steps=50))
+    assert_type(clip, ps.Transform)  # and not Any: the installed package has types
+    opt: ps.Transform = ps.chain(clip, adamw)
     state = opt.init_state(params)
 
     def loss_of(p: dict[str, Tensor]) -> Tensor:

@@ -53,6 +53,7 @@ SAME: dict[str, tuple[Any, dict[str, Any]]] = {
     "NovoGrad": (ps.novograd(0.01), {"lr": 0.01}),
     "SignSGD": (ps.signum(0.01), {"lr": 0.01}),
     "RAdam": (ps.radam(0.01), {"lr": 0.01}),
+    "ScheduleFreeSGD": (ps.schedule_free_sgd(0.1), {"lr": 0.1}),
 }
 
 
@@ -62,9 +63,28 @@ def test_pytorch_optimizer(name: str) -> None:
     opt, options = SAME[name]
     params = parameters()
     optimizer = getattr(package, name)([nn.Parameter(p.clone()) for p in params.values()], **options)
+    getattr(optimizer, "train", lambda: None)()  # some begin with averages
     now = theirs(optimizer, params, range(7))
     state = ps.convert.from_pytorch_optimizer(opt, now, optimizer)
     close(ours(opt, now, state, range(7, 10)), theirs(optimizer, params, range(7, 10)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "opt", "message"),
+    [
+        ("MADGRAD", ps.madgrad(), "must have the number of steps under 'step', but have 0"),
+        ("SOAP", ps.soap(), "has 'GG', 'Q'"),
+        ("Shampoo", ps.shampoo(), "has 'inv_pre_cond_0'"),
+        ("LARS", ps.lars(), "the learning rate is no part of its momentum"),
+    ],
+)
+def test_pytorch_optimizers_that_keep_something_else(name: str, opt: ps.Transform, message: str) -> None:
+    package = pytest.importorskip("pytorch_optimizer")
+    params = parameters()
+    optimizer = getattr(package, name)([nn.Parameter(p.clone()) for p in params.values()])
+    now = theirs(optimizer, params, range(3))
+    with pytest.raises(ValueError, match=message):
+        ps.convert.from_pytorch_optimizer(opt, now, optimizer)
 
 
 @pytest.mark.parametrize("bits", [8, 32])

@@ -23,6 +23,9 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 """What pytorch_optimizer calls a transform's fields, where it has other names for them."""
 
+OTHERWISE = {"LARS": "the learning rate is no part of its momentum"}
+"""Classes of pytorch_optimizer whose fields have the names of ours and hold something else."""
+
 NEGATED = ("previous_grad",)
 """What pytorch_optimizer keeps with the other sign: its Adan adds the last gradient where others subtract it."""
 
@@ -107,19 +110,32 @@ def from_pytorch_optimizer(transform: Transform, params: PyTree, optimizer: torc
         the state, as `from_torch` returns it.
 
     Raises:
-        ValueError: as for `from_torch`.
+        ValueError: as for `from_torch`; the optimizer keeps its counter elsewhere, as its MADGRAD does, or something else
+            under the same names, as its LARS does.
     """
+    name = type(optimizer).__name__
+    if name in OTHERWISE:
+        raise ValueError(f"{name} of pytorch_optimizer cannot be converted: {OTHERWISE[name]}. Begin anew.")
     bridge = Bridge.over(transform, params)
     renamed = {
         theirs: ours for link in transform.links for ours, theirs in RENAMED.get(link.transform.declaration.name, {}).items()
     }
     saved = optimizer.state_dict()
-    steps = {k: float(g["step"]) for g in saved["param_groups"] for k in g["params"] if "step" in g}
+    groups = {k: g for g in saved["param_groups"] for k in g["params"]}
+    keys = {name for names in transform.plan.keys for name in names}
     states = []
     for k in bridge.ids(saved["param_groups"]):
         own = {renamed.get(n, n): -x if n in NEGATED else x for n, x in saved["state"].get(k, {}).items()}
-        states.append({"step": torch.tensor(steps[k]), **own} if own and k in steps else own)
-    return bridge.state(states)
+        counted = {n: torch.tensor(float(x)) for n, x in groups[k].items() if n in keys and isinstance(x, (int, float))}
+        if own and "step" in keys and not {**counted, **own}.get("step"):
+            raise ValueError(
+                f"The groups of {name} must have the number of steps under 'step', but have "
+                f"{groups[k].get('step')!r} for parameters with a state. Begin anew."
+            )
+        states.append({**counted, **own} if own else own)
+    made = bridge.state(states)
+    bridge.check_fields(states)
+    return made
 
 
 def from_bitsandbytes(transform: Transform, params: PyTree, optimizer: torch.optim.Optimizer) -> Any:

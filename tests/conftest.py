@@ -80,6 +80,13 @@ def in_turn(items: list[pytest.Item]) -> None:
                     item.add_marker(pytest.mark.long)
 
 
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say what is left out, and what it takes to run it."""
+    if "long" in config.option.markexpr:
+        return None
+    return "left out: what is marked `long` or not in turn; `python -m pytest -m long` runs it, half an hour on two cores"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` need one, and some tests a recent torch; those marked `long` are run where they are asked for."""
     in_turn(items)

@@ -6,7 +6,6 @@ asks the same of its arguments at every call, in C++, and these are its guards.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,9 +23,6 @@ MISSES = 4
 def alike(x: Any, p: Any) -> bool:
     """Whether a sharded tensor is of the shape of a parameter, and spread as it is."""
     return x.shape == p.shape and spread_alike(x, p)
-
-
-spec, local = operator.attrgetter("_spec"), operator.attrgetter("_local_tensor")  # of a `DTensor`
 
 
 class Guard(NamedTuple):
@@ -69,8 +65,8 @@ class GuardCache:
         params, specs, parts = lists[0], [], []
         try:
             for xs in lists:
-                specs.append(list(map(spec, xs)))
-                parts.append(list(map(local, xs)))
+                specs.append([x._spec for x in xs])  # twice as fast as `map` with an `attrgetter`
+                parts.append([x._local_tensor for x in xs])
         except AttributeError:  # some are not sharded
             return None
         if specs != self.specs:  # objects are compared only where they are not the same

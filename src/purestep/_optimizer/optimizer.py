@@ -34,6 +34,7 @@ from purestep._core.primitives import is_off
 from purestep._core.torch_api import (
     STEP_POST_HOOKS,
     STEP_PRE_HOOKS,
+    DisableTorchFunctionSubclass,
     check_fused_device_and_dtype,
     graph_task,
     profiling,
@@ -604,7 +605,12 @@ class Optimizer(torch.optim.Optimizer):
         guards = self._guards.get(id(group))
         if guards is None:
             guards = self._guards[id(group)] = GuardCache()
-        return repeated.again(guards, [p.grad for p in params], params, self._states(params), executor)
+        if hasattr(params[0], "full_tensor"):  # torch asks a subclass at each attribute whether it has a way of its own
+            with DisableTorchFunctionSubclass():
+                grads = [p.grad for p in params]
+        else:
+            grads = [p.grad for p in params]
+        return repeated.again(guards, grads, params, self._states(params), executor)
 
     def _is_known(self, group: dict[str, Any], transform: Transform) -> bool:
         """Whether the step cache would hit for this group."""

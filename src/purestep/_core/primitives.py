@@ -51,7 +51,7 @@ class FieldSpec(NamedTuple):
 class Fields:
     """The fields of a state, in order; what is asked of them in a loop is there as a tuple with one entry for each."""
 
-    __slots__ = ("columns", "encoded", "leaves", "like", "names", "optional", "scalars", "specs", "step", "tensors")
+    __slots__ = ("columns", "counts", "encoded", "leaves", "like", "names", "optional", "scalars", "specs", "step", "tensors")
 
     def __init__(self, *specs: FieldSpec) -> None:
         self.specs = specs
@@ -63,6 +63,8 @@ class Fields:
         self.optional = any([s.optional for s in specs])
         self.step = self.names.index("step") if "step" in self.names else -1  # the position of the counter
         self.tensors = tuple([f for f, s in enumerate(specs) if s.kind == "like"])  # the positions of these
+        own = [f for f, s in enumerate(specs) if not s.per_param]  # of a whole transform
+        self.counts = tuple([f for f in own if specs[f].kind == "scalar" or specs[f].name.endswith("step")])  # its counters
         self.columns = tuple([f for f, s in enumerate(specs) if s.kind != "scalar"])  # of what is more than a number
 
 

@@ -596,7 +596,9 @@ class Optimizer(torch.optim.Optimizer):
         if repeated is None:
             return False
         guards = self._guards.get(id(group))
-        if guards is None:
+        if guards is None:  # a group may be new because another was replaced by it
+            there = set(map(id, self.param_groups))
+            self._guards = {key: known for key, known in self._guards.items() if key in there}
             guards = self._guards[id(group)] = GuardCache()
         return repeated.again(guards, [p.grad for p in params], params, self._states(params), executor)
 
@@ -635,6 +637,8 @@ class Optimizer(torch.optim.Optimizer):
                 kinds = {p.dim(): p for p in params}.values()  # some transforms see vectors as what matrices are not to them
                 if any([must_see_whole(link.transform, p) for link in plan.links for p in kinds]):
                     check_agreement(plan, params, path)
+                if len(self._selection.agreed) > len(self.param_groups):  # some of them have been replaced
+                    self._selection.agreed.clear()
                 self._selection.agreed.add(members)
         executor = self._executor(groups[0][0])
         if len(groups) > 1:

@@ -81,11 +81,12 @@ def advanced(old: Tensor, x: Any) -> Any:
 
 
 def read(x: Tensor) -> float:
-    """The number in a tensor; NaN if it may not be read, because it is on a device, a batch, recorded or traced."""
-    if not x.is_cpu or x.dim() or torch.compiler.is_compiling() or dispatch_mode_count() > 0 or maths.followed(x):
+    """A counter, or the largest of those of a batch; NaN if it may not be read, because it is on a device, recorded or traced."""
+    if torch.compiler.is_compiling() or dispatch_mode_count() > 0 or not x.is_cpu or maths.followed(x, batches=False):
         return math.nan
     with DisableFuncTorch():
-        return float(maths.bottom(x)[0].item())
+        column = maths.bottom(x)[0]
+        return float((column.max() if column.dim() else column).item())
 
 
 def shaped_like(like: Tensor, x: Any) -> Any:

@@ -398,8 +398,11 @@ class Sorting:
 def unstopped(fields: list[Any], info: Fields) -> list[Any]:
     """The state of a whole transform, which adds to its counters by itself: one that has come to `STOP` is a float64."""
     places = info.counts or ((info.step,) if info.step >= 0 else ())
-    stopped = [f for f in places if (x := fields[f]) is not None and x.dtype is torch.float32 and read(x) >= STOP]
-    return [x.to(torch.float64) if f in stopped else x for f, x in enumerate(fields)] if stopped else fields
+    for f in places:
+        x = fields[f]
+        if isinstance(x, Tensor) and x.dtype is torch.float32 and read(x) >= STOP:
+            fields = put(fields, [f], [x.to(torch.float64)])
+    return fields
 
 
 def unusual(lists: list[list[Any]]) -> list[bool] | None:

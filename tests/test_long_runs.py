@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 import purestep as ps
 from purestep import optim
+from purestep._core.cache import DeclarationCache, Shared
 from purestep.saving import visit
 from tests import processes
 from tests.cases import CASES, CLASSES, Case, Options, each, each_options
@@ -689,3 +690,357 @@ def test_the_average_and_the_noise_after_many_steps() -> None:
         u, state = noise.update(torch.zeros(2, dtype=torch.float64), state, p)
         drawn.append(tuple(u.tolist()))
     assert len(set(drawn)) == 4
+
+
+# -------------------------------------------------------------------------------------------------------------------- caches
+
+
+class OwnState(NamedTuple):
+    step: ps.Scalar
+    mean: Tensor
+
+    @classmethod
+    def init(cls, p: Tensor) -> OwnState:
+        return cls(ps.counter(p), torch.zeros_like(p))
+
+
+PARAMS = {"a": torch.ones(3), "b": torch.ones(2, 2)}
+
+
+def stepped(t: ps.Transform, params: Any = PARAMS, steps: int = 1, **how: Any) -> None:
+    params = pytree.tree_map(torch.clone, params)
+    state = t.init_state(params)
+    for _ in range(steps):
+        params, state = t.step(params, state, params, **how)
+
+
+def declarations(n: int) -> None:
+    @ps.leafwise(OwnState)
+    def own(g: Tensor, s: OwnState, p: Tensor, k: ps.NonNegative = 1.0) -> tuple[Tensor, OwnState]:
+        mean = s.mean.lerp(g, 0.5)
+        return k * mean, OwnState(s.step + 1, mean)
+
+    stepped(ps.chain(own(), ps.scale(-0.1)), steps=3)
+
+
+def states(n: int) -> None:
+    kind: Any = NamedTuple("kind", [("step", ps.Scalar), ("mean", Tensor)])
+    kind.init = classmethod(lambda cls, p: cls(ps.counter(p), torch.zeros_like(p)))
+
+    @ps.leafwise(kind)
+    def own(g: Tensor, s: Any, p: Tensor) -> tuple[Tensor, Any]:
+        mean = s.mean.lerp(g, 0.5)
+        return mean, kind(s.step + 1, mean)
+
+    t = own()
+    state = t.init_state(PARAMS)
+    ps.state_dict(ps.map_params(torch.clone, t.step(PARAMS, state, PARAMS)[1]))
+    ps.quantize_state(t, min_size=n).init_state(PARAMS)
+
+
+def closures(n: int) -> None:
+    here = torch.tensor(float(n))
+
+    @ps.operation
+    def op(x: Any) -> Any:
+        return x * n
+
+    @ps.leafwise()
+    def own(g: Tensor, p: Tensor) -> Tensor:
+        return op(g) + here
+
+    @ps.whole()
+    def together(gs: list[Tensor], s: Any, params: list[Tensor]) -> tuple[list[Tensor], Any]:
+        return [g * n for g in gs], s
+
+    stepped(ps.chain(own(), together(), ps.sgd(0.1)))
+
+
+def hyperparameters(n: int) -> None:
+    stepped(ps.adamw(0.1 + n * 1e-6, betas=(0.9, 0.99 + 1e-6 * n)), steps=3)
+    stepped(ps.tensors(ps.adamw(0.1 + n * 1e-6)))
+    stepped(ps.adamw(lambda step: 0.1 / (step + n + 1)))
+    stepped(ps.adamw(ps.schedules.cosine(0.1, total_steps=10 + n)))
+
+
+def masks(n: int) -> None:
+    stepped(ps.chain(ps.clip_by_global_norm(1.0), ps.add_decayed_weights(0.1, mask=lambda path, p: hash((path, n)) % 2 == 0), ps.adam(0.1)))
+    stepped(ps.masked(ps.sgd(0.1, momentum=0.9), {"a": n % 2 == 0, "b": n % 3 == 0}))
+    stepped(ps.partition({"x": ps.sgd(0.1), "y": ps.adam(0.1)}, lambda path, p: "x" if path == "a" else "y"))
+
+
+NOW = [0]
+MASKED = ps.chain(*[ps.masked(ps.scale(0.9), lambda path, p, k=k: (NOW[0] >> k) & 1 == 1) for k in range(10)])
+
+
+def masks_that_change(n: int) -> None:
+    NOW[0] = n
+    stepped(MASKED)
+
+
+HELD = ps.adamw(0.1)
+
+
+def shapes(n: int) -> None:
+    params = {f"p{k}": torch.ones(1 + (7 * n + k) % 50, 1 + n % 13) for k in range(1 + n % 17)}
+    stepped(HELD, params, 3)
+    stepped(HELD, params, 3, donate=True)
+    stepped(HELD, [torch.ones(2) for _ in range(1 + n % 300)], 2)
+    stepped(ps.nadam(0.1), [torch.ones(1 + (n + k) % 9) for k in range(20 + n % 7)], 2)
+
+
+def names(n: int) -> None:
+    stepped(ps.named_chain((f"x{n}", ps.sgd(0.1)), (f"y{n}", ps.adam(0.1))), {f"n{n}": torch.ones(3)})
+
+
+def switches(n: int) -> None:
+    stepped(ps.quantize_state(ps.adamw(0.1), min_size=n))
+    stepped(ps.add_noise(0.1, seed=n))
+    stepped(ps.accumulate(ps.adam(0.1), 2 + n))
+    stepped(ps.as_matrices(ps.scale_by_muon(ns_coefficients=(3.4, -4.7 + n * 1e-5, 2.0)), flatten=True), [torch.ones(4, 4)])
+    stepped(ps.as_matrices(ps.scale_by_muon(), split=1 + n), [torch.ones(1 + n, 1)])
+    stepped(ps.chain(*[ps.scale(1.001)] * (1 + n % 40)))
+
+
+def batches(n: int) -> None:
+    t = ps.adam(lr=torch.rand(2 + n % 5))
+    torch.func.vmap(lambda t, p: t.step(p, t.init_state(p), p)[0], in_dims=(ps.in_dims(t), None))(t, PARAMS)
+    HELD.explain(PARAMS, HELD.init_state(PARAMS), PARAMS)
+    stepped(HELD, executor="leaf")
+
+
+def optimizers(n: int) -> None:
+    own = [torch.nn.Parameter(torch.ones(1 + n % 9)) for _ in range(3)]
+    optimizer = optim.AdamW(own, lr=0.1 + n * 1e-6)
+    for _ in range(4):
+        for p in own:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+class Kept:
+    """Optimizers that live on, and whose groups are replaced."""
+
+    def __init__(self) -> None:
+        self.own = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+        self.plain = optim.AdamW(self.own, lr=0.1)
+        self.scheduled = optim.Optimizer(self.own, ps.adamw(lambda step: 0.1 / (step + 1)))
+
+    def __call__(self, n: int) -> None:
+        added = torch.nn.Parameter(torch.ones(2))
+        for p in (*self.own, added):
+            p.grad = torch.ones_like(p)
+        self.plain.param_groups[0] = {**self.plain.param_groups[0], "lr": 0.1 + n * 1e-6}
+        self.scheduled.param_groups[0] = {**self.scheduled.param_groups[0], "lr": lambda step: 0.1 / (step + n + 1)}
+        for optimizer, lr in ((self.plain, 0.2), (self.scheduled, lambda step: 0.1)):
+            optimizer.add_param_group({"params": [added], "lr": lr})
+            optimizer.step()
+            del optimizer.param_groups[1], optimizer.state[added]
+            optimizer.step()
+
+
+CHANGES: dict[str, Callable[[], Callable[[int], None]]] = {
+    f.__name__: lambda f=f: f  # type: ignore[misc]
+    for f in (declarations, states, closures, hyperparameters, masks, masks_that_change, shapes, names, switches, batches, optimizers)
+} | {"groups": Kept}
+
+
+def ours(x: Any) -> bool:
+    return str(getattr(x, "__module__", None)).split(".")[0] == "purestep"
+
+
+def containers(*roots: Any) -> dict[str, int]:
+    """The length of each container that the modules of the library, or these objects, lead to: of several at one path the
+    longest. What has a bound of its own is held to it here."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    stack: list[tuple[str, Any]] = [(name, vars(m)) for name, m in list(sys.modules.items()) if name.split(".")[0] == "purestep"]
+    stack += [(f"<{type(x).__name__}>", x) for x in roots]
+    while stack:
+        path, x = stack.pop()
+        if id(x) in seen or isinstance(x, (Tensor, types.ModuleType)):
+            continue
+        seen.add(id(x))
+        inside: list[tuple[str, Any]] = []
+        if isinstance(x, (dict, types.MappingProxyType, weakref.WeakValueDictionary, weakref.WeakKeyDictionary)):
+            found[path] = max(found.get(path, 0), len(x))
+            inside = [(f"{path}.{k}" if isinstance(k, str) and "*" not in path else f"{path}.*", v) for k, v in list(x.items())]
+            inside += [(f"{path}.key", k) for k in list(x) if not isinstance(k, str)]
+        elif isinstance(x, (list, set, frozenset, tuple, weakref.WeakSet)):
+            found[path] = max(found.get(path, 0), len(x))
+            inside = [(f"{path}.*", v) for v in list(x)]
+        elif hasattr(x, "cache_info"):
+            info = x.cache_info()
+            assert info.maxsize is not None, f"{path} is a cache without a bound"
+        elif isinstance(x, (DeclarationCache, Shared)):
+            entries = x.entries if isinstance(x, DeclarationCache) else x.recent
+            assert len(entries) <= x.size, f"{path} has {len(entries)} entries, more than {x.size}"
+            inside = [(f"{path}.*", v) for v in list(entries.values())]
+        elif isinstance(x, types.FunctionType):
+            inside = [(path, vars(x)), *[(f"{path}.cell", c.cell_contents) for c in x.__closure__ or () if held(c)]] if ours(x) else []
+        elif isinstance(x, threading.local) or (isinstance(x, type) and ours(x)):
+            inside = [(path, vars(x))]
+        elif ours(type(x)) and not isinstance(x, type):
+            slots = [s for kind in type(x).__mro__ for s in getattr(kind, "__slots__", ()) if hasattr(x, s)]
+            inside = [(f"{path}.{s}", getattr(x, s)) for s in slots if not s.startswith("__")]
+            inside += [(path, vars(x))] if hasattr(x, "__dict__") else []
+        stack += inside
+    return found
+
+
+def held(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+LIVING = ("DECLARATIONS", "CACHES")
+"""Weak ones, which have what lives: as much as bounded caches hold."""
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_no_cache_grows(name: str) -> None:
+    """Whatever is new at every step. A cache that is added is found here by itself."""
+    change = CHANGES[name]()
+    for n in range(80):
+        change(n)
+    gc.collect()
+    before = containers(change)
+    for n in range(80, 240):
+        change(n)
+    gc.collect()
+    after = containers(change)
+    grown = {path: (before.get(path, 0), n) for path, n in after.items() if n > max(before.get(path, 0) * 1.2, 64)}
+    assert not {path: n for path, n in grown.items() if path.split(".")[-1] not in LIVING}
+
+
+def everything(steps: int) -> list[int]:
+    """How many objects there are at each fifth of so many steps, at which one thing after the other changes."""
+    gc.collect()
+    changes = [make() for make in CHANGES.values()]
+    for n in range(300):
+        states(n)  # which fill what keeps types
+    found = []
+    for n in range(steps):
+        changes[n % len(changes)](n)
+        if (n + 1) % (steps // 5) == 0:
+            gc.collect()
+            found.append(len(gc.get_objects()))
+    return found
+
+
+@pytest.mark.parametrize("steps", [600, pytest.param(3000, marks=pytest.mark.long)])
+def test_no_object_is_left(steps: int) -> None:
+    """After the first two fifths, in which bounded caches are filled, there are no more objects than there were."""
+    found = everything(steps)
+    assert max(found[2:]) <= found[1] + 600, found
+
+
+# ---------------------------------------------------------------------------------------------------------------------- leaks
+
+
+@pytest.fixture
+def by_counts_alone() -> Iterator[None]:
+    """No garbage collection: what is in a cycle stays."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # torch's first optimizer stays until one (it imports the compiler)
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def references(*trees: Any) -> list[Any]:
+    return [weakref.ref(x) for x in pytree.tree_leaves(trees) if isinstance(x, Tensor)]
+
+
+def living(found: list[Any]) -> int:
+    return sum(r() is not None for r in found)
+
+
+@each()
+@pytest.mark.usefixtures("by_counts_alone")
+def test_nothing_is_left_of_pure_steps(case: Case) -> None:
+    """Every gradient, parameter and tensor of a state is gone with its last name, without a garbage collection."""
+    for how in MODES:
+        t, params = case.transform(), {k: p.clone() for k, p in small(case).items()}
+        state, found = t.init_state(params), []
+        for _ in range(4):
+            g = gradients(params)
+            found += references(g, state, params)
+            params, state = t.step(g, state, params, **how)
+        found += references(params, state)
+        del g, params, state, t
+        assert living(found) == 0, how
+
+
+def left_of(optimizer: Any, own: list[Any], found: list[Any]) -> None:
+    found += [weakref.ref(optimizer), *references(own, [p.grad for p in own])]
+    found += [weakref.ref(x) for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+
+
+@each()
+@pytest.mark.parametrize("flags", [{}, {"foreach": False}], ids=str)
+@pytest.mark.usefixtures("by_counts_alone")
+def test_nothing_is_left_of_an_optimizer(case: Case, flags: dict[str, Any]) -> None:
+    if case.transform().plan.extras:
+        pytest.skip("it asks for a closure")
+    own = [torch.nn.Parameter(p.clone()) for p in small(case).values()]
+    optimizer, found = optim.Optimizer(own, case.transform(), **flags), []
+    for _ in range(4):
+        for p in own:
+            p.grad = torch.sin(3 * p.detach())
+        optimizer.step()
+        left_of(optimizer, own, found)
+    del own, p, optimizer
+    assert living(found) == 0
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.usefixtures("by_counts_alone")
+def test_nothing_is_left_of_any_class(name: str) -> None:
+    """With closures, hooks, a scheduler, and checkpoints."""
+    own = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    optimizer, found = getattr(optim, name)(own, lr=0.01), []
+    scheduler = optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    def closure() -> Tensor:
+        for p in own:
+            g = torch.sin(3 * p.detach())
+            p.grad = g.to_sparse() if name == "SparseAdam" else g
+        return sum((p.detach() ** 2).sum() for p in own)  # type: ignore[return-value]
+
+    for _ in range(4):
+        optimizer.step(closure)
+        scheduler.step()
+        left_of(optimizer, own, found)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step(closure)
+    optimizer.zero_grad()
+    left_of(optimizer, own, found)
+    last = weakref.ref(optimizer)
+    del own, closure, optimizer, scheduler
+    tensors = [r for r in found if r is not last and not isinstance(r(), torch.optim.Optimizer)]
+    cycles = living(tensors)
+    gc.collect()
+    assert living(found) == 0
+    assert cycles == 0 or name, "a scheduler and its optimizer hold each other"
+
+
+@pytest.mark.usefixtures("by_counts_alone")
+def test_nothing_is_left_of_what_is_differentiated_batched_and_unrolled() -> None:
+    t, found = ps.adam(0.1), []
+
+    def trained(p: Tensor) -> Tensor:
+        state = t.init_state(p)
+        for _ in range(3):
+            p, state = t.step(2 * p, state, p)
+        return (p**2).sum()
+
+    p = torch.ones(3, dtype=torch.float64)
+    q = p.clone().requires_grad_()
+    out = (torch.func.grad(trained)(p), torch.func.vmap(torch.func.grad(trained))(torch.stack([p, p])), torch.autograd.grad(trained(q), q))
+    found += references(p, q, out)
+    del p, q, out
+    assert living(found) == 0

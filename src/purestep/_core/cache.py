@@ -51,6 +51,10 @@ class DeclarationCache(Generic[V]):
         self.declarations.pop(key, None)
 
 
+DERIVED = 32
+"""So many are held of what is derived of a declaration or an operation; more live as long as somebody uses them."""
+
+
 class Shared(Generic[K, V]):
     """One value for each key for as long as anybody holds it; the `size` that were asked for last are held here."""
 

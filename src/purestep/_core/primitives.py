@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from purestep._core import maths, sharded
-from purestep._core.cache import DECLARATIONS, Shared
+from purestep._core.cache import DECLARATIONS, DERIVED, Shared
 from purestep._core.hyper import Hyper
 from purestep._core.maths import Encoded, Scalar
 from purestep._core.torch_api import tree_leaves
@@ -37,10 +37,6 @@ class ScheduleState(NamedTuple):
 
 
 FieldKind: TypeAlias = Literal["like", "scalar", "encoded", "other"]
-
-
-DERIVED = 32
-"""A declaration holds this many that are derived of it. More live as long as somebody uses them."""
 
 
 class FieldSpec(NamedTuple):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from purestep._core import sharded
-from purestep._core.cache import Shared
+from purestep._core.cache import DERIVED, Shared
 from purestep._core.hyper import Interval
 from purestep._core.maths import Scalar, counter, where
-from purestep._core.primitives import DERIVED, LinkDeclaration, Primitive, forwards
+from purestep._core.primitives import LinkDeclaration, Primitive, forwards
 from purestep._engine.nesting import Inner
 from purestep.compose import Relinked, check_transform
 from purestep.declare import nested

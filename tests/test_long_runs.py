@@ -30,7 +30,7 @@ from purestep import optim
 from purestep._core.cache import DeclarationCache, Shared
 from purestep.saving import visit
 from tests import processes
-from tests.cases import CASES, CLASSES, Case, Options, each, each_options
+from tests.cases import CLASSES, Case, Options, each, each_options
 from tests.problems import difference
 
 STOP = 2.0**24
@@ -86,7 +86,9 @@ def at(count: float, dtype: torch.dtype | None = None) -> Callable[[Tensor], Ten
 MODES: tuple[Options, ...] = ({}, {"donate": True}, {"executor": "leaf"}, {"executor": "leaf", "donate": True}, {"executor": "foreach"}, {"executor": "foreach", "donate": True})  # fmt: skip
 
 
-def run(t: ps.Transform, params: Any, dtype: torch.dtype | None = None, steps: int = 4, start: float = STOP - 1, **how: Any) -> Any:
+def run(
+    t: ps.Transform, params: Any, dtype: torch.dtype | None = None, steps: int = 4, start: float = STOP - 1, **how: Any
+) -> Any:
     """Two steps, then some more from a count of `start` on, with counters in this dtype."""
     params, state = {k: p.clone() for k, p in params.items()}, t.init_state(params)
     for k in range(2 + steps):
@@ -139,7 +141,9 @@ def test_the_counters_of_batches_go_on(case: Case) -> None:
     assert difference(found, expected) <= 1e-13
 
 
-@pytest.mark.parametrize("make", [lambda: ps.adam(0.1), lambda: ps.nadam(0.1), lambda: ps.lamb(0.1)], ids=["adam", "nadam", "lamb"])
+@pytest.mark.parametrize(
+    "make", [lambda: ps.adam(0.1), lambda: ps.nadam(0.1), lambda: ps.lamb(0.1)], ids=["adam", "nadam", "lamb"]
+)
 def test_the_counters_of_members_that_differ_go_on(make: Callable[[], ps.Transform]) -> None:
     """As soon as one of them cannot be held, all are float64: a batch has one dtype."""
     t = make()
@@ -189,7 +193,12 @@ def test_what_is_compiled_counts_on_in_float64_only(name: str) -> None:
     for _ in range(2):
         params, state = t.step(gradients(params), state, params)
     for dtype in (torch.float32, torch.float64):
-        p, s, q, r = params, with_counters(state, at(STOP - 1, dtype)), params, with_counters(state, at(STOP - 1, torch.float64))
+        p, s, q, r = (
+            params,
+            with_counters(state, at(STOP - 1, dtype)),
+            params,
+            with_counters(state, at(STOP - 1, torch.float64)),
+        )
         for _ in range(4):
             p, s = step(gradients(p), s, p)
             q, r = t.step(gradients(q), r, q)
@@ -438,7 +447,7 @@ Formula = Callable[[float, dict[str, float], float, float], float]
 """The update by a gradient, the state before, the number of this update, and the parameter."""
 
 
-class Case9(NamedTuple):
+class Formulated(NamedTuple):
     """A transform, and its update in Python's floats."""
 
     t: ps.Transform
@@ -462,6 +471,10 @@ def adam(b1: float, b2: float, eps: float = 1e-8) -> Formula:
         return m / (1 - b1**t) / (math.sqrt(v / (1 - b2**t)) + eps)
 
     return u
+
+
+def times(u: Formula, decay: float = 0.0, lr: float = 1e-2) -> Formula:
+    return lambda g, s, t, p: -lr * (u(g, s, t, p) + decay * p)
 
 
 def amsgrad(b1: float, b2: float) -> Formula:
@@ -494,7 +507,9 @@ def radam(b1: float, b2: float) -> Formula:
         rho = limit - 2 * t * b2**t / (1 - b2**t)
         r = 1.0
         if rho > 5:
-            r = math.sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho) * (1 - b2**t)) / (math.sqrt(v) + 1e-8)
+            r = math.sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho) * (1 - b2**t)) / (
+                math.sqrt(v) + 1e-8
+            )
         return m / (1 - b1**t) * r
 
     return u
@@ -570,33 +585,33 @@ BETAS = ((0.9, 0.999), (0.9, 0.9999), (0.99, 0.99999999))
 SLOW = 0.99999999
 """At ten million updates its bias is still 0.9, at a billion 4.5e-5."""
 
-FORMULAS: dict[str, Case9] = {
-    "adagrad": Case9(ps.scale_by_adagrad(lr_decay=1e-6), lambda g, s, t, p: g / (math.sqrt(s["sum"] + g * g) + 1e-10) / (1 + (t - 1) * 1e-6)),
-    "asgd": Case9(ps.scale_by_asgd(0.01), asgd, {"eta": 0.003, "mu": 1e-4}),
-    "madgrad": Case9(ps.scale_by_madgrad(0.01), madgrad), "adopt": Case9(ps.scale_by_adopt(), adopt),
-    "schedule_free": Case9(ps.schedule_free(0.1, warmup_steps=2 * 10**9), schedule_free(0.0), {"weight_sum": 1e3, "lr_max": 0.05, "momentum": 0.9}),
-    "schedule_free r": Case9(ps.schedule_free(0.1, warmup_steps=2 * 10**9, r=0.5), schedule_free(0.5), {"weight_sum": 1e9, "lr_max": 0.05, "momentum": 0.9}),
-    "ema": Case9(ps.ema(SLOW), lambda g, s, t, p: lerp(s["exp_avg"], g, 1 - SLOW) / (1 - SLOW**t)),
-    "rms": Case9(ps.scale_by_rms(alpha=SLOW, bias_correction=True), rms(SLOW)),
-    "adan": Case9(ps.scale_by_adan(betas=(0.98, SLOW, 0.9999)), adan(0.98, SLOW, 0.9999)),
-    "ademamix": Case9(ps.scale_by_ademamix(betas=(0.9, SLOW, 0.9999)), ademamix(0.9, SLOW, 0.9999)),
-    "scheduled": Case9(ps.scale_by_learning_rate(lambda step: 1 / (1 + step)), lambda g, s, t, p: -g / t),
-    "relative step": Case9(ps.scale_by_relative_step(1.0), lambda g, s, t, p: -min(1 / math.sqrt(t), 1.0) * g),
+FORMULAS: dict[str, Formulated] = {
+    "adagrad": Formulated(ps.scale_by_adagrad(lr_decay=1e-6), lambda g, s, t, p: g / (math.sqrt(s["sum"] + g * g) + 1e-10) / (1 + (t - 1) * 1e-6)),
+    "asgd": Formulated(ps.scale_by_asgd(0.01), asgd, {"eta": 0.003, "mu": 1e-4}),
+    "madgrad": Formulated(ps.scale_by_madgrad(0.01), madgrad), "adopt": Formulated(ps.scale_by_adopt(), adopt),
+    "schedule_free": Formulated(ps.schedule_free(0.1, warmup_steps=2 * 10**9), schedule_free(0.0), {"weight_sum": 1e3, "lr_max": 0.05, "momentum": 0.9}),
+    "schedule_free r": Formulated(ps.schedule_free(0.1, warmup_steps=2 * 10**9, r=0.5), schedule_free(0.5), {"weight_sum": 1e9, "lr_max": 0.05, "momentum": 0.9}),
+    "ema": Formulated(ps.ema(SLOW), lambda g, s, t, p: lerp(s["exp_avg"], g, 1 - SLOW) / (1 - SLOW**t)),
+    "rms": Formulated(ps.scale_by_rms(alpha=SLOW, bias_correction=True), rms(SLOW)),
+    "adan": Formulated(ps.scale_by_adan(betas=(0.98, SLOW, 0.9999)), adan(0.98, SLOW, 0.9999)),
+    "ademamix": Formulated(ps.scale_by_ademamix(betas=(0.9, SLOW, 0.9999)), ademamix(0.9, SLOW, 0.9999)),
+    "scheduled": Formulated(ps.scale_by_learning_rate(lambda step: 1 / (1 + step)), lambda g, s, t, p: -g / t),
+    "relative step": Formulated(ps.scale_by_relative_step(1.0), lambda g, s, t, p: -min(1 / math.sqrt(t), 1.0) * g),
 }  # fmt: skip
 for k, (b1, b2) in enumerate(BETAS):
     FORMULAS |= {
-        f"adam {k}": Case9(ps.scale_by_adam(betas=(b1, b2)), adam(b1, b2)),
-        f"amsgrad {k}": Case9(ps.scale_by_amsgrad(betas=(b1, b2)), amsgrad(b1, b2)),
-        f"adamax {k}": Case9(ps.scale_by_adamax(betas=(b1, b2)), adamax(b1, b2)),
-        f"nadam {k}": Case9(ps.scale_by_nadam(betas=(b1, b2)), nadam(b1, b2, 4e-3), {"mu_product": 0.3}),
-        f"nadam, slow, {k}": Case9(ps.scale_by_nadam(betas=(b1, b2), momentum_decay=1e-9), nadam(b1, b2, 1e-9), {"mu_product": 0.3}),
-        f"radam {k}": Case9(ps.scale_by_radam(betas=(b1, b2)), radam(b1, b2)),
-        f"sparse_adam {k}": Case9(ps.scale_by_sparse_adam(betas=(b1, b2)), None),  # type: ignore[arg-type]  # below
-        f"adabelief {k}": Case9(ps.scale_by_adabelief(betas=(b1, b2)), adabelief(b1, b2)),
-        f"yogi {k}": Case9(ps.scale_by_yogi(betas=(b1, b2)), yogi(b1, b2)),
-        f"adam, fused, {k}": Case9(ps.adam(1e-2, betas=(b1, b2)), lambda g, s, t, p, u=adam(b1, b2): -1e-2 * u(g, s, t, p)),
-        f"adamw, fused, {k}": Case9(ps.adamw(1e-2, betas=(b1, b2)), lambda g, s, t, p, u=adam(b1, b2): -1e-2 * (u(g, s, t, p) + 1e-2 * p)),
-        f"lamb {k}": Case9(ps.scale_by_adam(betas=(b1, b2), eps=1e-6), adam(b1, b2, 1e-6)),
+        f"adam {k}": Formulated(ps.scale_by_adam(betas=(b1, b2)), adam(b1, b2)),
+        f"amsgrad {k}": Formulated(ps.scale_by_amsgrad(betas=(b1, b2)), amsgrad(b1, b2)),
+        f"adamax {k}": Formulated(ps.scale_by_adamax(betas=(b1, b2)), adamax(b1, b2)),
+        f"nadam {k}": Formulated(ps.scale_by_nadam(betas=(b1, b2)), nadam(b1, b2, 4e-3), {"mu_product": 0.3}),
+        f"nadam, slow, {k}": Formulated(ps.scale_by_nadam(betas=(b1, b2), momentum_decay=1e-9), nadam(b1, b2, 1e-9), {"mu_product": 0.3}),
+        f"radam {k}": Formulated(ps.scale_by_radam(betas=(b1, b2)), radam(b1, b2)),
+        f"sparse_adam {k}": Formulated(ps.scale_by_sparse_adam(betas=(b1, b2)), None),  # type: ignore[arg-type]  # below
+        f"adabelief {k}": Formulated(ps.scale_by_adabelief(betas=(b1, b2)), adabelief(b1, b2)),
+        f"yogi {k}": Formulated(ps.scale_by_yogi(betas=(b1, b2)), yogi(b1, b2)),
+        f"adam, fused, {k}": Formulated(ps.adam(1e-2, betas=(b1, b2)), times(adam(b1, b2))),
+        f"adamw, fused, {k}": Formulated(ps.adamw(1e-2, betas=(b1, b2)), times(adam(b1, b2), 1e-2)),
+        f"lamb {k}": Formulated(ps.scale_by_adam(betas=(b1, b2), eps=1e-6), adam(b1, b2, 1e-6)),
     }  # fmt: skip
 
 
@@ -640,7 +655,9 @@ def test_the_formula_holds_after_many_steps(name: str, dtype: torch.dtype) -> No
                 return x
 
             state = visit(state, "", filled, lambda name, history, around: history)
-            expected = torch.tensor([u(a, s, before + 1, b) for a, s, b in zip(g.tolist(), fields, p.tolist())], dtype=torch.float64)
+            expected = torch.tensor(
+                [u(a, s, before + 1, b) for a, s, b in zip(g.tolist(), fields, p.tolist())], dtype=torch.float64
+            )
             new, after = t.step(g, state, p.clone(), **how)
             step = (new - p).double()
             slack = float(torch.finfo(dtype).eps * 4)  # of the parameter, from which the update is taken away again
@@ -764,7 +781,13 @@ def hyperparameters(n: int) -> None:
 
 
 def masks(n: int) -> None:
-    stepped(ps.chain(ps.clip_by_global_norm(1.0), ps.add_decayed_weights(0.1, mask=lambda path, p: hash((path, n)) % 2 == 0), ps.adam(0.1)))
+    stepped(
+        ps.chain(
+            ps.clip_by_global_norm(1.0),
+            ps.add_decayed_weights(0.1, mask=lambda path, p: hash((path, n)) % 2 == 0),
+            ps.adam(0.1),
+        )
+    )
     stepped(ps.masked(ps.sgd(0.1, momentum=0.9), {"a": n % 2 == 0, "b": n % 3 == 0}))
     stepped(ps.partition({"x": ps.sgd(0.1), "y": ps.adam(0.1)}, lambda path, p: "x" if path == "a" else "y"))
 
@@ -842,7 +865,19 @@ class Kept:
 
 CHANGES: dict[str, Callable[[], Callable[[int], None]]] = {
     f.__name__: lambda f=f: f  # type: ignore[misc]
-    for f in (declarations, states, closures, hyperparameters, masks, masks_that_change, shapes, names, switches, batches, optimizers)
+    for f in (
+        declarations,
+        states,
+        closures,
+        hyperparameters,
+        masks,
+        masks_that_change,
+        shapes,
+        names,
+        switches,
+        batches,
+        optimizers,
+    )
 } | {"groups": Kept}
 
 
@@ -855,7 +890,9 @@ def containers(*roots: Any) -> dict[str, int]:
     longest. What has a bound of its own is held to it here."""
     found: dict[str, int] = {}
     seen: set[int] = set()
-    stack: list[tuple[str, Any]] = [(name, vars(m)) for name, m in list(sys.modules.items()) if name.split(".")[0] == "purestep"]
+    stack: list[tuple[str, Any]] = [
+        (name, vars(m)) for name, m in list(sys.modules.items()) if name.split(".")[0] == "purestep"
+    ]
     stack += [(f"<{type(x).__name__}>", x) for x in roots]
     while stack:
         path, x = stack.pop()
@@ -878,7 +915,11 @@ def containers(*roots: Any) -> dict[str, int]:
             assert len(entries) <= x.size, f"{path} has {len(entries)} entries, more than {x.size}"
             inside = [(f"{path}.*", v) for v in list(entries.values())]
         elif isinstance(x, types.FunctionType):
-            inside = [(path, vars(x)), *[(f"{path}.cell", c.cell_contents) for c in x.__closure__ or () if held(c)]] if ours(x) else []
+            inside = (
+                [(path, vars(x)), *[(f"{path}.cell", c.cell_contents) for c in x.__closure__ or () if held(c)]]
+                if ours(x)
+                else []
+            )
         elif isinstance(x, threading.local) or (isinstance(x, type) and ours(x)):
             inside = [(path, vars(x))]
         elif ours(type(x)) and not isinstance(x, type):
@@ -1009,11 +1050,11 @@ def test_nothing_is_left_of_any_class(name: str) -> None:
     optimizer, found = getattr(optim, name)(own, lr=0.01), []
     scheduler = optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 
-    def closure() -> Tensor:
+    def closure(own: Any = tuple(own)) -> Any:
         for p in own:
             g = torch.sin(3 * p.detach())
             p.grad = g.to_sparse() if name == "SparseAdam" else g
-        return sum((p.detach() ** 2).sum() for p in own)  # type: ignore[return-value]
+        return sum((p.detach() ** 2).sum() for p in own)
 
     for _ in range(4):
         optimizer.step(closure)
@@ -1044,7 +1085,11 @@ def test_nothing_is_left_of_what_is_differentiated_batched_and_unrolled() -> Non
 
     p = torch.ones(3, dtype=torch.float64)
     q = p.clone().requires_grad_()
-    out = (torch.func.grad(trained)(p), torch.func.vmap(torch.func.grad(trained))(torch.stack([p, p])), torch.autograd.grad(trained(q), q))
+    out = (
+        torch.func.grad(trained)(p),
+        torch.func.vmap(torch.func.grad(trained))(torch.stack([p, p])),
+        torch.autograd.grad(trained(q), q),
+    )
     found += references(p, q, out)
     del p, q, out
     assert living(found) == 0

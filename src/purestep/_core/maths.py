@@ -231,7 +231,7 @@ def select(condition: Any, x: Any, y: Any) -> Any:
     if not isinstance(condition, Tensor):
         return x if condition else y
     if isinstance(x, Tensor) and isinstance(y, Tensor):
-        if x is not y and x.dtype != y.dtype and x.shape == y.shape:  # in a batch `torch.where` may see another number of dimensions
+        if x.dtype != y.dtype and x.shape == y.shape:  # in a batch `torch.where` may see other numbers of dimensions
             x, y = (z.to(torch.promote_types(x.dtype, y.dtype)) for z in (x, y))
         return x if x is y else torch.where(condition.to(x.device), x, y)
     if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)) and len(x) == len(y):

@@ -190,8 +190,7 @@ def commit(writes: Sequence[CounterWrite], states: list[Any], fields: Sequence[F
             if isinstance(x, Tensor):
                 counter.copy_(x)
             elif outgrows(counter, x):
-                new = grown.setdefault(id(counter), stored(counter, x))
-                states[i][f] = [new] * len(column)
+                states[i][f] = [grown.setdefault(id(counter), stored(counter, x))] * len(column)
             else:
                 counter.fill_(x)
         return

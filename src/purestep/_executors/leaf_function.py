@@ -81,7 +81,7 @@ def advanced(old: Tensor, x: Any) -> Any:
 
 
 def read(x: Tensor) -> float:
-    """A counter, or the largest of those of a batch; NaN if it may not be read, because it is on a device, recorded or traced."""
+    """A counter, or the largest of a batch of them; NaN if it may not be read: on a device, recorded, or traced."""
     if torch.compiler.is_compiling() or dispatch_mode_count() > 0 or not x.is_cpu or maths.followed(x, batches=False):
         return math.nan
     with DisableFuncTorch():

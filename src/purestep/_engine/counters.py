@@ -166,9 +166,9 @@ def widen(counters: Sequence[Tensor], news: Sequence[Tensor]) -> None:
             x.data = y
 
 
-def stops(counter: Tensor, count: float) -> bool:
-    """Whether this counter cannot count on in its dtype; `count` is what it says."""
-    return count >= STOP and counter.dtype is torch.float32
+def stopped(counters: Sequence[Sequence[Tensor]], counts: Sequence[float]) -> bool:
+    """Whether one of these counters cannot count on in its dtype; `counts` are what they say."""
+    return any([count >= STOP and column[0].dtype is torch.float32 for column, count in zip(counters, counts)])
 
 
 class CounterWrite(NamedTuple):
@@ -189,7 +189,7 @@ def commit(writes: Sequence[CounterWrite], states: list[Any], fields: Sequence[F
             counter = column[0]
             if isinstance(x, Tensor):
                 counter.copy_(x)
-            elif outgrows(counter, x):
+            elif x > STOP and outgrows(counter, x):
                 states[i][f] = [grown.setdefault(id(counter), stored(counter, x))] * len(column)
             else:
                 counter.fill_(x)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from purestep._core.plain import plain
-from purestep._engine.counters import stops
+from purestep._engine.counters import stopped
 from purestep._engine.guards import GuardCache
 from purestep._engine.run import choose, one
 from purestep._engine.step_cache import RepeatedStep
@@ -39,7 +39,7 @@ def on_parts(step: RepeatedStep, lists: Lists, states: list[Any], guards: GuardC
     params, grads, *columns = parts
     executor = None if executor == "compiled" else executor  # a part that is empty here may not be so elsewhere
     counts = [c[0].item() for c in counters]
-    if any([stops(c[0], count) for c, count in zip(counters, counts)]):
+    if stopped(counters, counts):
         return False
     step.make((params, grads, columns), counters, [c[0] for c in counters], counts, (guard.facts, executor))
     homes = flat.from_iterable([lists[1], *columns_of(step, states, step.places)])

@@ -59,7 +59,7 @@ def stored(old: Tensor, x: Any) -> Tensor:
     """The new value of a state field, in the dtype and on the device of the old; see `outgrows` for counters."""
     if isinstance(x, Tensor):
         return x if x.dtype == old.dtype else x.to(old.dtype)
-    return torch.full((), x, dtype=torch.float64 if outgrows(old, x) else old.dtype, device=old.device)
+    return torch.full((), x, dtype=torch.float64 if x > STOP and outgrows(old, x) else old.dtype, device=old.device)
 
 
 STOP = 2.0**24
@@ -68,9 +68,7 @@ STOP = 2.0**24
 
 def outgrows(old: Tensor, x: Any) -> bool:
     """Whether a number is a count that the counter `old` cannot hold: the counter is a float64 from then on."""
-    if not x > STOP or old.dtype is not torch.float32:
-        return False
-    return bool(x % 1 == 0 and x != torch.tensor(x, dtype=torch.float32).item())
+    return bool(x > STOP and old.dtype is torch.float32 and x % 1 == 0 and x != torch.tensor(x, dtype=torch.float32).item())
 
 
 def advanced(old: Tensor, x: Any) -> Any:

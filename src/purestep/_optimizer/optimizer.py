@@ -495,6 +495,8 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 if len(groups) > 1:
                     self._rehearsal.run(self._contents, [t for _, t in groups], self._options.schedules, self._executor)
+                elif self._rehearsal.done:
+                    self._rehearsal.done.clear()
                 for pair in groups:
                     if not self._again(*pair):
                         self._advance([pair])
@@ -596,10 +598,10 @@ class Optimizer(torch.optim.Optimizer):
         if repeated is None:
             return False
         guards = self._guards.get(id(group))
-        if guards is None:  # a group may be new because another was replaced by it
+        if guards is None or len(self._guards) > len(self.param_groups):  # groups may have been replaced or taken away
             there = set(map(id, self.param_groups))
             self._guards = {key: known for key, known in self._guards.items() if key in there}
-            guards = self._guards[id(group)] = GuardCache()
+            guards = self._guards.setdefault(id(group), GuardCache())
         return repeated.again(guards, [p.grad for p in params], params, self._states(params), executor)
 
     def _is_known(self, group: dict[str, Any], transform: Transform) -> bool:

@@ -20,7 +20,7 @@ class Rehearsal:
     """Calls what a step calls of a user's: schedules at each step, the functions of a transform once."""
 
     def __init__(self) -> None:
-        self._done: dict[int, tuple[Transform, Any]] = {}  # by group, the transform whose functions were called; its structure
+        self.done: dict[int, tuple[Transform, Any]] = {}  # by group, the transform whose functions were called; its structure
 
     def run(
         self, contents: Contents, transforms: list[Transform], schedules: Schedules, executor: Callable[[Any], str | None]
@@ -28,19 +28,19 @@ class Rehearsal:
         """Rehearse a step of all groups; `executor` says how a group is run."""
         if torch.compiler.is_compiling():
             return
-        while len(self._done) > len(transforms):  # groups have been taken away
-            self._done.popitem()
+        while len(self.done) > len(transforms):  # groups have been taken away
+            self.done.popitem()
         for k, (group, transform) in enumerate(zip(contents.groups, transforms)):
             for name, x in schedules.of(group).items():
                 count = updates(contents, group, transform, option := x.option(group, name))
                 if follows(option):
                     number(option, int(count) if count is not None and readable(torch.as_tensor(count)) else x.steps)
-            if (k in self._done and self._done[k][0] is transform) or executor(group) in LEAF_BY_LEAF:
+            if (k in self.done and self.done[k][0] is transform) or executor(group) in LEAF_BY_LEAF:
                 continue
             recipe = tuple([tree_structure(link.transform) for link in transform.links])
-            if not any([recipe == known for _, known in self._done.values()]) and can_begin(transform):
+            if not any([recipe == known for _, known in self.done.values()]) and can_begin(transform):
                 transform.program(donate=True)
-            self._done[k] = transform, recipe
+            self.done[k] = transform, recipe
 
 
 def can_begin(transform: Transform) -> bool:

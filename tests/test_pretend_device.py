@@ -444,7 +444,7 @@ def test_its_tensors_are_tensors(elsewhere: Callable[..., Any]) -> None:
     elsewhere(check_tensors)
 
 
-def check_counters(k: int, dtype: torch.dtype) -> None:
+def check_long_run(k: int, dtype: torch.dtype) -> None:
     """Donated steps on the device about 2^24: a float32 counter stays there, as torch's do, and a float64 one goes on."""
     case, options = ALL[k]
     t, problem = case.transform(options), Problem(case, dtype)
@@ -466,4 +466,4 @@ def check_counters(k: int, dtype: torch.dtype) -> None:
 def test_a_counter_on_the_device_counts_on_in_float64(name: str, dtype: torch.dtype, elsewhere: Callable[..., Any]) -> None:
     """Also where a kernel takes it, which reads a float32."""
     case = next(case for case in CASES if case.name == name)
-    elsewhere(check_counters, place(case, case.options[0]), dtype)
+    elsewhere(check_long_run, place(case, case.options[0]), dtype)

@@ -25,6 +25,7 @@ from tests import pretend_device
 from tests.cases import ALL, CASES, Case, Options, each, each_options
 from tests.cases_methods import value_and_grad
 from tests.problems import clone, difference, grads
+from tests.test_long_runs import STOP, at, counters, with_counters
 
 WARM = 2
 """Steps after which nothing may wait or move any more."""
@@ -441,3 +442,28 @@ def check_tensors() -> None:
 
 def test_its_tensors_are_tensors(elsewhere: Callable[..., Any]) -> None:
     elsewhere(check_tensors)
+
+
+def check_long_run(k: int, dtype: torch.dtype) -> None:
+    """Donated steps on the device about 2^24: a float32 counter stays there, as torch's do, and a float64 one goes on."""
+    case, options = ALL[k]
+    t, problem = case.transform(options), Problem(case, dtype)
+    for wide in (False, True):
+        moved = pretend_device.put(problem.params)
+        state = t.init_state(moved)
+        g = pretend_device.put(problem.grads(problem.params))
+        moved, state = t.step(g, state, moved)
+        state = with_counters(state, at(STOP - 1, torch.float64 if wide else None))
+        for _ in range(5):
+            with pretend_device.watched():
+                moved, state = t.step(g, state, moved, donate=True)
+        found = set(counters(pretend_device.taken(state)).values())
+        assert found == {STOP + 4 if wide else STOP}, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["adam", "adamw", "adagrad", "sgd", "radam", "ema"])
+def test_a_counter_on_the_device_counts_on_in_float64(name: str, dtype: torch.dtype, elsewhere: Callable[..., Any]) -> None:
+    """Also where a kernel takes it, which reads a float32."""
+    case = next(case for case in CASES if case.name == name)
+    elsewhere(check_long_run, place(case, case.options[0]), dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from purestep._core import tree
+from purestep._executors.leaf_function import STOP
 from purestep.state import is_state, roles_of
 
 S = TypeVar("S")
@@ -107,13 +108,14 @@ def load_state_dict(template: S, flat: Mapping[str, Tensor]) -> S:
         if new.shape != old.shape:
             wrong["another shape"].append(f"{name!r}, {tuple(new.shape)} instead of {tuple(old.shape)}")
             return old
-        if new.dtype != old.dtype:
+        wide = new.dtype != old.dtype and old.dim() == 0 and (counts or whole_number(new)) and {old.dtype, new.dtype} == COUNTS
+        if new.dtype != old.dtype and not wide:
             wrong["another dtype"].append(f"{name!r}, {new.dtype} instead of {old.dtype}")
             return old
         if (new.is_meta and not old.is_meta) or (new.layout is not old.layout):
             wrong["of another kind"].append(f"{name!r}, {new.layout} on {new.device}")
             return old
-        made = torch.empty_like(old, requires_grad=False).copy_(new.detach())
+        made = torch.empty_like(old, requires_grad=False, dtype=torch.float64 if wide else old.dtype).copy_(new.detach())
         if counts and not made.dim() and not made.is_meta and not (made.item() >= 0 and float(made).is_integer()):
             wrong["no count of updates"].append(f"{name!r}, {made.item()}")
             return old
@@ -139,6 +141,15 @@ def load_state_dict(template: S, flat: Mapping[str, Tensor]) -> S:
     if lines:
         raise ValueError("\n".join(["This is not a state like the template's:", *lines]))
     return result
+
+
+COUNTS = {torch.float32, torch.float64}
+"""The dtypes of counters: one that has outgrown the first is of the second."""
+
+
+def whole_number(x: Tensor) -> bool:
+    """Whether this is a count that a float32 may not hold."""
+    return x.dtype is torch.float64 and not x.is_meta and abs(x.item()) > STOP and x.item() % 1 == 0
 
 
 def visit(x: Any, name: str, leaf: Callable[..., Any], history: Callable[[str, tuple[Any, ...], Any], Any]) -> Any:

@@ -283,7 +283,7 @@ def field_names(x: Any) -> list[str]:
     return [f".{name}" for name in x._fields] if hasattr(x, "_fields") else [f"[{i}]" for i in range(len(x))]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # it keeps the types alive
 def roles_of(kind: type) -> list[str]:
     """What each field of a state is: ``like`` the parameters, ``other`` tensors, one for each of them, or perhaps a ``state``.
 

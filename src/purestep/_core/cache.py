@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
+K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
@@ -48,6 +49,35 @@ class DeclarationCache(Generic[V]):
         """Drop an entry, if it is there."""
         self.entries.pop(key, None)
         self.declarations.pop(key, None)
+
+
+DERIVED = 32
+"""So many are held of what is derived of a declaration or an operation; more live as long as somebody uses them."""
+
+
+class Shared(Generic[K, V]):
+    """One value for each key for as long as anybody holds it; the `size` that were asked for last are held here."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.living: weakref.WeakValueDictionary[K, V] = weakref.WeakValueDictionary()
+        self.recent: dict[K, V] = {}
+        self.lock = threading.RLock()
+
+    def get(self, key: K, make: Callable[[], V]) -> V:
+        """The value of this key, which is made if there is none."""
+        found = self.recent.get(key)
+        if found is not None and len(self.recent) < self.size:
+            return found  # none is to be dropped yet, so their order does not matter
+        with self.lock:
+            found = self.living.get(key)
+            if found is None:
+                found = self.living[key] = make()
+            self.recent.pop(key, None)
+            self.recent[key] = found
+            while len(self.recent) > self.size:
+                del self.recent[next(iter(self.recent))]
+        return found
 
 
 CACHES: weakref.WeakSet[DeclarationCache[Any]] = weakref.WeakSet()

@@ -20,6 +20,7 @@ from torch.fx import Proxy
 from torch.linalg import vector_norm
 
 from purestep._core import sharded
+from purestep._core.cache import DERIVED, Shared
 from purestep._core.matrices import MatrixForm
 from purestep._core.plain import PLAIN, bare, plain
 from purestep._core.recorder import recorder
@@ -106,7 +107,7 @@ def operation(
         return function(*args)
 
     call.like, call.single, call.block = like, single, block  # type: ignore[attr-defined]
-    call.stacks, call.shapes, call.form, call.views = stacks, shapes, None, {}  # type: ignore[attr-defined]
+    call.stacks, call.shapes, call.form, call.views = stacks, shapes, None, Shared(DERIVED)  # type: ignore[attr-defined]
     call.norms = False  # type: ignore[attr-defined]  # whether it looks at the norms of its arguments alone: see `Measured`
     call.fails = may_fail(function)  # type: ignore[attr-defined]
     return call
@@ -135,26 +136,28 @@ VIEWS = Views()
 
 def viewed(call: Any, form: MatrixForm) -> Any:
     """An operation on matrices that sees each parameter as a stack of them."""
-    found = call.views.get(form)
-    if found is None:
-        function = untraced(call)
+    return call.views.get(form, lambda: view(call, form))
 
-        @functools.wraps(function)
-        def seen(x: Any, *rest: Any) -> Any:
-            before = VIEWS.form
-            try:
-                VIEWS.form = None  # what the function calls sees the matrices that it is given
-                if not call.stacks:  # which looks at shapes alone
-                    return function(torch.empty(form.shape(x.shape), dtype=x.dtype, device="meta"), *rest)
-                return form.together(function(form.apart(x), *rest), x.shape)
-            finally:
-                VIEWS.form = before
 
-        seen.plain, seen.form = function, form  # type: ignore[attr-defined]  # for those who put several stacks together
-        made: Any = operation(like=call.like, single=call.single, stacks=call.stacks, shapes=call.shapes)(seen)
-        made.form = form
-        found = call.views[form] = made
-    return found
+def view(call: Any, form: MatrixForm) -> Any:
+    """The same, made anew."""
+    function = untraced(call)
+
+    @functools.wraps(function)
+    def seen(x: Any, *rest: Any) -> Any:
+        before = VIEWS.form
+        try:
+            VIEWS.form = None  # what the function calls sees the matrices that it is given
+            if not call.stacks:  # which looks at shapes alone
+                return function(torch.empty(form.shape(x.shape), dtype=x.dtype, device="meta"), *rest)
+            return form.together(function(form.apart(x), *rest), x.shape)
+        finally:
+            VIEWS.form = before
+
+    seen.plain, seen.form = function, form  # type: ignore[attr-defined]  # for those who put several stacks together
+    made: Any = operation(like=call.like, single=call.single, stacks=call.stacks, shapes=call.shapes)(seen)
+    made.form = form
+    return made
 
 
 def untraced(function: Any) -> Any:
@@ -229,6 +232,8 @@ def select(condition: Any, x: Any, y: Any) -> Any:
     if not isinstance(condition, Tensor):
         return x if condition else y
     if isinstance(x, Tensor) and isinstance(y, Tensor):
+        if x.dtype != y.dtype and x.shape == y.shape:  # in a batch `torch.where` may see other numbers of dimensions
+            x, y = (z.to(torch.promote_types(x.dtype, y.dtype)) for z in (x, y))
         return x if x is y else torch.where(condition.to(x.device), x, y)
     if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)) and len(x) == len(y):
         made: list[Any] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from purestep._core import maths, sharded
-from purestep._core.cache import DECLARATIONS
+from purestep._core.cache import DECLARATIONS, DERIVED, Shared
 from purestep._core.hyper import Hyper
 from purestep._core.maths import Encoded, Scalar
 from purestep._core.torch_api import tree_leaves
@@ -51,7 +52,7 @@ class FieldSpec(NamedTuple):
 class Fields:
     """The fields of a state, in order; what is asked of them in a loop is there as a tuple with one entry for each."""
 
-    __slots__ = ("columns", "encoded", "leaves", "like", "names", "optional", "scalars", "specs", "step", "tensors")
+    __slots__ = ("columns", "counts", "encoded", "leaves", "like", "names", "optional", "scalars", "specs", "step", "tensors")
 
     def __init__(self, *specs: FieldSpec) -> None:
         self.specs = specs
@@ -63,6 +64,8 @@ class Fields:
         self.optional = any([s.optional for s in specs])
         self.step = self.names.index("step") if "step" in self.names else -1  # the position of the counter
         self.tensors = tuple([f for f, s in enumerate(specs) if s.kind == "like"])  # the positions of these
+        own = [f for f, s in enumerate(specs) if not s.per_param]  # of a whole transform
+        self.counts = tuple([f for f in own if specs[f].kind == "scalar" or specs[f].name.endswith("step")])  # its counters
         self.columns = tuple([f for f, s in enumerate(specs) if s.kind != "scalar"])  # of what is more than a number
 
 
@@ -93,7 +96,7 @@ class LinkDeclaration(Declaration):
         DECLARATIONS[self.key] = self
         self.state, self.off, self.whole, self.requires, self.sparse = state, off, whole, requires, sparse
         self.original = self  # what a kernel knows the mathematics by
-        self.derived: dict[Any, Any] = {}  # other declarations of the same transform, by what they differ in
+        self.derived: Shared[Any, Any] = Shared(DERIVED)  # other declarations of the same transform, by what they differ in
         self.state_dtype: torch.dtype | None = None  # that the state has at least; see `state_dtype`
         if self.trees and sparse == "rows":
             raise TypeError(
@@ -108,7 +111,7 @@ class LinkDeclaration(Declaration):
         self.unrolls: Callable[[Mapping[str, Any]], bool] | None = None  # see `unrolls`
         self.fields = Fields() if state is None else inspect_state(state, whole)
         self.init_names: tuple[str, ...] = ()
-        if state is not None and "<locals>" not in state.__qualname__:  # a local class cannot be saved
+        if state is not None and is_global(state):  # another class cannot be saved
             torch.serialization.add_safe_globals([state])  # it holds what its annotations say: torch.load may make it
         if state is not None and bool(inner) is bool(self.inner):
             given = list(inspect.signature(state.init).parameters.values())[2 if self.inner else 1 :]
@@ -119,6 +122,14 @@ class LinkDeclaration(Declaration):
                     f"The init of {state.__name__} asks for {unknown[0]!r}, which is no argument of {self.name}: it may ask "
                     f"for {', '.join(map(repr, self.order)) or 'nothing'}."
                 )
+
+
+def is_global(state: type) -> bool:
+    """Whether a class is found by its name, as a file names it."""
+    name = state.__qualname__
+    if "." in name:  # the class around it is not there yet
+        return "<locals>" not in name
+    return getattr(sys.modules.get(state.__module__), name, None) is state
 
 
 torch.serialization.add_safe_globals([EmptyState, ScheduleState])

@@ -21,7 +21,7 @@ from purestep._core.plain import plain
 from purestep._core.primitives import Fields
 from purestep._core.torch_api import dispatch_mode_count, foreach_copy_
 from purestep._executors.flat_buffer import apart
-from purestep._executors.leaf_function import stored
+from purestep._executors.leaf_function import STOP, outgrows, stored
 
 
 def together(values: Sequence[Tensor]) -> list[Tensor]:
@@ -103,6 +103,8 @@ class Counters:
             return
         olds, values = [x for x, _ in changed], [y.detach() for _, y in changed]
         same = all([y is changed[0][1] for _, y in changed])
+        if any([y.dtype is torch.float64 for y in (values[:1] if same else values)]):
+            widen(olds, values)
         if same and not traced() and ordinary(olds):
             for x in spans(olds):
                 x.fill_(values[0])
@@ -153,6 +155,22 @@ class Counters:
             self._known[x] = Known(x._version, value)
 
 
+def widen(counters: Sequence[Tensor], news: Sequence[Tensor]) -> None:
+    """Give those float32 counters that the engine has returned as float64 memory of that dtype.
+
+    They stay the tensors that they are: a user may hold them.
+    """
+    grown = [x for x, y in zip(counters, news) if x.dtype is torch.float32 and y.dtype is torch.float64]
+    if grown and not traced():
+        for x, y in zip(grown, together([x.to(torch.float64) for x in grown])):
+            x.data = y
+
+
+def stopped(counters: Sequence[Sequence[Tensor]], counts: Sequence[float]) -> bool:
+    """Whether one of these counters cannot count on in its dtype; `counts` are what they say."""
+    return any([count >= STOP and column[0].dtype is torch.float32 for column, count in zip(counters, counts)])
+
+
 class CounterWrite(NamedTuple):
     """A counter's new value, of some of the parameters."""
 
@@ -165,9 +183,16 @@ class CounterWrite(NamedTuple):
 def commit(writes: Sequence[CounterWrite], states: list[Any], fields: Sequence[Fields], in_place: bool) -> None:
     """Store new counters in the states: one tensor for all parameters that agree, in place if no one else holds it."""
     if in_place and all([w.rows is None for w in writes]):  # all parameters share one already
+        grown: dict[int, Tensor] = {}
         for i, f, _, x in writes:
-            counter = states[i][f][0]
-            counter.copy_(x) if isinstance(x, Tensor) else counter.fill_(x)
+            column = states[i][f]
+            counter = column[0]
+            if isinstance(x, Tensor):
+                counter.copy_(x)
+            elif x > STOP and outgrows(counter, x):
+                states[i][f] = [grown.setdefault(id(counter), stored(counter, x))] * len(column)
+            else:
+                counter.fill_(x)
         return
     made: dict[Any, Tensor] = {}
     olds: list[Any] = []

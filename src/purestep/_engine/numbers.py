@@ -13,7 +13,7 @@ from purestep._core.primitives import Primitive, evaluated, single, users
 from purestep._core.torch_api import DisableFuncTorch, dispatch_mode_count
 from purestep._core.values import Schedule
 from purestep._executors.chains import FusedChain
-from purestep._executors.leaf_function import lifted, stored
+from purestep._executors.leaf_function import advanced, lifted, stored
 from purestep._executors.task import Env
 
 
@@ -63,7 +63,7 @@ class Numbers:
     def counted(self, old: Tensor, x: Any) -> Tensor:
         """The new value of a field; equal numbers are one tensor."""
         if isinstance(x, Tensor):
-            return stored(old, x)
+            return advanced(old, x)
         key = (x, old.dtype, old.device)
         found = self.made.get(key)
         if found is None:

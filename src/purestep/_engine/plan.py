@@ -37,6 +37,10 @@ LOOKS = 8
 """So many models with different numbers of tensors are kept in mind."""
 
 
+CHAINS = 64
+"""So many sets of links of one chain are kept in mind: masks may select others at every call."""
+
+
 class ParamSlice(NamedTuple):
     """Some of the parameters, and the plan with the hyperparameters that hold for them."""
 
@@ -110,6 +114,8 @@ class Structure:
             return ChainStructure(positions, values, scaled)  # reading a cache would make its state a guard
         found = self.chains.get((scaled, positions))
         if found is None:
+            if len(self.chains) >= CHAINS:
+                self.chains.clear()
             found = self.chains[scaled, positions] = ChainStructure(positions, values, scaled)
         return found
 
@@ -246,6 +252,8 @@ class Plan:
         if found is None:
             values = [self.links[i].transform for i in positions]
             found = FusedChain(self.structure.chain(positions, values, scaled), values)
+            if len(self.chains) >= CHAINS and not torch.compiler.is_compiling():
+                self.chains.clear()
             self.chains[scaled, positions] = found
         return found
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from purestep._core import maths, sharded
 from purestep._core.lists import alike, first_places, overwrite, pick, put
 from purestep._core.plain import plain
-from purestep._core.primitives import EmptyState, Link, as_begun, fresh_state
+from purestep._core.primitives import EmptyState, Fields, Link, as_begun, fresh_state
 from purestep._core.torch_api import dispatch_mode_count
 from purestep._engine.counters import CounterWrite, commit
 from purestep._engine.nesting import Inner, check_nested, reused
@@ -32,7 +32,7 @@ from purestep._engine.rehearsal import rehearse
 from purestep._executors import registry as registry  # importing it registers the executors
 from purestep._executors.chains import FUSED_DTYPES, FusedChain
 from purestep._executors.flat_buffer import COUNT, SIZE
-from purestep._executors.leaf_function import requires_grad
+from purestep._executors.leaf_function import STOP, read, requires_grad
 from purestep._executors.task import LEAF_BY_LEAF, WATCH, Decided, Env, ExecutorName, Mode, Ownership, Task, execute, run_plain
 
 Mask = Callable[[tuple[Any, ...]], "list[bool]"]
@@ -162,7 +162,8 @@ class Run:
         """The `n`-th stage, a whole transform, with those that it wraps."""
         stage = self.plan.stages[n]
         i = stage.start
-        link, info, fields = self.plan.links[i], self.plan.fields[i], self.states[i]
+        link, info = self.plan.links[i], self.plan.fields[i]
+        fields = self.states[i] = unstopped(self.states[i], info)
         d = link.transform.declaration
         on = self.inputs.selected(link)
         rows = None if on is None else [k for k, yes in enumerate(on) if yes]
@@ -392,6 +393,16 @@ class Sorting:
             ([rows[k] for k in ks], tuple([i for i, m in zip(stage.positions, masks) if m is None or m[ks[0]]]))
             for ks in found.values()
         ]
+
+
+def unstopped(fields: list[Any], info: Fields) -> list[Any]:
+    """The state of a whole transform, which adds to its counters by itself: one that has come to `STOP` is a float64."""
+    places = info.counts or ((info.step,) if info.step >= 0 else ())
+    for f in places:
+        x = fields[f]
+        if isinstance(x, Tensor) and x.dtype is torch.float32 and read(x) >= STOP:
+            fields = put(fields, [f], [x.to(torch.float64)])
+    return fields
 
 
 def unusual(lists: list[list[Any]]) -> list[bool] | None:

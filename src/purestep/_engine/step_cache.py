@@ -11,6 +11,7 @@ What it assumes, and where that is checked:
   where one tensor is there twice;
 * all parameters have made the same number of updates: the counters are read at every step;
 * a counter is where it was: its address is compared at every step (`GuardCache.span`);
+* a counter can count on in its dtype: it is below `STOP`, or no float32;
 * the chain is the one that was decided about: `FusedChain.structure` and the recipe are part of the key;
 * nothing records or traces: `choose`.
 
@@ -34,11 +35,13 @@ from torch import Tensor
 from purestep._core.plain import PLAIN, plain
 from purestep._core.threads import Sizes
 from purestep._core.torch_api import BelowAutograd, foreach_copy_
+from purestep._engine.counters import stopped
 from purestep._engine.guards import GuardCache
 from purestep._engine.numbers import Numbers
 from purestep._engine.plan import Plan
 from purestep._engine.run import choose, one
 from purestep._executors.chains import FusedChain, Kernel, details
+from purestep._executors.leaf_function import STOP
 from purestep._executors.task import Env, ExecutorName, Ownership, Task, decided, execute
 from purestep._trace.program import program
 
@@ -130,7 +133,7 @@ class RepeatedStep(NamedTuple):
             if vector is None:
                 return False
             values = vector.tolist()
-            if values.count(values[0]) != len(values):
+            if values.count(values[0]) != len(values) or (values[0] >= STOP and vector.dtype is torch.float32):
                 return False
             vectors.append(vector)
             counts.append(values[0])
@@ -235,6 +238,8 @@ class RepeatedStep(NamedTuple):
         if not all([one(c, "program") and type(c[0]) is Tensor and c[0].is_cpu for c in counters]):
             return False
         counts = [c[0].item() for c in counters]  # they are on the CPU: there is nothing to wait for
+        if counts and max(counts) >= STOP and stopped(counters, counts):
+            return False
         after = [c[0].fill_(count + 1) for c, count in zip(counters, counts)]  # of which several may be one
         self.run((params, grads, columns), counts[0] if counts else 0, after[0] if after else ZERO, facts)
         torch.autograd.graph.increment_version(flat.from_iterable(columns))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from purestep._core.plain import plain
+from purestep._engine.counters import stopped
 from purestep._engine.guards import GuardCache
 from purestep._engine.run import choose, one
 from purestep._engine.step_cache import RepeatedStep
@@ -38,6 +39,8 @@ def on_parts(step: RepeatedStep, lists: Lists, states: list[Any], guards: GuardC
     params, grads, *columns = parts
     executor = None if executor == "compiled" else executor  # a part that is empty here may not be so elsewhere
     counts = [c[0].item() for c in counters]
+    if stopped(counters, counts):
+        return False
     step.make((params, grads, columns), counters, [c[0] for c in counters], counts, (guard.facts, executor))
     homes = flat.from_iterable([lists[1], *columns_of(step, states, step.places)])
     torch.autograd.graph.increment_version([*homes, *flat.from_iterable(columns)])

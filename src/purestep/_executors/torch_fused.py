@@ -90,6 +90,12 @@ def run_fused(task: Task) -> Result:
     return Result(out, heads + news)
 
 
+def for_kernel(old: Tensor, count: Any) -> Tensor:
+    """The counter as a kernel reads it: on a device always as float32."""
+    new = stored(old, count)
+    return new if new.is_cpu else new.to(torch.float32)
+
+
 Bound = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]]], None]
 
 
@@ -113,7 +119,7 @@ def bound_kernel(task: Task, n: int) -> tuple[Bound, dict[str, list[Tensor]], li
             number = numbers.number(count)
             new[info.step] = after = number + 1
             if value.declaration.state is not None:
-                before, step["step"] = number, functools.cache(functools.partial(stored, count, after))
+                before, step["step"] = number, functools.cache(functools.partial(for_kernel, count, after))
         news.append(new)
     if tail.numbers is None:
         hypers = dict(hypers)

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from purestep._core.masks import listed
 from purestep._core.primitives import Fields, Primitive, fields_of, fresh_state, fresh_whole_state
 from purestep._engine.counters import together
+from purestep._executors.leaf_function import stored
 from purestep._optimizer.mirror import FLAGS
 from purestep._optimizer.options import Options
 from purestep._optimizer.selection import Contents
@@ -450,7 +451,7 @@ def lay_out(contents: Contents, group: dict[str, Any], transform: Transform, ane
             if isinstance(x, dict):  # torch's distributed checkpoints: no such entry
                 del state[name]
             elif x is not None:  # numbers, as torch saved them before 1.12, become tensors
-                x = x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float32)
+                x = x if isinstance(x, Tensor) else stored(torch.zeros((), dtype=torch.float32), float(x))
                 kinds.setdefault((x.dtype, x.device), []).append((state, x))
         for entries in kinds.values():
             xs = [x for _, x in entries]

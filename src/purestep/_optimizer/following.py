@@ -148,6 +148,9 @@ class Schedules:
 
         A counter on a device is waited for only if the numbers are to be shown `exactly`; else the steps are counted here.
         """
+        if len(self.found) > len(contents.groups):  # some groups have been taken away: their parameters are not kept alive
+            there = set(map(id, contents.groups))
+            self.found = {key: entry for key, entry in self.found.items() if key in there}
         for group, transform in zip(contents.groups, transforms):
             for name, x in self.of(group).items():
                 if group.get(SHOWN + name) is None or INITIAL + name in group:

@@ -502,6 +502,8 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 if len(groups) > 1:
                     self._rehearsal.run(self._contents, [t for _, t in groups], self._options.schedules, self._executor)
+                elif self._rehearsal.done:
+                    self._rehearsal.done.clear()
                 for pair in groups:
                     if not self._again(*pair):
                         self._advance([pair])
@@ -603,8 +605,10 @@ class Optimizer(torch.optim.Optimizer):
         if repeated is None:
             return False
         guards = self._guards.get(id(group))
-        if guards is None:
-            guards = self._guards[id(group)] = GuardCache()
+        if guards is None or len(self._guards) > len(self.param_groups):  # groups may have been replaced or taken away
+            there = set(map(id, self.param_groups))
+            self._guards = {key: known for key, known in self._guards.items() if key in there}
+            guards = self._guards.setdefault(id(group), GuardCache())
         if hasattr(params[0], "full_tensor"):  # torch asks a subclass at each attribute whether it has a way of its own
             with DisableTorchFunctionSubclass():
                 grads = [p.grad for p in params]
@@ -647,6 +651,8 @@ class Optimizer(torch.optim.Optimizer):
                 kinds = {p.dim(): p for p in params}.values()  # some transforms see vectors as what matrices are not to them
                 if any([must_see_whole(link.transform, p) for link in plan.links for p in kinds]):
                     check_agreement(plan, params, path)
+                if len(self._selection.agreed) > len(self.param_groups):  # some of them have been replaced
+                    self._selection.agreed.clear()
                 self._selection.agreed.add(members)
         executor = self._executor(groups[0][0])
         if len(groups) > 1:

@@ -20,8 +20,7 @@ class Rehearsal:
     """Calls what a step calls of a user's: schedules at each step, the functions of a transform once."""
 
     def __init__(self) -> None:
-        self._done: dict[int, Transform] = {}  # by group, the transform whose functions have been called
-        self._recipes: set[Any] = set()  # the structures of these transforms
+        self.done: dict[int, tuple[Transform, Any]] = {}  # by group, the transform whose functions were called; its structure
 
     def run(
         self, contents: Contents, transforms: list[Transform], schedules: Schedules, executor: Callable[[Any], str | None]
@@ -29,18 +28,19 @@ class Rehearsal:
         """Rehearse a step of all groups; `executor` says how a group is run."""
         if torch.compiler.is_compiling():
             return
+        while len(self.done) > len(transforms):  # groups have been taken away
+            self.done.popitem()
         for k, (group, transform) in enumerate(zip(contents.groups, transforms)):
             for name, x in schedules.of(group).items():
                 count = updates(contents, group, transform, option := x.option(group, name))
                 if follows(option):
                     number(option, int(count) if count is not None and readable(torch.as_tensor(count)) else x.steps)
-            if self._done.get(k) is transform or executor(group) in LEAF_BY_LEAF:
+            if (k in self.done and self.done[k][0] is transform) or executor(group) in LEAF_BY_LEAF:
                 continue
-            self._done[k] = transform
             recipe = tuple([tree_structure(link.transform) for link in transform.links])
-            if recipe not in self._recipes and can_begin(transform):
+            if not any([recipe == known for _, known in self.done.values()]) and can_begin(transform):
                 transform.program(donate=True)
-            self._recipes.add(recipe)
+            self.done[k] = transform, recipe
 
 
 def can_begin(transform: Transform) -> bool:

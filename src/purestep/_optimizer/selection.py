@@ -47,7 +47,7 @@ class Selection:
         key = tuple(map(identity, masks))
         known = self._known.get(key, {})
         new = {p for p in params if p not in known and not is_lazy(p)}  # a lazy parameter has no shape to be asked for
-        if new:
+        if new or len(known) > sum([len(group["params"]) for group in groups]):
             paths = self.paths(groups)
             spec = spec_of(paths, masks, "param_names" in groups[0])
             asked = new if self.partitioned else {p for p in paths if not is_lazy(p)}

@@ -13,6 +13,7 @@ from purestep._core.lists import put
 from purestep._core.torch_api import tree_map_only
 from purestep._engine.boundary import columns_of, trees_of
 from purestep._engine.plan import ParamSlice
+from purestep._executors.leaf_function import stored
 from purestep._optimizer.checkpoint import shown
 from purestep._optimizer.optimizer import Optimizer
 from purestep.algorithms.lbfgs import LBFGS, lbfgs
@@ -135,7 +136,7 @@ def number(x: Any) -> Tensor:
     count = tensor(x)
     if count.numel() != 1:
         raise ValueError(f"The state must have one number for a counter, but has {shown(x)}.")
-    return count.float().reshape(())
+    return stored(count.float().reshape(()), float(count))
 
 
 def copied(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep._core.cache import DeclarationCache
 from purestep._core.hyper import Period, check_steps
 from purestep._core.hyper import Whole as WholeNumber
 from purestep._core.maths import VIEWS
@@ -60,10 +61,12 @@ class MatricesDeclaration(LinkDeclaration):
 
 def declared(plain: LinkDeclaration, form: MatrixForm) -> MatricesDeclaration:
     """The declaration of a transform that sees matrices in this form: there is one of each."""
-    if form not in plain.derived:
-        plain.derived[form] = MatricesDeclaration(plain, form)
-    found: MatricesDeclaration = plain.derived[form]
+    found: MatricesDeclaration = plain.derived.get(form, lambda: MatricesDeclaration(plain, form))
     return found
+
+
+_treats: DeclarationCache[bool] = DeclarationCache(256)
+"""What `treats_matrices` has found."""
 
 
 def in_form(value: Primitive, form: MatrixForm) -> Primitive:
@@ -71,10 +74,12 @@ def in_form(value: Primitive, form: MatrixForm) -> Primitive:
     d = value.declaration
     if d.whole or has_form(d):
         return value
-    key = (MatrixForm, tuple(map(value.arguments.__getitem__, d.switches)))  # what stands for a number tells nothing
-    if key not in d.derived:
-        d.derived[key] = treats_matrices(value)
-    return Leafwise(declared(d, form), value.arguments) if d.derived[key] else value
+    key = (d.key, *map(value.arguments.__getitem__, d.switches))  # what stands for a number tells nothing
+    treats = _treats.entries.get(key)
+    if treats is None:
+        treats = treats_matrices(value)
+        _treats.keep(key, treats, [d])
+    return Leafwise(declared(d, form), value.arguments) if treats else value
 
 
 def treats_matrices(value: Primitive) -> bool:

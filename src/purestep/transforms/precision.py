@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from purestep._core import sharded
+from purestep._core.cache import DERIVED, Shared
 from purestep._core.hyper import Interval
 from purestep._core.maths import Scalar, counter, where
 from purestep._core.primitives import LinkDeclaration, Primitive, forwards
@@ -31,7 +32,7 @@ class StateDtypeDeclaration(LinkDeclaration):
 
     def __init__(self, plain: LinkDeclaration, dtype: torch.dtype) -> None:
         self.__dict__.update(plain.__dict__)
-        self.plain, self.state_dtype, self.derived = plain, dtype, {}
+        self.plain, self.state_dtype, self.derived = plain, dtype, Shared(DERIVED)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return declared, (self.plain, self.state_dtype)
@@ -39,9 +40,7 @@ class StateDtypeDeclaration(LinkDeclaration):
 
 def declared(plain: LinkDeclaration, dtype: torch.dtype) -> StateDtypeDeclaration:
     """The declaration of a transform with a state in this dtype: there is one of each."""
-    if dtype not in plain.derived:
-        plain.derived[dtype] = StateDtypeDeclaration(plain, dtype)
-    found: StateDtypeDeclaration = plain.derived[dtype]
+    found: StateDtypeDeclaration = plain.derived.get(dtype, lambda: StateDtypeDeclaration(plain, dtype))
     return found
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from purestep._core import sharded, tree
+from purestep._core.cache import Shared
 from purestep._core.hyper import Whole, check_steps
 from purestep._core.maths import Encoded, operation
 from purestep._core.primitives import LinkDeclaration, Primitive, Sparse
@@ -162,6 +163,13 @@ def widened(codes: Tensor, p: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- the state
 
 
+@functools.lru_cache(maxsize=256)
+def means_of(plain: Any) -> list[str]:
+    """The fields of a state that are running means."""
+    hints: dict[str, Any] = typing.get_type_hints(plain, include_extras=True)
+    return [name for name in plain._fields if name in SIGNED and hints[name] in (Tensor, Tensor | None)]
+
+
 class Form:
     """How the states of a transform are kept in few bits: their type, and the way there and back.
 
@@ -171,7 +179,7 @@ class Form:
     def __init__(self, plain: Any, bits: Bits, min_size: int) -> None:
         self.plain, self.bits, self.min_size = plain, bits, min_size
         hints: dict[str, Any] = typing.get_type_hints(plain, include_extras=True)
-        self.means = [name for name in plain._fields if name in SIGNED and hints[name] in (Tensor, Tensor | None)]
+        self.means = means_of(plain)
         hints |= dict.fromkeys(self.means, Tensor | None)
         hints |= {f"{name}_{bits}bit": Codes for name in self.means}
         if bits == 8:
@@ -261,10 +269,12 @@ def by_leaf(function: Callable[[Any], Any], state: Any, kind: Any) -> Any:
     return kind(*[tree.unflatten([row[f] for row in rows], specs[0]) for f in range(len(kind._fields))])
 
 
-@functools.cache
+_forms: Shared[tuple[Any, Bits, int], Form] = Shared(0)  # declarations and states hold theirs
+
+
 def form_of(plain: Any, bits: Bits, min_size: int) -> Form:
     """The form of a state: there is one of each."""
-    return Form(plain, bits, min_size)
+    return _forms.get((plain, bits, min_size), lambda: Form(plain, bits, min_size))
 
 
 def remade(plain: Any, bits: Bits, min_size: int, values: tuple[Any, ...]) -> Any:
@@ -295,16 +305,14 @@ class QuantizedDeclaration(LinkDeclaration):
 
 def declared(plain: LinkDeclaration, bits: Bits, min_size: int) -> QuantizedDeclaration:
     """The declaration of a quantized transform: there is one of each."""
-    if (bits, min_size) not in plain.derived:
-        plain.derived[bits, min_size] = QuantizedDeclaration(plain, bits, min_size)
-    found: QuantizedDeclaration = plain.derived[bits, min_size]
+    found: QuantizedDeclaration = plain.derived.get((bits, min_size), lambda: QuantizedDeclaration(plain, bits, min_size))
     return found
 
 
 def quantized(value: Primitive, bits: Bits, min_size: int) -> Primitive:
     """The transform of one link, quantized if there is something in its state to quantize."""
     d = value.declaration
-    if d.whole or d.state is None or isinstance(d, QuantizedDeclaration) or not form_of(d.state, bits, min_size).means:
+    if d.whole or d.state is None or isinstance(d, QuantizedDeclaration) or not means_of(d.state):
         return value
     return Leafwise(declared(d, bits, min_size), value.arguments)
 
@@ -389,7 +397,7 @@ def quantize_state(transform: Transform, bits: Bits = 8, *, min_size: int = 4096
             f"knows are the fields called {', '.join(SIGNED)}."
         )
     for state in {link.transform.declaration.state for link in transform.links if not link.transform.declaration.whole}:
-        if bits == 16 and state is not None and "step" not in state._fields and form_of(state, bits, min_size).means:
+        if bits == 16 and state is not None and "step" not in state._fields and means_of(state):
             raise ValueError(
                 f"quantize_state rounds by the number of the update, which {state.__name__} does not count; add the field "
                 "'step: Scalar' to it, begun with counter(p), or keep it in 8 bits."

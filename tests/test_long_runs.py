@@ -282,6 +282,7 @@ def same_run(make: Callable[[list[Any]], Any], params: Any = SMALL) -> None:
 
 @each()
 @pytest.mark.parametrize("flags", [{}, {"foreach": False}, {"foreach": True}], ids=str)
+@pytest.mark.in_turn("flags")
 def test_an_optimizer_counts_on(case: Case, flags: dict[str, Any]) -> None:
     if case.transform().plan.extras:
         pytest.skip("it asks for a closure")
@@ -631,6 +632,7 @@ for k, (b1, b2) in enumerate(BETAS):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.in_turn("dtype")
 def test_the_formula_holds_after_many_steps(name: str, dtype: torch.dtype) -> None:
     """Bias corrections, and all else that depends on the number of the update, against Python's floats."""
     t, u, start = FORMULAS[name]
@@ -1028,6 +1030,7 @@ def left_of(optimizer: Any, own: list[Any], found: list[Any]) -> None:
 @each()
 @pytest.mark.parametrize("flags", [{}, {"foreach": False}], ids=str)
 @pytest.mark.usefixtures("by_counts_alone")
+@pytest.mark.in_turn("flags")
 def test_nothing_is_left_of_an_optimizer(case: Case, flags: dict[str, Any]) -> None:
     if case.transform().plan.extras:
         pytest.skip("it asks for a closure")

@@ -140,6 +140,7 @@ def trained(
 
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.in_turn("shapes")
 def test_what_functions_close_over_has_derivatives(name: str, shapes: str) -> None:
     """As where everything requires grad, and under torch.func; whoever runs it, and whatever was given away."""
     w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)

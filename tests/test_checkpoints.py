@@ -453,6 +453,7 @@ def hand_over(first: Any, second: Any) -> None:
 
 
 @each(routes=True, skip={name: name for name in SKIPS})
+@pytest.mark.in_turn("skip")
 def test_ten_steps_and_ten_after_loading_are_twenty(kind: Kind, source: Any, target: Any, skip: str) -> None:
     first = kind.make(source, kind.params())
     kind.train(first, range(10), SKIPS[skip])
@@ -463,6 +464,7 @@ def test_ten_steps_and_ten_after_loading_are_twenty(kind: Kind, source: Any, tar
 
 
 @each(kinds=MAIN, routes=True, dtype={"float32": torch.float32, "complex": torch.complex128})
+@pytest.mark.in_turn("dtype")
 def test_so_they_are_in_other_dtypes(kind: Kind, source: Any, target: Any, dtype: torch.dtype) -> None:
     first = kind.make(source, kind.params(dtype))
     kind.train(first, range(10))
@@ -488,6 +490,7 @@ def test_so_they_are_with_many_small_parameters(kind: Kind, source: Any, target:
 
 
 @each("flags", kinds=MAIN, routes=True, flags=FLAGS)
+@pytest.mark.in_turn("flags")
 def test_flags_come_with_the_checkpoint(kind: Kind, flags: Options, source: Any, target: Any) -> None:
     first = kind.make(source, kind.params(), **flags)
     kind.train(first, range(10))
@@ -694,6 +697,7 @@ def widen(optimizer: Any) -> set[tuple[int, str]]:
 
 
 @each("state", "half", dtype={"bfloat16": torch.bfloat16, "float16": torch.float16})
+@pytest.mark.in_turn("dtype")
 def test_a_state_keeps_its_own_dtype(kind: Kind, dtype: torch.dtype) -> None:
     """torch casts it to the parameter's when it loads."""
     first = kind.make(optim, kind.params(dtype))
@@ -748,6 +752,7 @@ def test_names_come_with_the_checkpoint(kind: Kind, source: Any, target: Any) ->
 
 
 @each(skip={"all": "all", "some": "some"})
+@pytest.mark.in_turn("skip")
 def test_saving_at_every_step_changes_nothing(kind: Kind, skip: str) -> None:
     quiet, busy = (kind.make(optim, kind.params()) for _ in range(2))
     for k in range(8):
@@ -911,6 +916,7 @@ COPIES = {
 
 
 @each(kinds=MAIN, twin=COPIES, skip={"all": "all", "one late": "one late"})
+@pytest.mark.in_turn("skip")
 def test_copies_go_on_as_the_original(kind: Kind, twin: Any, skip: str) -> None:
     first = kind.make(optim, kind.params())
     kind.train(first, range(10), SKIPS[skip])

@@ -60,6 +60,7 @@ def drawn(seed: int, dtype: torch.dtype = torch.float64, shapes: dict[str, tuple
 @pytest.mark.parametrize("shapes", [SHAPES, MANY, SHAPES | MANY], ids=["large", "packed", "both"])
 @pytest.mark.parametrize("how", ["pure", "donated", "update"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.in_turn("shapes")
 def test_the_numbers_are_the_programs(name: str, how: str, shapes: dict[str, tuple[int, ...]]) -> None:
     opt = OPTIMIZERS[name]
     ours, theirs = drawn(0, shapes=shapes), drawn(0, shapes=shapes)

@@ -210,6 +210,7 @@ def close(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"foreach": False}], ids=["default", "foreach", "leaf"])
 @pytest.mark.parametrize("name", USERS)
+@pytest.mark.in_turn("flags")
 def test_an_optimizer_is_as_before_a_function_of_a_users_raised(name: str, flags: dict[str, bool]) -> None:
     """At the first step and later, at each call of the function; the step that is made again is the right one."""
     for count, warm in ((3, 0), (3, 3), (20, 2)):
@@ -470,6 +471,7 @@ def odd(xs: list[Tensor]) -> list[Any]:
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("kind", ["few", "many", "odd", "complex"])
 @pytest.mark.parametrize("name", PURE)
+@pytest.mark.in_turn("kind")
 def test_a_pure_step_that_fails_has_changed_nothing(name: str, kind: str, fault: str) -> None:
     """Wherever it fails, its arguments are what they were, and the step that is made again is the right one."""
     if kind == "complex" and name in ("partition", "soap", "adafactor", "quantized"):
@@ -512,6 +514,7 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], Any]] = {
 @pytest.mark.parametrize("fault", ["line", "call", *(["interrupt"] if MODERN else [])])
 @pytest.mark.parametrize("count", [3, 20])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.in_turn("count")
 def test_an_optimizer_goes_on_after_a_fault(name: str, count: int, fault: str) -> None:
     """Where nothing had been overwritten, the step can be made again; else a checkpoint brings everything back."""
     for warm in (0, 4):

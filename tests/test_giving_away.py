@@ -38,6 +38,7 @@ def memory(tree: Any) -> set[int]:
 @pytest.mark.parametrize("executor", [None, "leaf", "foreach", "compiled"])
 @pytest.mark.parametrize("grads", ["good", "not finite", "missing"])
 @pytest.mark.parametrize("name", OPTS)
+@pytest.mark.in_turn("executor")
 def test_the_best_parameters_so_far_stay_the_best(name: str, grads: str, executor: Any) -> None:
     """Early stopping: `best` is what a pure step returned; the steps after it give their own results away."""
     opt = OPTS[name]

@@ -151,6 +151,7 @@ def taken(theirs: dict[str, Any], ours: LBFGSState) -> LBFGSState:
 
 @pytest.mark.parametrize("options", [*SEARCHES, *RATES.values()], ids=[*SEARCH_IDS, *RATES])
 @pytest.mark.parametrize("problem", list(PROBLEMS))
+@pytest.mark.in_turn("problem")
 def test_each_update_is_torchs(problem: str, options: Options) -> None:
     compare_updates(PROBLEMS[problem], torch.float64, options, 1e-10)
 

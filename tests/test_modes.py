@@ -153,6 +153,7 @@ def test_inductor_inside_torch_func() -> None:
 
 @each("unread")
 @pytest.mark.parametrize("how", ["step", "vmap of grad"])
+@pytest.mark.in_turn("how")
 def test_nothing_waits_for_the_device(case: Case, how: str) -> None:
     """On the `meta` device, whose tensors have no values that could be read, copied to the host or branched on."""
     t = ps.tensors(case.transform(), device="meta")

@@ -660,6 +660,7 @@ WRAPPED = {
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
 @pytest.mark.parametrize("route", ["state dict", "file", "deepcopy", "into a used one"])
 @pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.in_turn("cut")
 def test_going_on_from_a_checkpoint(name: str, route: str, cut: int) -> None:
     """Wherever it is cut, nothing is counted twice and nothing is lost; the two go different ways afterwards."""
     t = WRAPPED[name]()

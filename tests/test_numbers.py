@@ -111,6 +111,7 @@ def test_complex_parameters_are_pairs_of_reals(case: Case, options: Options) -> 
 
 @each_options()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.in_turn("dtype")
 def test_dtypes_are_kept(case: Case, options: Options, dtype: torch.dtype) -> None:
     keeps(case, options, dtype)
 

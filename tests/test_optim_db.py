@@ -454,13 +454,13 @@ def test_every_class_is_in_the_table() -> None:
 
 
 @each_entry(exact=True)
-@pytest.mark.in_turn("mode")
+@pytest.mark.in_turn("mode", "dtype")
 def test_it_trains_as_torchs(entry: Entry, mode: str, dtype: torch.dtype) -> None:
     assert_near(entry.cls, ours(entry, mode, dtype), reference(entry, dtype))
 
 
 @each_entry(exact=False)
-@pytest.mark.in_turn("mode")
+@pytest.mark.in_turn("mode", "dtype")
 def test_it_trains_as_precisely_as_torchs(entry: Entry, mode: str, dtype: torch.dtype) -> None:
     made, exact = ours(entry, mode, dtype), reference(entry, WIDE[dtype])
     theirs = [torchs(entry.cls, entry.number, dtype, other) for other in modes_for(entry.cls, dtype)]
@@ -592,6 +592,7 @@ def each_mode(lack: str, needs_option: str | None = None) -> pytest.MarkDecorato
 
 @each_mode("weight decay", "weight_decay")
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.in_turn("mode")
 def test_weight_decay(cls: str, mode: str, weight_decay: float) -> None:
     options = {**NEEDS[cls].options, "weight_decay": weight_decay}
     theirs = structured(torch.optim, cls, STRUCTURES["plain"], {**options, **loop(cls)})
@@ -608,6 +609,7 @@ def grouped(namespace: Any, cls: str, flags: Options) -> Result:
 
 
 @each_mode("groups")
+@pytest.mark.in_turn("mode")
 def test_every_group_has_options_of_its_own(cls: str, mode: str) -> None:
     assert_near(cls, grouped(optim, cls, modes(cls)[mode]), grouped(torch.optim, cls, loop(cls)))
 
@@ -630,6 +632,7 @@ def mixed(namespace: Any, cls: str, flags: Options) -> dict[torch.dtype, Result]
 
 
 @each_mode("mixed dtypes")
+@pytest.mark.in_turn("mode")
 def test_mixed_dtypes_in_a_group(cls: str, mode: str) -> None:
     theirs, made = mixed(torch.optim, cls, loop(cls)), mixed(optim, cls, modes(cls)[mode])
     assert_near(cls, made[torch.float64], theirs[torch.float64])

@@ -180,6 +180,7 @@ def fit(model: nn.Module, optimizer: Any, steps: int = 20) -> list[float]:
 
 
 @each_flagged
+@pytest.mark.in_turn("flags")
 def test_a_module_trains_as_with_torch(case: Case, options: Options, flags: Options) -> None:
     assert case.twin is not None
     theirs, ours = Net(), Net()
@@ -192,6 +193,7 @@ def test_a_module_trains_as_with_torch(case: Case, options: Options, flags: Opti
 
 
 @each_flagged
+@pytest.mark.in_turn("flags")
 def test_float32(case: Case, options: Options, flags: Options) -> None:
     assert case.twin is not None
     params = tensors((3, 2), (4,), (), dtype=torch.float32)
@@ -902,6 +904,7 @@ ROUTES = {"ours to ours": (optim, optim), "ours to torch": (optim, torch.optim),
 @each_flags
 @pytest.mark.parametrize(("source", "target"), ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize("skip", [None, some, MISSING["one never"]], ids=["all", "some", "one never"])
+@pytest.mark.in_turn("flags")
 def test_ten_steps_and_ten_after_loading_are_twenty(
     cls: str, options: Options, flags: Options, source: Any, target: Any, skip: Any
 ) -> None:

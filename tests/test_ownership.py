@@ -72,6 +72,7 @@ def tensors_of(optimizer: Any) -> dict[tuple[int, str], Tensor]:
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("kind", [*CLASSES, *CHAINS])
+@pytest.mark.in_turn("flags")
 def test_tensors_of_a_state_keep_their_identity_and_memory(kind: str, count: str, flags: str) -> None:
     params = parameters(COUNTS[count])
     optimizer = made(kind, params, FLAGS[flags])
@@ -89,6 +90,7 @@ def test_tensors_of_a_state_keep_their_identity_and_memory(kind: str, count: str
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("kind", [*CLASSES, *CHAINS])
+@pytest.mark.in_turn("flags")
 def test_no_two_tensors_of_a_state_overlap(kind: str, count: str, flags: str) -> None:
     """So that a state can be saved with safetensors, which refuses shared memory."""
     params = parameters(COUNTS[count])
@@ -186,6 +188,7 @@ def in_another_process(optimizer: Any, params: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("name", ["Adam", "NAdam", "RMSprop", "Adagrad"])
 @pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.in_turn("count")
 def test_another_process_steps_on_shared_memory(name: str, count: str) -> None:
     """Hogwild and A3C: parameters and state are in shared memory, and every process sees each step."""
     params = parameters(COUNTS[count])

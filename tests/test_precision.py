@@ -119,6 +119,7 @@ def test_members_are_single_runs(dtype: torch.dtype, around: str) -> None:
 
 @halves
 @arounds
+@pytest.mark.in_turn("dtype")
 def test_a_compiled_step(dtype: torch.dtype, around: str) -> None:
     opt, params = AROUND[around](ps.adamw(0.01)), parameters(dtype)
     expected, state = run(opt, params, 3)

@@ -162,6 +162,7 @@ def follow(x: float) -> Callable[[Any], Any]:
 
 @each("unread")
 @pytest.mark.parametrize("check", [check_hypers_there, check_schedules_there])
+@pytest.mark.in_turn("check")
 def test_numbers_on_the_device_are_not_read(case: Case, check: Callable[[int], None], elsewhere: Callable[..., Any]) -> None:
     elsewhere(check, place(case, case.options[0]))
 

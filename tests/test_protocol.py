@@ -722,6 +722,7 @@ def test_signatures_are_those_of_the_installed_torch() -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop"])
 @pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.in_turn("as_tensor")
 def test_a_compiled_step_under_a_scheduler_makes_as_many_graphs_as_torchs(name: str, as_tensor: bool) -> None:
     """Two: one for the number that it first sees, one for all others. From the second step on: the first one makes state."""
     counts, values = [], []

@@ -187,6 +187,7 @@ def test_the_first_order(mode: str, name: str, every: int | None) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "clipped"])
 @pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.in_turn("name")
 def test_as_one_graph(name: str, kind: str) -> None:
     """`torch.compile` of the derivatives, and of the plain run."""
     function = functools.partial(outer, ps.meta.unroll, name, kind, first_order=False, every=None)
@@ -314,6 +315,7 @@ def test_a_network_with_batch_normalization(optimizer: str, every: int | None) -
 
 @pytest.mark.parametrize("every", [None, 1, 3])
 @pytest.mark.parametrize("mode", ["grad", "backward", "jvp", "vmap", "compiled"])
+@pytest.mark.in_turn("every")
 def test_a_learning_rate_for_batch_normalization(mode: str, every: int | None) -> None:
     """Against finite differences."""
     net = network()

@@ -169,6 +169,7 @@ def assert_agree(ours: Run, theirs: Run) -> None:
 
 @each_class()
 @each_schedule
+@pytest.mark.in_turn("cls")
 def test_trajectories(cls: str, schedule: Schedule) -> None:
     ours, theirs = (Run(namespace, cls, schedule).advance(0, STEPS) for namespace in BOTH)
     assert_agree(ours, theirs)
@@ -206,6 +207,7 @@ TENSORS = {
 @pytest.mark.parametrize(
     "name", ["LambdaLR", "ExponentialLR", "CosineAnnealingLR", "ReduceLROnPlateau", "CyclicLR", "OneCycleLR", "SWALR"]
 )
+@pytest.mark.in_turn("cls")
 def test_tensor_learning_rates(cls: str, name: str, lr: Callable[[float], Tensor]) -> None:
     """A scheduler writes to them; they are never replaced. The parameters are those of the same learning rates as numbers.
 
@@ -235,6 +237,7 @@ def resumed(first: Any, second: Any, cls: str, schedule: Schedule) -> Run:
 
 @each_class()
 @each_schedule
+@pytest.mark.in_turn("cls")
 def test_resuming(cls: str, schedule: Schedule) -> None:
     """Optimizer and scheduler are saved together, by torch's class or by ours, and continue as if nothing had happened."""
     straight = Run(torch.optim, cls, schedule).advance(0, STEPS)

@@ -220,6 +220,7 @@ def each_in_rows() -> pytest.MarkDecorator:
 
 
 @each_in_rows()
+@pytest.mark.in_turn("options")
 def test_rows_permuted_before_or_after_a_step(case: Case, options: Options) -> None:
     t, params, state = begun(case, options)
     factors: list[Tensor] = []

@@ -147,6 +147,7 @@ def setting(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.in_turn("kind")
 def test_every_transform_is_right_on_every_type(case: Case, kind: str) -> None:
     """Pure, and nothing that was given is written to; and with memory given away, which then stays what it is."""
     params, gradients = setting(case)

@@ -293,6 +293,7 @@ def test_a_dead_input(name: str, options: Options, steps: int) -> None:
 
 @each_run
 @pytest.mark.parametrize("zeros", ["one coordinate", "a tensor", "all"])
+@pytest.mark.in_turn("zeros")
 def test_gradients_that_pass_through_zero(name: str, options: Options, steps: int, zeros: str) -> None:
     """At a minimum along some coordinates, where the gradient is 0 but its derivative is not."""
     problem = Problem(name)

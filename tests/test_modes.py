@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -55,15 +56,6 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@each_options()
-def test_compiled(case: Case, options: Options) -> None:
-    """As one graph. What AOTAutograd makes of it is looked at for one set of options; for the others test_make_fx looks."""
-    t = case.transform(options)
-    step = torch.compile(t.step, fullgraph=True, backend="aot_eager" if options is case.options[0] else "eager")
-    assert difference(run(t, step, problem=case.problem), run(t, problem=case.problem)) <= 1e-12
-    assert graphs() == 1
-
-
 SMALL = {"w": torch.tensor([[0.5, -1.0], [0.2, 0.3], [1.5, -0.4]], dtype=torch.float64), "b": torch.tensor([0.7, -0.2], dtype=torch.float64)}  # fmt: skip
 
 
@@ -72,10 +64,16 @@ def small(case: Case) -> Any:
     return {k: p for k, p in SMALL.items() if case.treats(p)}
 
 
-@each()
-def test_compiled_under_vmap(case: Case) -> None:
+def check_compiled(case: Case, options: Options) -> None:
+    """What AOTAutograd makes of the graph is looked at for one set of options; for the others test_make_fx looks."""
+    t = case.transform(options)
+    step = torch.compile(t.step, fullgraph=True, backend="aot_eager" if options is case.options[0] else "eager")
+    assert difference(run(t, step, problem=case.problem), run(t, problem=case.problem)) <= 1e-12
+
+
+def check_compiled_population(case: Case, options: Options) -> None:
     """`torch.compile` of a step for a population, state and all."""
-    t = case.transform()
+    t = case.transform(options)
     params = {k: torch.stack([p, -0.5 * p]) for k, p in small(case).items()}
 
     def train(params: Any) -> Any:
@@ -84,6 +82,14 @@ def test_compiled_under_vmap(case: Case) -> None:
     population = torch.func.vmap(train, randomness="error")
     compiled = torch.compile(population, fullgraph=True, backend="eager")
     assert difference(compiled(params), population(params)) <= 1e-12
+
+
+@each_options()
+@pytest.mark.parametrize("check", [check_compiled, check_compiled_population], ids=["alone", "population"])
+@pytest.mark.in_turn("check")
+def test_compiled(case: Case, options: Options, check: Callable[[Case, Options], None]) -> None:
+    """As one graph."""
+    check(case, options)
     assert graphs() == 1
 
 

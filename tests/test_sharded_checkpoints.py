@@ -11,9 +11,9 @@ import dataclasses
 import itertools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -196,7 +196,7 @@ def on_four(rank: int, size: int) -> Any:
 
 
 def on_two(rank: int, size: int) -> Any:
-    return {"then": stage(rank, size, "four", "two"), "options": every_option(rank, size), "refused": refusals(rank, size)}
+    return {"then": stage(rank, size, "four", "two"), "options": in_turn(rank, size), "refused": refusals(rank, size)}
 
 
 def on_one(rank: int, size: int) -> Any:
@@ -223,6 +223,10 @@ FAILS = {
     ("full_state_dict", "cpu_offload", "broadcast_from_rank0", "flatten_optimizer_state_dict"): "KeyError, as before",
 }
 """What torch.optim.AdamW fails at, by the options that are on among `FIELDS`: another class does, too."""
+
+
+Options: TypeAlias = "dict[str, dict[tuple[str, ...], list[Any]]]"
+Chosen: TypeAlias = "Callable[[int, Any], bool]"
 
 
 def every_combination() -> list[Any]:
@@ -266,8 +270,8 @@ def started(name: str, make: Any, mesh: Any) -> tuple[nn.Sequential, Any]:
     return net, make(net)
 
 
-def every_option(rank: int, size: int) -> dict[str, dict[tuple[str, ...], list[Any]]]:
-    """By subject and by the options of `FIELDS` that are on: what comes of each combination of the others.
+def every_option(rank: int, size: int, chosen: Chosen = lambda subject, options: True) -> Options:
+    """By subject and by the options of `FIELDS` that are on: what comes of each combination of the others that is chosen.
 
     torch's class runs first. What it fails at is tried once more with one of ours.
     """
@@ -275,7 +279,7 @@ def every_option(rank: int, size: int) -> dict[str, dict[tuple[str, ...], list[A
 
     mesh, found = init_device_mesh("cpu", (size,)), {}
     theirs = {"torch": lambda model: torch.optim.AdamW(model.named_parameters(), lr=0.05)}
-    for name, make in {**theirs, **SUBJECTS}.items():
+    for subject, (name, make) in enumerate({**theirs, **SUBJECTS}.items()):
         straight = started(name, make, mesh)
         train(*straight, range(4))
         expected = part_of(*straight)
@@ -284,6 +288,8 @@ def every_option(rank: int, size: int) -> dict[str, dict[tuple[str, ...], list[A
         found[name] = results = {}
         targets: dict[tuple[str, ...], Any] = {}
         for options in every_combination():
+            if not chosen(subject, options):
+                continue
             on = tuple(field for field in FIELDS if getattr(options, field))
             if on in FAILS and (name not in ("torch", "class") or (name == "class" and on in results)):
                 continue
@@ -291,6 +297,23 @@ def every_option(rank: int, size: int) -> dict[str, dict[tuple[str, ...], list[A
                 targets[on] = started(name, make, mesh)
             results.setdefault(on, []).append(attempt(source, targets[on], options, expected))
     return found
+
+
+def in_turn(rank: int, size: int) -> Options:
+    """What is run at every change: each combination of `FIELDS` with one of the combinations of the others, in turn."""
+    names = [field.name for field in dataclasses.fields(every_combination()[0]) if isinstance(field.default, bool)]
+    others = [name for name in names if name not in FIELDS]
+
+    def chosen(subject: int, options: Any) -> bool:
+        turn = subject + number(options, FIELDS)
+        return number(options, others) == turn % 2 ** len(others)
+
+    return every_option(rank, size, chosen)
+
+
+def number(options: Any, names: Sequence[str]) -> int:
+    """The number of a combination of these options."""
+    return sum(2**k for k, name in enumerate(names) if getattr(options, name))
 
 
 # ------------------------------------------------------------------------------------------------------- wrong checkpoints
@@ -376,14 +399,25 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(stages: dict[str, li
             assert not {run: x for run, x in found[key].items() if not x <= most(run)}, (name, key)
 
 
-def test_every_option_that_torchs_class_takes(stages: dict[str, list[Any]]) -> None:
+@pytest.fixture(scope="module", params=["in turn", pytest.param("every_option", marks=pytest.mark.long)])
+def options(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Options]:
+    """What comes of the options in each of two processes."""
+    if request.param == "every_option":
+        return processes.run(2, f"tests.test_sharded_checkpoints:{request.param}", tmp_path_factory.mktemp("options"))
+    stages = request.getfixturevalue("stages")
+    return [found["options"] for found in stages["on_two"]]
+
+
+def test_every_option_that_torchs_class_takes(options: list[Options], request: pytest.FixtureRequest) -> None:
     """All combinations of the other options give the same, and nothing else fails than what is listed."""
-    for options in [found["options"] for found in stages["on_two"]]:
-        for name, results in options.items():
+    others = len(every_combination()) // 2 ** len(FIELDS) if request.node.callspec.params["options"] == "every_option" else 1
+    for each_subject in options:
+        for name, results in each_subject.items():
+            assert len(results) == 2 ** len(FIELDS) - (0 if name in ("torch", "class") else len(FAILS))
             failed = {on for on, each in results.items() if any(isinstance(x, str) for x in each)}
             assert failed == (set(FAILS) if name in ("torch", "class") else set()), name
             for on, each in results.items():
-                assert len(each) == (1 if name == "class" and on in FAILS else len(every_combination()) / 2 ** len(FIELDS))
+                assert len(each) == (1 if name == "class" and on in FAILS else others)
                 assert on in FAILS or max(each) <= most(name), (name, on)
                 assert on not in FAILS or all(isinstance(x, str) for x in each), (name, on)
 

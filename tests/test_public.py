@@ -127,9 +127,14 @@ def defaults() -> str:
     return "\n".join(sorted(set(found))) + "\n"
 
 
+NEWER = {"optim.LBFGS maximize = False": "torch has it from 2.14 on"}
+"""Defaults that are not in the file, because the pinned torch has no such argument."""
+
+
 def test_defaults_are_a_promise() -> None:
     """A default that changes, changes what users train: no other test calls every function without arguments."""
-    assert defaults() == DEFAULTS.read_text()
+    found = [line for line in defaults().splitlines() if line not in NEWER]
+    assert found == DEFAULTS.read_text().splitlines()
 
 
 def test_an_algorithm_is_short_and_speaks_no_engine() -> None:

@@ -7,6 +7,7 @@ import graphlib
 import inspect
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import purestep as ps
 from purestep import optim
 from purestep._core import torch_api
+from tests.conftest import in_turn
 
 ROOT = Path(ps.__file__).parent
 SOURCES = {
@@ -522,3 +524,30 @@ BUDGET: dict[str, tuple[Callable[[], Callable[[], object]], int]] = {
 def test_a_warm_step_calls_little(name: str) -> None:
     make, most = BUDGET[name]
     assert frames_of(make()) <= most
+
+
+class Item:
+    """What `in_turn` looks at of a test."""
+
+    def __init__(self, kind: str, donate: str, args: tuple[str, ...] = ()) -> None:
+        self.nodeid, self.long = f"tests/test_some.py::test_it[{kind}-{donate}]", False
+        self.config = types.SimpleNamespace(args=args)
+        self.callspec = types.SimpleNamespace(params={"kind": kind, "donate": donate})
+
+    def iter_markers(self, name: str) -> list[Any]:
+        return [pytest.mark.in_turn("donate").mark]
+
+    def add_marker(self, mark: Any) -> None:
+        assert mark.name == "long"
+        self.long = True
+
+
+def test_one_value_in_turn_is_left_for_each_combination_of_the_others() -> None:
+    items: list[Any] = [Item(kind, donate) for kind in "abcdef" for donate in "xyz"]
+    in_turn(items)
+    left = [item.callspec.params for item in items if not item.long]
+    assert [x["kind"] for x in left] == list("abcdef")
+    assert sorted(x["donate"] for x in left) == list("xxyyzz")
+    named: list[Any] = [Item("a", donate, args=("tests/test_some.py::test_it[a-y]",)) for donate in "xyz"]
+    in_turn(named)
+    assert not named[1].long

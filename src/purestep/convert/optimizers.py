@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from purestep._optimizer.checkpoint import check_form
-from purestep.convert.bridge import Bridge, PyTree
+from purestep.convert.bridge import Bridge, PyTree, number
 from purestep.transform import Transform
 
 BLOCK = 256
@@ -126,7 +126,7 @@ def from_pytorch_optimizer(transform: Transform, params: PyTree, optimizer: torc
     states = []
     for k in bridge.ids(saved["param_groups"]):
         own = {renamed.get(n, n): -x if n in NEGATED else x for n, x in saved["state"].get(k, {}).items()}
-        counted = {n: torch.tensor(float(x)) for n, x in groups[k].items() if n in keys and isinstance(x, (int, float))}
+        counted = {n: number(x) for n, x in groups[k].items() if n in keys}  # what it counts for all of a group
         if own and "step" in keys and not {**counted, **own}.get("step"):
             raise ValueError(
                 f"The groups of {name} must have the number of steps under 'step', but have "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import purestep as ps
 from purestep import optim
 from tests.error_cases import newton, polyak
+from tests.problems import closure_of
 
 SHAPES = {"a": (3, 2), "b": (3,)}
 
@@ -49,15 +50,7 @@ def of(transform: ps.Transform) -> Callable[[], Any]:
 def stepped(optimizer: Any) -> Any:
     """An optimizer after one step, with a closure if it wants one."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
-
-    def closure() -> Tensor:
-        for p in params:
-            p.grad = None
-        loss = torch.stack([(p * p).sum() for p in params]).sum()
-        loss.backward()
-        return loss.detach()
-
-    optimizer.step(closure)
+    optimizer.step(closure_of(params))
     return optimizer
 
 

@@ -115,3 +115,16 @@ def through_a_file(x: Any, weights_only: bool = True) -> Any:
     torch.save(x, file)
     file.seek(0)
     return torch.load(file, weights_only=weights_only)
+
+
+def closure_of(params: list[Any]) -> Callable[[], Tensor]:
+    """The sum of squares of these parameters, as an optimizer wants it."""
+
+    def closure() -> Tensor:
+        for p in params:
+            p.grad = None
+        loss = torch.stack([(p * p).sum() for p in params]).sum()
+        loss.backward()
+        return loss.detach()
+
+    return closure

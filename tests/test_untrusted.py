@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 import purestep as ps
 from purestep import optim
 from purestep._trace import program as programs
+from tests.problems import closure_of
 
 EXAMPLES = int(os.environ.get("PURESTEP_EXAMPLES", "1"))
 SEED = int(os.environ.get("PURESTEP_SEED", "0"))
@@ -71,17 +72,6 @@ MAKERS: dict[str, Callable[[list[Any]], Any]] = {
     "LBFGS": lambda params: optim.LBFGS(params, lr=0.1, max_iter=2),
 }
 TWINS = ("SGD", "AdamW", "NAdam", "RMSprop", "Adagrad")
-
-
-def closure_of(params: list[Any]) -> Callable[[], Tensor]:
-    def closure() -> Tensor:
-        for p in params:
-            p.grad = None
-        loss = torch.stack([(p * p).sum() for p in params]).sum()
-        loss.backward()
-        return loss.detach()
-
-    return closure
 
 
 def step(optimizer: Any, params: list[Any]) -> None:
